@@ -1,0 +1,1 @@
+"""LeRobot imports the module named like this distribution."""

@@ -1,0 +1,169 @@
+"""Every configuration of the project: one dataclass a verb, one comment a field (it becomes the --help text).
+
+YAML files hold differences from these defaults only; `vla.config_io.load_config` reads them and the flags.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class EnvConfig:
+    name: str = "tabletop"  # environment: tabletop or metaworld
+    tasks: tuple[str, ...] = ()  # task names; empty means all of the environment's
+    image_size: int = 96  # side of the square camera image, px
+
+
+@dataclass
+class CollectConfig:
+    """Collect demonstrations with the scripted expert into a LeRobotDataset v3 root."""
+
+    output: str = "outputs/data/tabletop"  # LeRobotDataset root to write
+    env: EnvConfig = field(default_factory=EnvConfig)
+    scenes: int = 1000  # scenes to collect (tabletop), or episodes for each task (metaworld)
+    goals_per_scene: int = 4  # different valid goals demonstrated from the same initial state
+    noise: float = 0.3  # std of the Gaussian noise on the executed action (DART); labels stay the expert's
+    noisy_share: float = 0.5  # share of the episodes collected with noise
+    seed: int = 0  # seed of the first scene; scene i uses seed + i
+    workers: int = 2  # processes
+    video: bool = False  # store frames as video instead of PNG
+
+
+@dataclass
+class DataConfig:
+    root: str = "outputs/data/tabletop"  # LeRobotDataset root
+    camera: str | None = None  # image key to train on; the only camera if not given
+    image_size: int = 96  # frames are stored at this side, px
+    cache: str | None = None  # folder of the frame store; default: ROOT/.concord
+    holdout: float = 0.05  # share of the episodes (whole scenes) held out for validation
+    episodes_per_goal: int | None = None  # use at most this many training episodes of each task text or goal
+    shift_px: int = 4  # augmentation: random shift of up to this many px
+    color_jitter: float = 0.2  # augmentation: brightness, contrast and saturation factors in 1 +- this
+    workers: int = 2  # processes that build the frame store
+
+
+@dataclass
+class TowerConfig:
+    pretrained: str | None = None  # CLIP model to start from: hub id or local folder; the sizes below are then ignored
+    patch_size: int = 12  # px
+    width: int = 192  # vision transformer width
+    layers: int = 6  # vision transformer layers
+    heads: int = 3  # vision transformer attention heads
+    text_width: int = 128  # text transformer width
+    text_layers: int = 3  # text transformer layers
+    text_heads: int = 4  # text transformer attention heads
+    embed_dim: int = 128  # joint embedding width
+    vocab_size: int = 1024  # byte-level BPE vocabulary, trained on the instructions
+
+
+@dataclass
+class LossConfig:
+    context_action: float = 1.0  # weight: text-conditioned patch context <-> action chunk
+    vision_language: float = 0.2  # weight: pooled image <-> instruction, multi-positive by goal
+    state: float = 0.25  # weight: pooled patch tokens <-> proprio state, soft targets by distance
+    temperature: float = 0.07  # initial temperature of every pair
+    learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
+    action_beta: float = 0.05  # width of the soft targets over action chunks, mean squared normalised units
+    state_beta: float = 0.02  # width of the soft targets over states, mean squared normalised units
+    queries: int = 4  # text-conditioned queries of the pooler
+
+
+@dataclass
+class BatchConfig:
+    goals: int = 12  # P: goals (or scenes' goals) in a batch
+    episodes: int = 2  # K: episodes of each goal
+    frames: int = 10  # M: frames of each episode
+    gap: int = 4  # frames of one episode are at least this many timesteps apart
+    same_scene: float = 0.5  # share of the goals drawn as several goals of one scene
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 5e-4  # peak learning rate, after warm-up, then cosine to 1 %
+    pretrained_lr: float = 1e-5  # learning rate of pretrained towers
+    weight_decay: float = 0.05  # AdamW weight decay on matrices
+    warmup: int = 200  # steps of linear warm-up
+    clip_norm: float = 1.0  # gradient norm is clipped to this
+
+
+@dataclass
+class AlignConfig:
+    """Stage one: align the vision and language encoders on triplets; writes a run folder and clip/."""
+
+    output: str = "outputs/align/tabletop"  # run folder
+    data: DataConfig = field(default_factory=DataConfig)
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    horizon: int = 16  # timesteps of an action chunk
+    steps: int = 6000  # optimiser updates
+    seed: int = 0  # of initialisation, sampling and augmentation
+    precision: Literal["no", "bf16", "fp16"] = "bf16"  # of the towers; losses are always float32
+    shuffle: Literal["none", "language", "action", "all"] = "none"  # control: permute this part of the triplets
+    threads: int = 2  # CPU threads
+    log_every: int = 20  # steps between log lines
+    eval_every: int = 1000  # steps between evaluations on held-out episodes; 0 means only at the end
+    save_every: int = 250  # steps between checkpoints
+    resume: bool = False  # continue the run in `output` from its last checkpoint
+
+
+@dataclass
+class HeadConfig:
+    kind: Literal["l1", "flow"] = "l1"  # action head: chunk regression or flow matching
+    horizon: int = 16  # timesteps predicted
+    n_action_steps: int = 8  # timesteps executed before the next look
+    queries: int = 8  # text-conditioned queries over the patch tokens
+    width: int = 256  # width of the pooled tokens and of the residual MLP's input
+    hidden: int = 512  # width of the residual MLP
+    layers: int = 3  # residual blocks
+    state_dropout: float = 0.1  # probability of hiding the proprio state in training
+    token_noise: float = 0.02  # std of the noise on (normalised) cached tokens in training
+    flow_steps: int = 8  # Euler steps of the flow head
+
+
+@dataclass
+class PolicyTrainConfig:
+    """Stage two: train the action head on the aligned encoder by behaviour cloning; writes a run folder and policy/."""
+
+    output: str = "outputs/policy/tabletop"  # run folder
+    encoder: str = "outputs/align/tabletop/clip"  # aligned encoder (a CLIPModel folder); "random" for an untrained tower
+    data: DataConfig = field(default_factory=DataConfig)
+    tower: TowerConfig = field(default_factory=TowerConfig)  # used only with encoder=random
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tune: bool = False  # fine-tune the encoder; False keeps it frozen and trains on cached tokens
+    encoder_lr_scale: float = 0.1  # learning rate of the encoder relative to the head's, when tuned
+    aligned_pooler: bool = False  # start the policy's pooler from the aligned one
+    failures: bool = False  # clone failed episodes too
+    cached_shifts: int = 4  # shifted copies of each frame in the token cache
+    batch_size: int = 256  # samples an update
+    steps: int = 20000  # optimiser updates
+    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
+    seed: int = 0  # of initialisation, sampling and augmentation
+    precision: Literal["no", "bf16", "fp16"] = "bf16"  # of the towers
+    threads: int = 2  # CPU threads
+    log_every: int = 50  # steps between log lines
+    eval_every: int = 2000  # steps between validation losses
+    rollouts_every: int = 0  # steps between closed-loop evaluations during training; 0 means never
+    rollouts: int = 20  # episodes of such an evaluation
+    save_every: int = 1000  # steps between checkpoints
+    resume: bool = False  # continue the run in `output` from its last checkpoint
+
+
+@dataclass
+class EvalConfig:
+    """Evaluate a policy folder in closed loop; writes eval.json, report.html and videos."""
+
+    policy: str = "outputs/policy/tabletop/policy"  # LeRobot policy folder
+    output: str | None = None  # default: outputs/eval/ENV/NAME of the policy's run
+    env: str = "tabletop"  # environment: tabletop or metaworld
+    tasks: tuple[str, ...] = ()  # task names; empty means the ones the policy was trained on, or all
+    episodes: int = 200  # in-distribution episodes, spread evenly over the tasks
+    seed: int = 1000000  # seed of the first episode; never a training seed
+    splits: tuple[str, ...] = ("all",)  # further splits to evaluate: names, "all" of the environment's, or "none"
+    split_episodes: int = 100  # episodes for each further split
+    grounding_episodes: int = 100  # episodes of each grounding measure; 0 switches it off
+    batch_size: int = 32  # environments stepped together in one process
+    workers: int = 2  # processes
+    videos: int = 6  # videos of successes and of failures, each

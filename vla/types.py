@@ -1,0 +1,59 @@
+"""The data contract: keys, axes and the shapes that travel between the parts.
+
+Axes: b batch, t time, h horizon, a action, s state, d embedding, n tokens, c/H/W image, e episodes, r rows
+(a row is one stored timestep). Images are uint8 HWC until `vla.models.clip.pixel_values`. SI units unless the
+name says otherwise. Actions are in environment units until normalised by `vla.data.normalization`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+# LeRobot's keys, verbatim.
+STATE_KEY = "observation.state"
+IMAGE_KEY = "observation.image"
+IMAGES_PREFIX = "observation.images."
+ACTION_KEY = "action"
+TASK_KEY = "task"
+
+# Columns that collection adds to a LeRobotDataset, one int64 a row, constant within an episode.
+GOAL_KEY = "goal_id"
+SCENE_KEY = "scene_id"
+SEED_KEY = "seed"
+SUCCESS_KEY = "success"
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line and holds the next command; exit status 2."""
+
+
+@dataclass(frozen=True)
+class TripletBatch:
+    """Vision-language-action triplets, rows aligned.
+
+    frames: (b, H, W, 3) uint8, augmented. later_frames: (b, H, W, 3) uint8 of `later_timestep`, or None.
+    state: (b, s) float32, normalised. action_chunk: (b, h, a) float32, normalised.
+    action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes.
+    """
+
+    frames: np.ndarray
+    state: np.ndarray
+    action_chunk: np.ndarray
+    action_is_pad: np.ndarray
+    text_id: np.ndarray
+    goal_id: np.ndarray
+    scene_id: np.ndarray
+    episode_id: np.ndarray
+    timestep: np.ndarray
+    later_frames: np.ndarray | None = None
+
+
+class ChunkPolicy(Protocol):
+    """What a rollout needs of a policy."""
+
+    n_action_steps: int
+
+    def act(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> np.ndarray:
+        """(b, H, W, 3) uint8, (b, s) float32 environment units, b texts -> (b, n_action_steps, a) environment units."""
+        ...
