@@ -1,0 +1,196 @@
+"""The vision and language encoders: a native transformers `CLIPModel`, its tokenizer and its image statistics.
+
+The only place that builds or loads transformers models. Everything downstream reads one fixed tap: the
+*layer-normed last-layer patch tokens* (`patch_tokens`) and the final-layer-normed word tokens (`word_tokens`).
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from vla.types import UserError
+
+# ImageNet statistics: the ones LeRobot's policies normalise with by default.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+MAX_TEXT_TOKENS = 77  # LeRobot's MultiTaskDiT pads to this length
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
+    """Byte-level BPE in CLIP's format, trained on `texts`; any other text still tokenises, down to its bytes."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    blank = CLIPTokenizer()
+    trained.normalizer = blank.backend_tokenizer.normalizer
+    trained.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    trained.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = alphabet + [character + "</w>" for character in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    trained.train_from_iterator(sorted(set(texts)), trainer)
+    learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    known = set(symbols)
+    words = symbols + [token for token, _ in learned if token not in known]
+    vocab = {token: index for index, token in enumerate([*words, START_TOKEN, END_TOKEN])}
+    merges = _merges(trained)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_TOKENS)
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def build_clip(
+    texts: Sequence[str],
+    *,
+    image_size: int,
+    patch_size: int,
+    width: int,
+    layers: int,
+    heads: int,
+    text_width: int,
+    text_layers: int,
+    text_heads: int,
+    embed_dim: int,
+    vocab_size: int,
+) -> tuple[CLIPModel, CLIPTokenizer]:
+    """A small CLIP with random weights (the caller seeds torch) and a tokenizer trained on `texts`."""
+    if image_size % patch_size:
+        raise UserError(f"config error: tower.patch_size {patch_size} does not divide data.image_size {image_size}")
+    tokenizer = train_tokenizer(texts, vocab_size)
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": text_width,
+            "intermediate_size": 4 * text_width,
+            "num_hidden_layers": text_layers,
+            "num_attention_heads": text_heads,
+            "max_position_embeddings": MAX_TEXT_TOKENS,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        },
+        projection_dim=embed_dim,
+    )
+    return CLIPModel(config), tokenizer
+
+
+def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+    """A CLIP model and its tokenizer from a local folder, or from the hub if `source` is not a folder.
+
+    Raises:
+        UserError: not a CLIPModel folder, absent or surplus weights, unreadable files.
+    """
+    folder = Path(source)
+    local = folder.is_dir()
+    if not local and (folder.is_absolute() or str(source).startswith(("outputs", ".", "~"))):
+        raise UserError(f"{source}: no such encoder folder; run `python scripts/train_align.py` to make one")
+    try:
+        config = CLIPConfig.from_pretrained(source)
+        model, report = CLIPModel.from_pretrained(
+            source, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "" if local or os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE=1 forbids the hub)"
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: cannot load a CLIP model{hint}: {first_line}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            some = ", ".join(sorted(str(key) for key in report[kind])[:3])
+            raise UserError(f"{source}: {kind.replace('_', ' ')} in the weights ({some}); not a complete CLIPModel")
+    return model, tokenizer
+
+
+def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a folder that CLIPModel, CLIPVisionModel, CLIPTextModel, AutoModel and AutoProcessor load."""
+    model.save_pretrained(folder)
+    side = model.config.vision_config.image_size
+    image_processor = CLIPImageProcessor(
+        size={"height": side, "width": side},
+        do_center_crop=False,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
+def resize_positions(model: CLIPModel, image_size: int) -> CLIPModel:
+    """Adapt the vision tower in place to another image size by bicubic interpolation of its position embeddings."""
+    vision = model.config.vision_config
+    if vision.image_size == image_size:
+        return model
+    if image_size % vision.patch_size:
+        raise UserError(
+            f"config error: data.image_size {image_size} is not a multiple of the encoder's patch size "
+            f"{vision.patch_size}"
+        )
+    embeddings = model.vision_model.embeddings
+    old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
+    weight = embeddings.position_embedding.weight.data  # (1 + old * old, w)
+    grid = weight[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    resized = torch.cat([weight[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
+    embeddings.position_embedding = torch.nn.Embedding.from_pretrained(resized, freeze=False)
+    embeddings.register_buffer("position_ids", torch.arange(len(resized)).expand((1, -1)), persistent=False)
+    embeddings.num_patches, embeddings.num_positions = new * new, new * new + 1
+    embeddings.image_size = image_size
+    vision.image_size = image_size
+    return model
+
+
+def pixel_values(frames: Tensor) -> Tensor:
+    """(b, H, W, 3) uint8 -> (b, 3, H, W) float32, ImageNet-normalised."""
+    mean = torch.tensor(IMAGE_MEAN, device=frames.device)
+    std = torch.tensor(IMAGE_STD, device=frames.device)
+    return ((frames.float() / 255.0 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def vision_features(model: CLIPModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, 3, H, W) -> patch tokens (b, n, w), layer-normed, and the pooled feature (b, w) before the projection."""
+    output = model.vision_model(pixel_values=pixels)
+    tokens = model.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
+    return tokens, output.pooler_output
+
+
+def patch_tokens(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """(b, 3, H, W) -> (b, n, w): the layer-normed last-layer patch tokens, row by row from the top left."""
+    return vision_features(model, pixels)[0]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Texts -> input ids (b, n) and attention mask (b, n) int64, padded to the longest, truncated to 77."""
+    encoded = tokenizer(
+        list(texts), padding="longest", truncation=True, max_length=MAX_TEXT_TOKENS, return_tensors="pt"
+    )
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+def text_features(model: CLIPModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, n) ids -> word tokens (b, n, w), final-layer-normed, and the pooled feature (b, w) before the projection."""
+    output = model.text_model(input_ids=input_ids, attention_mask=attention_mask)
+    return output.last_hidden_state, output.pooler_output
