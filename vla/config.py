@@ -65,16 +65,17 @@ class LossConfig:
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
     action_beta: float = 0.05  # width of the soft targets over action chunks, mean squared normalised units
     state_beta: float = 0.02  # width of the soft targets over states, mean squared normalised units
-    queries: int = 4  # text-conditioned queries of the pooler
+    queries: int = 8  # text-conditioned queries of the pooler
+    pooler_width: int = 192  # width of the pooler
 
 
 @dataclass
 class BatchConfig:
     goals: int = 12  # P: goals (or scenes' goals) in a batch
     episodes: int = 2  # K: episodes of each goal
-    frames: int = 10  # M: frames of each episode
-    gap: int = 4  # frames of one episode are at least this many timesteps apart
-    same_scene: float = 0.5  # share of the goals drawn as several goals of one scene
+    frames: int = 8  # M: frames of each episode
+    gap: int = 3  # frames of one episode are at least this many timesteps apart
+    same_scene: float = 0.5  # probability that a draw brings all goals of one scene instead of one episode's
 
 
 @dataclass

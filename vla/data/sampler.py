@@ -1,0 +1,73 @@
+"""The stage-one batch: P goals x K episodes x M frames, ragged, with several goals of one scene on purpose.
+
+A batch is a pure function of (seed, step), so resuming needs only the step.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+
+
+class GoalSampler:
+    """Draws rows such that every batch has positives (episodes of one goal) and hard negatives.
+
+    Hard negatives are other goals of the same scene, and other times of the same episode at least `gap` apart.
+    An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has.
+    """
+
+    def __init__(
+        self,
+        start: np.ndarray,  # (e + 1,) rows of episode i are start[i]:start[i + 1]
+        goal_id: np.ndarray,  # (e,)
+        scene_id: np.ndarray,  # (e,), -1 where unknown
+        positions: np.ndarray,  # episodes to draw from
+        *,
+        goals: int,
+        episodes: int,
+        frames: int,
+        gap: int,
+        same_scene: float,
+        seed: int,
+    ) -> None:
+        self.start, self.goal_id = start, goal_id
+        self.goals, self.episodes, self.frames, self.gap = goals, episodes, frames, gap
+        self.same_scene, self.seed = same_scene, seed
+        by_goal: dict[int, list[int]] = defaultdict(list)
+        by_scene: dict[int, list[int]] = defaultdict(list)
+        for position in positions:
+            by_goal[int(goal_id[position])].append(int(position))
+            if scene_id[position] >= 0:
+                by_scene[int(scene_id[position])].append(int(position))
+        self.by_goal = {goal: np.array(members) for goal, members in by_goal.items()}
+        self.positions = np.asarray(positions)
+        self.shared_scenes = [np.array(m) for m in by_scene.values() if len({int(goal_id[p]) for p in m}) > 1]
+
+    def rows(self, step: int) -> np.ndarray:
+        """(b,) int64 rows of batch `step`, grouped by episode, in time order."""
+        rng = np.random.default_rng([self.seed, step])
+        drawn: dict[int, None] = {}  # an ordered set of episodes
+        goals_seen: set[int] = set()
+        while len(goals_seen) < min(self.goals, len(self.by_goal)):
+            for anchor in self._anchors(rng):
+                goal = int(self.goal_id[anchor])
+                if goal in goals_seen or len(goals_seen) == self.goals:
+                    continue
+                goals_seen.add(goal)
+                others = self.by_goal[goal]
+                others = rng.permutation(others[others != anchor])[: self.episodes - 1]
+                drawn.update(dict.fromkeys([int(anchor), *others.tolist()]))
+        return np.concatenate([self._frames(rng, position) for position in drawn])
+
+    def _anchors(self, rng: np.random.Generator) -> np.ndarray:
+        """Episodes whose goals enter the batch together: all of one scene, or a single one."""
+        if self.shared_scenes and rng.random() < self.same_scene:
+            return rng.permutation(self.shared_scenes[rng.integers(len(self.shared_scenes))])
+        return self.positions[rng.integers(len(self.positions), size=1)]
+
+    def _frames(self, rng: np.random.Generator, position: int) -> np.ndarray:
+        """Up to M sorted rows of one episode with random spacings of at least `gap`."""
+        length = int(self.start[position + 1] - self.start[position])
+        count = min(self.frames, 1 + (length - 1) // self.gap)
+        slack = length - 1 - (count - 1) * self.gap
+        offsets = np.sort(rng.integers(0, slack + 1, size=count)) + self.gap * np.arange(count)
+        return self.start[position] + offsets

@@ -1,0 +1,95 @@
+"""The terms of stage one, from embeddings and ids to named losses and the health of the batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vla.losses.contrastive import (
+    collision_rate,
+    entropy,
+    info_nce,
+    info_nce_chance,
+    soft_info_nce,
+    soft_targets,
+    weighted_mean,
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss term with what makes its value readable, all () in nats."""
+
+    loss: Tensor
+    chance: Tensor
+    floor: Tensor
+
+
+def vision_language_term(
+    vision: Tensor, language: Tensor, scale: Tensor, goal_of_row: Tensor, goal_of_text: Tensor, progress: Tensor
+) -> Term:
+    """Symmetric multi-positive InfoNCE between images and the batch's distinct texts, positives by goal.
+
+    An early frame does not determine its instruction, so images weigh in by their progress.
+
+    Args:
+        vision: (b, d) unit norm. language: (u, d) unit norm, one row a distinct text.
+        scale: () exponentiated.
+        goal_of_row: (b,) ids. goal_of_text: (u,) ids; every id occurs in both.
+        progress: (b,) in (0, 1], share of the episode that has passed.
+    """
+    positives = goal_of_row[:, None] == goal_of_text[None, :]  # (b, u)
+    loss = info_nce(vision, language, scale, positives, weights=progress)
+    back = info_nce(language, vision, scale, positives.T)
+    chance = info_nce_chance(positives, weights=progress) + info_nce_chance(positives.T)
+    return Term((loss + back) / 2, chance / 2, torch.zeros_like(loss))
+
+
+def soft_term(
+    queries: Tensor, keys: Tensor, scale: Tensor, distances: Tensor, beta: float, valid: Tensor, weights: Tensor
+) -> Term:
+    """Symmetric InfoNCE between rows and rows, soft targets by the distance of what the keys encode.
+
+    Args:
+        queries, keys: (b, d) unit norm. scale: () exponentiated.
+        distances: (b, b) symmetric. beta: width of the targets in the unit of the distances.
+        valid: (b, b) symmetric bool with a true diagonal. weights: (b,), 0 leaves a row out as query.
+    """
+    targets = soft_targets(distances, beta, valid)
+    forward = soft_info_nce(queries, keys, scale, targets, valid=valid, weights=weights)
+    backward = soft_info_nce(keys, queries, scale, targets, valid=valid, weights=weights)
+    return Term(
+        (forward + backward) / 2,
+        weighted_mean(valid.sum(1).float().log(), weights),
+        entropy(targets, weights),
+    )
+
+
+def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int) -> Tensor:
+    """(b, b) bool: other frames of the same episode closer than `gap` timesteps; neither positive nor negative."""
+    close = (episode_id[:, None] == episode_id[None, :]) & (
+        (timestep[:, None] - timestep[None, :]).abs() < gap
+    )
+    return close.fill_diagonal_(False)
+
+
+def idle_chunks(action_chunk: Tensor, action_is_pad: Tensor, rest: Tensor, tolerance: float = 0.05) -> Tensor:
+    """(b,) bool: chunks (b, h, a) that stay within `tolerance` of the resting action (a,), all normalised."""
+    at_rest = ((action_chunk - rest).abs() <= tolerance).all(-1)  # (b, h)
+    return (at_rest | action_is_pad).all(-1)
+
+
+def mean_squared_distances(x: Tensor) -> Tensor:
+    """(b, ...) -> (b, b) mean squared differences, float32, exactly zero on the diagonal."""
+    flat = x.flatten(1).float()
+    return (torch.cdist(flat, flat).square() / flat.shape[1]).fill_diagonal_(0.0)
+
+
+def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
+    """Distinct goals and scenes, collision rate and idle-chunk rate of a batch of (b,) ids."""
+    return {
+        "distinct_goals": goal_id.unique().numel() * torch.ones(()),
+        "distinct_scenes": scene_id.unique().numel() * torch.ones(()),
+        "collision_rate": collision_rate(goal_id),
+        "idle_rate": idle.float().mean(),
+    }

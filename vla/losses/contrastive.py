@@ -1,0 +1,132 @@
+"""Contrastive losses as pure functions. Logits, log-sum-exp and means are float32 whatever the inputs' type."""
+
+import torch
+from torch import Tensor
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    positives: Tensor,
+    *,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Multi-positive InfoNCE from queries to keys: -log of the summed probability of the positives.
+
+    Args:
+        queries: (q, d) unit norm.
+        keys: (k, d) unit norm.
+        logit_scale: () already exponentiated, 1 / temperature.
+        positives: (q, k) bool; every row has at least one.
+        valid: (q, k) bool; False pairs are neither positive nor negative. Default: all valid.
+        weights: (q,) of each query in the mean. Default: equal.
+    Returns:
+        () loss in nats; the mean of log(k / |P_i|) at chance.
+    Raises:
+        ValueError: shapes disagree, or a row has no positive (the row is named).
+    References:
+        arXiv:1807.03748 (InfoNCE), arXiv:2004.11362 (L_in and L_out for several positives).
+    """
+    _check_shapes(queries, keys, positives=positives, valid=valid, weights=weights)
+    if valid is not None:
+        positives = positives & valid
+    has_positive = positives.any(1)
+    if not has_positive.all():
+        raise ValueError(f"row {int((~has_positive).nonzero()[0])} has no valid positive")
+    logits = _logits(queries, keys, logit_scale, valid)
+    per_query = logits.logsumexp(1) - logits.masked_fill(~positives, -torch.inf).logsumexp(1)  # (q,)
+    return weighted_mean(per_query, weights)
+
+
+def soft_info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor,
+    *,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE with soft targets: the cross-entropy of the target distribution over the keys.
+
+    Args:
+        queries: (q, d) unit norm.
+        keys: (k, d) unit norm.
+        logit_scale: () already exponentiated, 1 / temperature.
+        targets: (q, k) non-negative, every row sums to 1 and is zero where not valid (see `soft_targets`).
+        valid: (q, k) bool; False pairs are left out of the normalisation. Default: all valid.
+        weights: (q,) of each query in the mean. Default: equal.
+    Returns:
+        () loss in nats; the mean log of the number of valid keys at chance, the targets' entropy at best.
+    Raises:
+        ValueError: shapes disagree.
+    References:
+        arXiv:2209.12908 and arXiv:2207.08289 use soft contrastive targets in the same form.
+    """
+    _check_shapes(queries, keys, targets=targets, valid=valid, weights=weights)
+    log_probabilities = _logits(queries, keys, logit_scale, valid).log_softmax(1)
+    # 0 * -inf is nan: pairs that are not valid have no target mass and are left out of the sum.
+    products = targets.float() * log_probabilities.masked_fill(targets == 0, 0.0)
+    return weighted_mean(-products.sum(1), weights)
+
+
+def soft_targets(distances: Tensor, beta: float, valid: Tensor | None = None) -> Tensor:
+    """Target distribution softmax(-d / beta) over the valid keys of each row; (q, k), `beta` in the unit of `distances`.
+
+    Raises:
+        ValueError: `beta` is not positive, or a row has no valid key (the row is named).
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    logits = -distances.float() / beta
+    if valid is not None:
+        if not valid.any(1).all():
+            raise ValueError(f"row {int((~valid.any(1)).nonzero()[0])} has no valid key")
+        logits = logits.masked_fill(~valid, -torch.inf)
+    return logits.softmax(1)
+
+
+def info_nce_chance(positives: Tensor, valid: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """() loss of `info_nce` when all similarities are equal: the mean of log(k_i / |P_i|) over valid pairs."""
+    valid = torch.ones_like(positives) if valid is None else valid
+    per_query = valid.sum(1).float().log() - (positives & valid).sum(1).float().log()
+    return weighted_mean(per_query, weights)
+
+
+def entropy(targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """() mean entropy of the rows of `targets` (q, k) in nats: the floor of `soft_info_nce`."""
+    return weighted_mean(torch.special.entr(targets.float()).sum(1), weights)
+
+
+def collision_rate(goal_ids: Tensor) -> Tensor:
+    """() share of the rows of (b,) ids with at least one other row of the same id: the diagonal's false negatives."""
+    _, inverse, counts = goal_ids.unique(return_inverse=True, return_counts=True)
+    return (counts[inverse] > 1).float().mean()
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """() mean of (q,) values with (q,) weights; equal weights if none are given."""
+    if weights is None:
+        return values.mean()
+    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _logits(queries: Tensor, keys: Tensor, logit_scale: Tensor, valid: Tensor | None) -> Tensor:
+    with torch.autocast(queries.device.type, enabled=False):
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        logits = logit_scale.to(dtype) * (queries.to(dtype) @ keys.to(dtype).T)
+    return logits if valid is None else logits.masked_fill(~valid, -torch.inf)
+
+
+def _check_shapes(queries: Tensor, keys: Tensor, **pairs: Tensor | None) -> None:
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
+        raise ValueError(f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} must be (q, d) and (k, d)")
+    weights = pairs.pop("weights", None)
+    if weights is not None and weights.shape != (len(queries),):
+        raise ValueError(f"weights {tuple(weights.shape)} must be ({len(queries)},)")
+    expected = (len(queries), len(keys))
+    for name, tensor in pairs.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be (q, k) = {expected}")

@@ -1,0 +1,126 @@
+"""The stage-one model: CLIP towers, the text-conditioned pooler, action and state encoders, projections, scales."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
+from vla.models.clip import text_features, vision_features
+from vla.models.pooler import TextConditionedPooler
+
+MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
+PAIRS = ("vision_language", "context_action", "state")
+
+
+@dataclass(frozen=True)
+class AlignmentEmbeds:
+    """Unit-norm embeddings of a batch: images and rows (b, d), distinct texts (u, d)."""
+
+    vision: Tensor
+    language: Tensor
+    context: Tensor
+    action: Tensor
+    scene: Tensor
+    state: Tensor
+
+
+class AlignmentModel(nn.Module):
+    """CLIP plus everything stage one trains beside it; `clip` is what other programs load."""
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        *,
+        horizon: int,
+        action_dim: int,
+        state_dim: int,
+        pooler_width: int,
+        queries: int,
+        temperature: float,
+        learn_temperature: bool,
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        vision, text, d = clip.config.vision_config, clip.config.text_config, clip.config.projection_dim
+        self.pooler = TextConditionedPooler(
+            vision.hidden_size,
+            text.hidden_size,
+            n_patches=(vision.image_size // vision.patch_size) ** 2,
+            width=pooler_width,
+            queries=queries,
+        )
+        self.context_projection = ProjectionHead(queries * pooler_width, d)
+        self.action_encoder = ActionEncoder(horizon, action_dim)
+        self.action_projection = ProjectionHead(256, d)
+        self.scene_projection = ProjectionHead(vision.hidden_size, d)
+        self.state_encoder = mlp(state_dim, 128, 128)
+        self.state_projection = ProjectionHead(128, d)
+        start = torch.tensor(math.log(1 / temperature), dtype=torch.float32)
+        self.logit_scales = nn.ParameterDict(
+            {pair: nn.Parameter(start.clone(), requires_grad=learn_temperature) for pair in PAIRS}
+        )
+        clip.logit_scale.requires_grad_(False)  # the trained scale is written there by `exported_clip`
+
+    def scale(self, pair: str) -> Tensor:
+        """() exponentiated scale of a pair, at most 100."""
+        return self.logit_scales[pair].clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def clamp_scales(self) -> None:
+        """Keep every log scale at most log 100 after an update, so that it can come back down."""
+        with torch.no_grad():
+            for scale in self.logit_scales.values():
+                scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    def exported_clip(self) -> CLIPModel:
+        """The CLIP model with the trained vision-language scale where CLIP keeps it."""
+        with torch.no_grad():
+            self.clip.logit_scale.copy_(self.logit_scales["vision_language"])
+        return self.clip
+
+    def forward(
+        self,
+        pixels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        text_of_row: Tensor,
+        action_chunk: Tensor,
+        action_is_pad: Tensor,
+        state: Tensor,
+        text_gradient: float = 0.1,
+    ) -> AlignmentEmbeds:
+        """Embed a batch.
+
+        Args:
+            pixels: (b, 3, H, W) normalised images.
+            input_ids, attention_mask: (u, l) of the distinct texts.
+            text_of_row: (b,) index of each row's text among them.
+            action_chunk, action_is_pad: (b, h, a) normalised and (b, h).
+            state: (b, s) normalised.
+            text_gradient: share of the context term's gradient that reaches the words.
+        """
+        tokens, pooled = vision_features(self.clip, pixels)  # (b, n, w), (b, w)
+        words, text_pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
+        context = self.context_features(tokens, words, attention_mask, text_of_row, text_gradient)
+        return AlignmentEmbeds(
+            vision=unit(self.clip.visual_projection(pooled)),
+            language=unit(self.clip.text_projection(text_pooled)),
+            context=self.context_projection(context),
+            action=self.action_projection(self.action_encoder(action_chunk, action_is_pad)),
+            scene=self.scene_projection(tokens.mean(1)),
+            state=self.state_projection(self.state_encoder(state)),
+        )
+
+    def context_features(
+        self, tokens: Tensor, words: Tensor, mask: Tensor, text_of_row: Tensor, text_gradient: float = 1.0
+    ) -> Tensor:
+        """(b, q * width): the patch tokens (b, n, w) pooled by each row's text among (u, l, w) words."""
+        words = text_gradient * words + (1 - text_gradient) * words.detach()
+        return self.pooler(tokens, words[text_of_row], mask[text_of_row]).flatten(1)
+
+
+def unit(features: Tensor) -> Tensor:
+    """L2-normalised in float32."""
+    return nn.functional.normalize(features.float(), dim=-1)
