@@ -5,8 +5,8 @@ Axes: b batch, t time, h horizon, a action, s state, d embedding, n tokens, c/H/
 name says otherwise. Actions are in environment units until normalised by `vla.data.normalization`.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -32,9 +32,10 @@ class UserError(Exception):
 class TripletBatch:
     """Vision-language-action triplets, rows aligned.
 
-    frames: (b, H, W, 3) uint8, augmented. later_frames: (b, H, W, 3) uint8 of `later_timestep`, or None.
+    frames: (b, H, W, 3) uint8.
     state: (b, s) float32, normalised. action_chunk: (b, h, a) float32, normalised.
     action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes.
+    progress: (b,) float32 in (0, 1], share of the episode that has passed.
     """
 
     frames: np.ndarray
@@ -46,7 +47,11 @@ class TripletBatch:
     scene_id: np.ndarray
     episode_id: np.ndarray
     timestep: np.ndarray
-    later_frames: np.ndarray | None = None
+    progress: np.ndarray
+
+    def replace(self, **changes: np.ndarray) -> Self:
+        """A copy with some arrays exchanged."""
+        return replace(self, **changes)
 
 
 class ChunkPolicy(Protocol):

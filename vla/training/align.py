@@ -1,0 +1,381 @@
+"""Stage one: align the vision and language encoders on vision-language-action triplets.
+
+`train_align` is the whole loop, top to bottom. A step is: sample triplets, embed them, cosine similarities, losses,
+back-propagation, update. Batches depend on (seed, step) alone, so a resumed run repeats the uninterrupted one exactly.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vla.config import AlignConfig, LossConfig, TowerConfig
+from vla.data.batches import Normalizers, TripletSource, training_batch
+from vla.data.episodes import Episodes, read_episodes, split_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import compute_norm_stats, normalize_quantile
+from vla.data.sampler import GoalSampler
+from vla.eval.alignment import measure_alignment
+from vla.eval.alignment_report import write_alignment_report
+from vla.losses.alignment import (
+    Term,
+    batch_health,
+    idle_chunks,
+    mean_squared_distances,
+    near_duplicates,
+    soft_term,
+    vision_language_term,
+)
+from vla.models.alignment import AlignmentModel
+from vla.models.clip import build_clip, load_clip, pixel_values, resize_positions, save_clip, tokenize
+from vla.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from vla.training.optim import adamw, schedule, set_learning_rate
+from vla.training.prefetch import prefetch
+from vla.training.run import RunFolder
+from vla.types import TripletBatch, UserError
+from vla.versions import versions
+
+
+def train_align(config: AlignConfig) -> Path:
+    """Run stage one and return the folder of the aligned encoder.
+
+    Raises:
+        UserError: unusable data, encoder or run folder, or a loss that is not finite.
+    """
+    torch.set_num_threads(config.threads)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise UserError("stage one gathers no negatives across processes; start it with one process")
+    torch.manual_seed(config.seed)
+    run = RunFolder(Path(config.output), config, resume=config.resume)
+
+    episodes = read_episodes(config.data.root, config.data.camera)
+    train, validation = split_episodes(episodes, config.data.holdout, config.seed)
+    train = limit_per_goal(episodes, train, config.data.episodes_per_goal, config.seed)
+    frames = open_frames(episodes, config.data.image_size, config.data.cache, config.data.workers)
+    rows = rows_of(episodes, train)
+    stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))
+    source = TripletSource(episodes, frames, stats, config.horizon)
+    sampler = GoalSampler(
+        episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
+    )
+    relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
+
+    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    model = AlignmentModel(
+        clip,
+        horizon=config.horizon,
+        action_dim=episodes.action.shape[1],
+        state_dim=episodes.state.shape[1],
+        pooler_width=config.loss.pooler_width,
+        queries=config.loss.queries,
+        temperature=config.loss.temperature,
+        learn_temperature=config.loss.learn_temperature,
+    )
+    tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
+    optimizer = adamw([(model.clip, tower_lr), (model, config.optimizer.lr)], config.optimizer.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
+    rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), stats.action))
+
+    first = restore(run, model, optimizer) if config.resume else 0
+    say(accelerator, describe(config, episodes, train, validation, model, first))
+
+    def make_batch(step: int) -> TripletBatch:
+        return training_batch(
+            source,
+            sampler,
+            step,
+            shift_px=config.data.shift_px,
+            color_jitter=config.data.color_jitter,
+            text_of_episode=relabel,
+            shuffle_actions=config.shuffle in ("action", "all"),
+        )
+
+    window: list[dict[str, float]] = []
+    started = time.perf_counter()
+    bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0)
+    for step, batch, waited in prefetch(make_batch, first, config.steps):
+        begun = time.perf_counter()
+        set_learning_rate(optimizer, schedule(step, config.steps, config.optimizer.warmup))
+        terms, health = batch_terms(
+            model, batch, input_ids, attention_mask, rest, config.loss, config.batch.gap, accelerator
+        )
+        loss = torch.stack([weight_of(config.loss, name) * term.loss for name, term in terms.items()]).sum()
+        if not torch.isfinite(loss):
+            stop_on_nonfinite(run.folder, step, batch, terms)
+        accelerator.backward(loss)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.unwrap_model(model).clamp_scales()
+
+        seconds = time.perf_counter() - begun
+        window.append(
+            step_metrics(terms, health, loss, grad_norm, accelerator.unwrap_model(model))
+            | {"triplets_per_s": len(batch.frames) / (seconds + waited), "data_wait": waited / (seconds + waited)}
+        )
+        bar.update()
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
+            metrics["lr"] = optimizer.param_groups[-1]["lr"]
+            run.log(done, metrics | {"samples": digest(batch)})
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", excess=f"{metrics['context_action/excess']:.3f}")
+            window.clear()
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            measured = measure(model, source, validation, input_ids, attention_mask, accelerator)
+            run.log(done, {f"validation/{key}": value for key, value in measured.items()})
+        if done % config.save_every == 0 or done == config.steps:
+            checkpoint(run, done, accelerator.unwrap_model(model), optimizer)
+    bar.close()
+
+    measured = measure(model, source, validation, input_ids, attention_mask, accelerator)
+    run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
+    seconds = time.perf_counter() - started
+    encoder = export(run.folder, config, episodes, accelerator.unwrap_model(model), tokenizer, measured, seconds)
+    write_alignment_report(run.folder)
+    run.close()
+    say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
+    return encoder
+
+
+def batch_terms(
+    model: AlignmentModel,
+    batch: TripletBatch,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rest: Tensor,
+    loss: LossConfig,
+    gap: int,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Term], dict[str, Tensor]]:
+    """The loss terms that are switched on, and the health of the batch; every distinct text is encoded once."""
+    device = accelerator.device
+    ids = {
+        name: torch.from_numpy(getattr(batch, name)).to(device)
+        for name in ("text_id", "goal_id", "scene_id", "episode_id", "timestep", "progress")
+    }
+    action_chunk = torch.from_numpy(batch.action_chunk).to(device)
+    action_is_pad = torch.from_numpy(batch.action_is_pad).to(device)
+    state = torch.from_numpy(batch.state).to(device)
+    texts, text_of_row = ids["text_id"].unique(return_inverse=True)
+    length = int(attention_mask[texts].sum(1).max())
+    with accelerator.autocast():
+        embeds = model(
+            pixel_values(torch.from_numpy(batch.frames).to(device)),
+            input_ids[texts, :length],
+            attention_mask[texts, :length],
+            text_of_row,
+            action_chunk,
+            action_is_pad,
+            state,
+        )
+    unwrapped = accelerator.unwrap_model(model)
+    goal_of_text = torch.zeros_like(texts).index_copy_(0, text_of_row, ids["goal_id"])
+    valid = ~near_duplicates(ids["episode_id"], ids["timestep"], gap)
+    idle = idle_chunks(action_chunk, action_is_pad, rest.to(device))
+    moving = (~idle).float() if not idle.all() else torch.ones_like(idle, dtype=torch.float32)
+    terms: dict[str, Term] = {}
+    if loss.context_action:
+        terms["context_action"] = soft_term(
+            embeds.context,
+            embeds.action,
+            unwrapped.scale("context_action"),
+            mean_squared_distances(action_chunk),
+            loss.action_beta,
+            valid,
+            moving,
+        )
+    if loss.vision_language:
+        terms["vision_language"] = vision_language_term(
+            embeds.vision,
+            embeds.language,
+            unwrapped.scale("vision_language"),
+            ids["goal_id"],
+            goal_of_text,
+            ids["progress"],
+        )
+    if loss.state:
+        terms["state"] = soft_term(
+            embeds.scene,
+            embeds.state,
+            unwrapped.scale("state"),
+            mean_squared_distances(state),
+            loss.state_beta,
+            valid,
+            torch.ones(len(state), device=device),
+        )
+    return terms, batch_health(ids["goal_id"], ids["scene_id"], idle)
+
+
+def weight_of(loss: LossConfig, name: str) -> float:
+    """The configured weight of a term."""
+    return getattr(loss, name)
+
+
+def step_metrics(
+    terms: dict[str, Term], health: dict[str, Tensor], loss: Tensor, grad_norm: Tensor, model: AlignmentModel
+) -> dict[str, float]:
+    """What one step logs: each loss with its chance level and its excess over the floor, scales, norms, health."""
+    metrics = {"loss": float(loss.detach()), "grad_norm": float(grad_norm)}
+    for name, term in terms.items():
+        metrics[f"{name}/loss"] = float(term.loss.detach())
+        metrics[f"{name}/chance"] = float(term.chance)
+        metrics[f"{name}/excess"] = float(term.loss.detach() - term.floor)
+        metrics[f"{name}/scale"] = float(model.scale(name).detach())
+    return metrics | {key: float(value) for key, value in health.items()}
+
+
+def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
+    """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer)."""
+    if tower.pretrained is None:
+        sizes = {key: value for key, value in asdict(tower).items() if key != "pretrained"}
+        return build_clip(texts, image_size=image_size, **sizes)
+    clip, tokenizer = load_clip(tower.pretrained)
+    return resize_positions(clip, image_size), tokenizer
+
+
+def measure(
+    model: AlignmentModel,
+    source: TripletSource,
+    validation: np.ndarray,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Alignment measures on the held-out episodes."""
+    unwrapped = accelerator.unwrap_model(model)
+    unwrapped.eval()
+    measured = measure_alignment(unwrapped, source, validation, input_ids, attention_mask)
+    unwrapped.train()
+    return measured
+
+
+def limit_per_goal(episodes: Episodes, positions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """At most `count` of the chosen episodes for each goal, drawn by seed, in their order."""
+    if count is None:
+        return positions
+    shuffled = np.random.default_rng(seed).permutation(positions)
+    goal = episodes.goal_id[shuffled]
+    order = np.argsort(goal, kind="stable")
+    rank = np.arange(len(goal)) - np.searchsorted(goal[order], goal[order])
+    return np.sort(shuffled[order][rank < count])
+
+
+def rows_of(episodes: Episodes, positions: np.ndarray) -> np.ndarray:
+    """All rows of the chosen episodes, in order."""
+    return np.concatenate([np.arange(episodes.start[p], episodes.start[p + 1]) for p in positions])
+
+
+def shuffled_labels(count: int, seed: int) -> np.ndarray:
+    """(e,) whose instruction each episode gets in the shuffled-language control."""
+    return np.random.default_rng([seed, 7]).permutation(count)
+
+
+def digest(batch: TripletBatch) -> str:
+    """A fingerprint of the sampled rows and the augmented pixels, so that a resumed run can be compared."""
+    ids = np.stack([batch.episode_id, batch.timestep]).tobytes()
+    return hashlib.sha256(ids + batch.frames[::17, ::7, ::7].tobytes()).hexdigest()[:16]
+
+
+def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: torch.optim.Optimizer) -> None:
+    """Everything that step + 1 depends on."""
+    tensors, meta = optimizer_tensors(optimizer)
+    save_checkpoint(
+        run.folder,
+        step,
+        {"model": model.state_dict(), "optimizer": tensors, "rng": rng_tensors()},
+        {"step": step, "optimizer": meta},
+    )
+
+
+def restore(run: RunFolder, model: AlignmentModel, optimizer: torch.optim.Optimizer) -> int:
+    """Load the last checkpoint of the run, if any; returns the number of steps done."""
+    path = latest_checkpoint(run.folder)
+    if path is None:
+        run.truncate(0)
+        return 0
+    tensors, state = load_checkpoint(path)
+    model.load_state_dict(tensors["model"], strict=True)
+    restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+    restore_rng(tensors["rng"])
+    run.truncate(state["step"])
+    return state["step"]
+
+
+def export(
+    folder: Path, config: AlignConfig, episodes: Episodes, model: AlignmentModel, tokenizer, measured, seconds
+) -> Path:
+    """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
+    encoder, partial = folder / "clip", folder / "clip.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_clip(partial, model.exported_clip(), tokenizer)
+    shutil.rmtree(encoder, ignore_errors=True)
+    partial.rename(encoder)
+    others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
+    save_file(others, folder / "alignment.safetensors")
+    record = {
+        "loss": asdict(config.loss),
+        "shuffle": config.shuffle,
+        "data": {"root": config.data.root, "fingerprint": episodes.fingerprint, "episodes": len(episodes.goal_id)},
+        "steps": config.steps,
+        "seconds": round(seconds, 1),
+        "metrics": measured,
+        "versions": versions(),
+    }
+    (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
+    return encoder
+
+
+def stop_on_nonfinite(folder: Path, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:
+    """Save the batch that broke the loss, then stop."""
+    bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)]
+    path = folder / f"nonfinite_step_{step:06d}.safetensors"
+    save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in vars(batch).items()}, path)
+    raise UserError(
+        f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}; "
+        "lower --optimizer.lr or use --precision=no, then run again with --resume=true"
+    )
+
+
+def describe(
+    config: AlignConfig,
+    episodes: Episodes,
+    train: np.ndarray,
+    validation: np.ndarray,
+    model: AlignmentModel,
+    first: int,
+) -> str:
+    """What the run is about to do, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    goals = len(np.unique(episodes.goal_id[train]))
+    resumed = f", resumed at step {first}" if first else ""
+    return (
+        f"stage one: {len(train)} episodes ({len(validation)} held out), {goals} goals, "
+        f"{len(episodes.texts)} instructions, {parameters:.1f} M parameters\n"
+        f"{config.steps} steps of up to {config.batch.goals * config.batch.episodes * config.batch.frames} triplets"
+        f"{resumed}; run folder {config.output}"
+    )
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print once, whatever the number of processes."""
+    accelerator.print(text)
