@@ -128,7 +128,9 @@ class PolicyTrainConfig:
     """Stage two: train the action head on the aligned encoder by behaviour cloning; writes a run folder and policy/."""
 
     output: str = "outputs/policy/tabletop"  # run folder
-    encoder: str = "outputs/align/tabletop/clip"  # aligned encoder (a CLIPModel folder); "random" for an untrained tower
+    encoder: str = (
+        "outputs/align/tabletop/clip"  # aligned encoder (a CLIPModel folder); "random" for an untrained tower
+    )
     data: DataConfig = field(default_factory=DataConfig)
     tower: TowerConfig = field(default_factory=TowerConfig)  # used only with encoder=random
     head: HeadConfig = field(default_factory=HeadConfig)

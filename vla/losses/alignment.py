@@ -26,7 +26,12 @@ class Term:
 
 
 def vision_language_term(
-    vision: Tensor, language: Tensor, scale: Tensor, goal_of_row: Tensor, goal_of_text: Tensor, progress: Tensor
+    vision: Tensor,
+    language: Tensor,
+    scale: Tensor,
+    goal_of_row: Tensor,
+    goal_of_text: Tensor,
+    progress: Tensor,
 ) -> Term:
     """Symmetric multi-positive InfoNCE between images and the batch's distinct texts, positives by goal.
 
@@ -46,7 +51,13 @@ def vision_language_term(
 
 
 def soft_term(
-    queries: Tensor, keys: Tensor, scale: Tensor, distances: Tensor, beta: float, valid: Tensor, weights: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    distances: Tensor,
+    beta: float,
+    valid: Tensor,
+    weights: Tensor,
 ) -> Term:
     """Symmetric InfoNCE between rows and rows, soft targets by the distance of what the keys encode.
 
@@ -67,9 +78,7 @@ def soft_term(
 
 def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int) -> Tensor:
     """(b, b) bool: other frames of the same episode closer than `gap` timesteps; neither positive nor negative."""
-    close = (episode_id[:, None] == episode_id[None, :]) & (
-        (timestep[:, None] - timestep[None, :]).abs() < gap
-    )
+    close = (episode_id[:, None] == episode_id[None, :]) & ((timestep[:, None] - timestep[None, :]).abs() < gap)
     return close.fill_diagonal_(False)
 
 

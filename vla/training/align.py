@@ -130,7 +130,10 @@ def train_align(config: AlignConfig) -> Path:
         seconds = time.perf_counter() - begun
         window.append(
             step_metrics(terms, health, loss, grad_norm, accelerator.unwrap_model(model))
-            | {"triplets_per_s": len(batch.frames) / (seconds + waited), "data_wait": waited / (seconds + waited)}
+            | {
+                "triplets_per_s": len(batch.frames) / (seconds + waited),
+                "data_wait": waited / (seconds + waited),
+            }
         )
         bar.update()
         done = step + 1
@@ -335,7 +338,11 @@ def export(
     record = {
         "loss": asdict(config.loss),
         "shuffle": config.shuffle,
-        "data": {"root": config.data.root, "fingerprint": episodes.fingerprint, "episodes": len(episodes.goal_id)},
+        "data": {
+            "root": config.data.root,
+            "fingerprint": episodes.fingerprint,
+            "episodes": len(episodes.goal_id),
+        },
         "steps": config.steps,
         "seconds": round(seconds, 1),
         "metrics": measured,

@@ -1,0 +1,63 @@
+"""The stage-one sampler on small tables of episodes."""
+
+import numpy as np
+
+from vla.data.sampler import GoalSampler
+
+LENGTHS = np.array([20, 20, 5, 20, 20, 30])
+START = np.concatenate([[0], LENGTHS.cumsum()])
+GOALS = np.array([0, 1, 0, 2, 3, 3])
+SCENES = np.array([7, 7, 8, 8, -1, -1])
+
+
+def sampler(**changes):
+    settings = {"goals": 3, "episodes": 2, "frames": 4, "gap": 3, "same_scene": 0.5, "seed": 0}
+    return GoalSampler(START, GOALS, SCENES, np.arange(6), **(settings | changes))
+
+
+def episodes_of(rows):
+    return np.searchsorted(START, rows, side="right") - 1
+
+
+def test_frames_of_one_episode_are_at_least_the_gap_apart():
+    for step in range(50):
+        rows = sampler().rows(step)
+        same = np.diff(episodes_of(rows)) == 0
+        assert np.diff(rows)[same].min() >= 3
+
+
+def test_a_short_episode_gives_fewer_frames_and_stays_inside_itself():
+    for step in range(50):
+        rows = sampler().rows(step)
+        assert (episodes_of(rows) == 2).sum() <= 2
+        assert rows.min() >= 0
+        assert rows.max() < START[-1]
+
+
+def test_a_batch_has_exactly_the_goals_asked_for():
+    for step in range(50):
+        assert len(np.unique(GOALS[episodes_of(sampler().rows(step))])) == 3
+
+
+def test_more_goals_than_there_are_gives_all_of_them():
+    assert set(GOALS[episodes_of(sampler(goals=99).rows(0))]) == {0, 1, 2, 3}
+
+
+def test_same_scene_one_always_brings_two_goals_of_one_scene():
+    for step in range(20):
+        drawn = np.unique(episodes_of(sampler(same_scene=1.0, goals=2, episodes=1).rows(step)))
+        assert len(set(SCENES[drawn])) == 1
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    one = sampler()
+    one.rows(0)
+    np.testing.assert_array_equal(one.rows(5), sampler().rows(5))
+    assert not np.array_equal(sampler(seed=1).rows(5)[:8], sampler().rows(5)[:8])
+
+
+def test_only_the_given_episodes_are_drawn():
+    only = GoalSampler(
+        START, GOALS, SCENES, np.array([1, 3]), goals=4, episodes=2, frames=2, gap=3, same_scene=0.5, seed=0
+    )
+    assert set(episodes_of(np.concatenate([only.rows(s) for s in range(20)]))) == {1, 3}

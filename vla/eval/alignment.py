@@ -1,0 +1,178 @@
+"""Measures of an alignment on held-out episodes: retrieval, zero-shot instruction accuracy, probes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from vla.data.batches import TripletSource
+from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance
+from vla.models.alignment import AlignmentModel, unit
+from vla.models.clip import pixel_values, text_features, vision_features
+from vla.types import TripletBatch
+
+MAX_ROWS = 1500
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Features of held-out rows; b rows, u texts of the data set, all numpy float32."""
+
+    batch: TripletBatch
+    vision: np.ndarray  # (b, d)
+    language: np.ndarray  # (u, d)
+    context: np.ndarray  # (b, d)
+    action: np.ndarray  # (b, d)
+    scene: np.ndarray  # (b, d)
+    state: np.ndarray  # (b, d)
+    pooled_context: np.ndarray  # (b, q * width), before the projection
+    mean_tokens: np.ndarray  # (b, w)
+
+
+def measure_alignment(
+    model: AlignmentModel,
+    source: TripletSource,
+    positions: np.ndarray,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> dict[str, float]:
+    """All measures on the episodes at `positions`, each `NAME` with its `NAME/chance` where one exists."""
+    held_out = embed_rows(model, source, spread_rows(source, positions), input_ids, attention_mask)
+    measures = retrieval_measures(held_out) | zero_shot_measures(held_out, source)
+    measures |= probe_measures(held_out, source)
+    for name in ("vision", "context", "action"):
+        measures[f"rank_me_{name}"] = rank_me(getattr(held_out, name))
+    return measures
+
+
+def spread_rows(source: TripletSource, positions: np.ndarray) -> np.ndarray:
+    """Rows spread evenly over the episodes, first and last included, at most MAX_ROWS."""
+    start = source.episodes.start
+    per_episode = max(2, min(12, MAX_ROWS // max(1, len(positions))))
+    positions = positions[: MAX_ROWS // per_episode]
+    return np.concatenate(
+        [np.unique(np.linspace(start[p], start[p + 1] - 1, per_episode).round().astype(int)) for p in positions]
+    )
+
+
+@torch.no_grad()
+def embed_rows(
+    model: AlignmentModel, source: TripletSource, rows: np.ndarray, input_ids: Tensor, attention_mask: Tensor
+) -> HeldOut:
+    """Embed (b,) rows, not augmented, in evaluation mode's float32."""
+    device = input_ids.device
+    words, text_pooled = text_features(model.clip, input_ids, attention_mask)
+    language = unit(model.clip.text_projection(text_pooled))
+    batch = source.gather(rows)
+    columns: dict[str, list[Tensor]] = {}
+    for first in range(0, len(rows), BATCH):
+        part = slice(first, first + BATCH)
+        pixels = pixel_values(torch.from_numpy(batch.frames[part]).to(device))
+        tokens, pooled = vision_features(model.clip, pixels)
+        text_of_row = torch.from_numpy(batch.text_id[part]).to(device)
+        context = model.context_features(tokens, words, attention_mask, text_of_row)
+        chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
+        pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
+        state = torch.from_numpy(batch.state[part]).to(device)
+        outputs = {
+            "vision": unit(model.clip.visual_projection(pooled)),
+            "context": model.context_projection(context),
+            "action": model.action_projection(model.action_encoder(chunk, pad)),
+            "scene": model.scene_projection(tokens.mean(1)),
+            "state": model.state_projection(model.state_encoder(state)),
+            "pooled_context": context,
+            "mean_tokens": tokens.mean(1),
+        }
+        for name, value in outputs.items():
+            columns.setdefault(name, []).append(value.float().cpu())
+    arrays = {name: torch.cat(values).numpy() for name, values in columns.items()}
+    return HeldOut(batch=batch, language=language.float().cpu().numpy(), **arrays)
+
+
+def retrieval_measures(held_out: HeldOut) -> dict[str, float]:
+    """Multi-positive R@1 and R@5: image -> instruction, instruction -> image, context -> action chunk.
+
+    For actions a key is right if it is the row's own chunk or one at most 0.01 mean squared units away.
+    """
+    batch = held_out.batch
+    texts, first = np.unique(batch.text_id, return_index=True)
+    text_goal = batch.goal_id[first]
+    image_text = held_out.vision @ held_out.language[texts].T  # (b, u)
+    same_goal = batch.goal_id[:, None] == text_goal[None, :]
+    flat = batch.action_chunk.reshape(len(batch.action_chunk), -1)
+    squared = (flat**2).sum(1)
+    distance = (squared[:, None] + squared[None, :] - 2 * flat @ flat.T) / flat.shape[1]
+    near = distance <= 0.01
+    np.fill_diagonal(near, True)
+    pairs = {
+        "image_to_text": (image_text, same_goal),
+        "text_to_image": (image_text.T, same_goal.T),
+        "context_to_action": (held_out.context @ held_out.action.T, near),
+    }
+    measures = {}
+    for name, (similarity, positives) in pairs.items():
+        for k in (1, 5):
+            measures[f"{name}_r{k}"] = recall_at_k(similarity, positives, k)
+            measures[f"{name}_r{k}/chance"] = recall_at_k_chance(positives, k)
+    return measures
+
+
+def zero_shot_measures(held_out: HeldOut, source: TripletSource) -> dict[str, float]:
+    """Is the episode's own instruction the most similar one among its scene's goals, in the second half of it?
+
+    Where scenes are unknown or have one goal, the candidates are the instructions of all held-out goals.
+    """
+    batch, episodes = held_out.batch, source.episodes
+    late = batch.progress > 0.5
+    scene_goals: dict[int, dict[int, int]] = {}
+    for scene, goal, text in zip(episodes.scene_id, episodes.goal_id, episodes.text_id, strict=True):
+        scene_goals.setdefault(int(scene), {}).setdefault(int(goal), int(text))
+    everything = dict(zip(batch.goal_id.tolist(), batch.text_id.tolist(), strict=True))
+    hits, chance = [], []
+    for row in np.flatnonzero(late):
+        scene = int(batch.scene_id[row])
+        candidates = scene_goals.get(scene, {}) if scene >= 0 else {}
+        if len(candidates) < 2:
+            candidates = everything
+        if len(candidates) < 2:
+            continue
+        goals = list(candidates)
+        texts = np.array([candidates[g] for g in goals])
+        best = goals[int((held_out.language[texts] @ held_out.vision[row]).argmax())]
+        hits.append(best == int(batch.goal_id[row]))
+        chance.append(1 / len(goals))
+    if not hits:
+        return {}
+    return {"zero_shot": float(np.mean(hits)), "zero_shot/chance": float(np.mean(chance))}
+
+
+def probe_measures(held_out: HeldOut, source: TripletSource) -> dict[str, float]:
+    """Ridge probes, fitted and scored on different episodes: R^2 for the proprio state, from the mean patch token,
+    and for the instructed object's position, from the text-conditioned context; the latter also without the right text.
+    """
+    batch = held_out.batch
+    fit = batch.episode_id % 2 == 0
+    if fit.all() or not fit.any():
+        return {}
+    measures = {"state_probe_r2": ridge_r2(held_out.mean_tokens, batch.state, fit)}
+    if source.episodes.target is not None:
+        target = source.episodes.target[source.rows_of_batch(batch)]
+        known = np.isfinite(target).all(1)
+        if known[fit].sum() > 20 and known[~fit].sum() > 20:
+            measures["target_probe_r2"] = ridge_r2(held_out.pooled_context[known], target[known], fit[known])
+            measures["target_probe_r2_no_text"] = ridge_r2(held_out.mean_tokens[known], target[known], fit[known])
+    return measures
+
+
+def ridge_r2(features: np.ndarray, targets: np.ndarray, fit: np.ndarray) -> float:
+    """R^2, averaged over target dimensions that vary, of a ridge regression fitted on `fit` and scored on the rest."""
+    mean, std = features[fit].mean(0), features[fit].std(0) + 1e-6
+    standard = (features - mean) / std
+    model = Ridge(alpha=10.0).fit(standard[fit], targets[fit])
+    residual = ((targets[~fit] - model.predict(standard[~fit])) ** 2).sum(0)
+    total = ((targets[~fit] - targets[~fit].mean(0)) ** 2).sum(0)
+    varies = total > 1e-8
+    return float((1 - residual[varies] / total[varies]).mean()) if varies.any() else float("nan")

@@ -1,0 +1,35 @@
+"""Retrieval and classification with several right answers, always beside their chance level."""
+
+import numpy as np
+from scipy.special import gammaln
+
+
+def recall_at_k(similarity: np.ndarray, positives: np.ndarray, k: int) -> float:
+    """Share of the queries with at least one positive among the k most similar keys.
+
+    Args:
+        similarity: (q, n). positives: (q, n) bool; rows without a positive are left out.
+    """
+    has = positives.any(1)
+    k = min(k, similarity.shape[1])
+    top = np.argpartition(-similarity[has], k - 1, axis=1)[:, :k]
+    return float(np.take_along_axis(positives[has], top, axis=1).any(1).mean())
+
+
+def recall_at_k_chance(positives: np.ndarray, k: int) -> float:
+    """`recall_at_k` of a random order: the mean of 1 - C(n - p, k) / C(n, k)."""
+    p = positives.sum(1)[positives.any(1)].astype(float)  # (q,)
+    n = positives.shape[1]
+    k = min(k, n)
+    possible = n - p >= k
+    left = np.where(possible, n - p, n)
+    log_miss = gammaln(left + 1) - gammaln(left - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
+    return float(np.mean(np.where(possible, 1 - np.exp(log_miss), 1.0)))
+
+
+def rank_me(embeds: np.ndarray) -> float:
+    """Effective rank of (b, d) embeddings: exp of the entropy of the singular values (arXiv:2210.02885)."""
+    singular = np.linalg.svd(embeds - embeds.mean(0), compute_uv=False)
+    p = singular / max(singular.sum(), 1e-12)
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))
