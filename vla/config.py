@@ -26,7 +26,6 @@ class CollectConfig:
     noisy_share: float = 0.5  # share of the episodes collected with noise
     seed: int = 0  # seed of the first scene; scene i uses seed + i
     workers: int = 2  # processes
-    video: bool = False  # store frames as video instead of PNG
 
 
 @dataclass

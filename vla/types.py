@@ -22,6 +22,8 @@ GOAL_KEY = "goal_id"
 SCENE_KEY = "scene_id"
 SEED_KEY = "seed"
 SUCCESS_KEY = "success"
+# Optional, (2,) float32 metres a row: where the instructed object is. Only probes read it.
+TARGET_KEY = "target_position"
 
 
 class UserError(Exception):

@@ -159,7 +159,7 @@ def probe_measures(held_out: HeldOut, source: TripletSource) -> dict[str, float]
         return {}
     measures = {"state_probe_r2": ridge_r2(held_out.mean_tokens, batch.state, fit)}
     if source.episodes.target is not None:
-        target = source.episodes.target[source.rows_of_batch(batch)]
+        target = source.episodes.target[source.episodes.start[batch.episode_id] + batch.timestep]
         known = np.isfinite(target).all(1)
         if known[fit].sum() > 20 and known[~fit].sum() > 20:
             measures["target_probe_r2"] = ridge_r2(held_out.pooled_context[known], target[known], fit[known])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
-from vla.data.episodes import Episodes, read_episodes, split_episodes
+from vla.data.episodes import Episodes, read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler
@@ -281,11 +281,6 @@ def limit_per_goal(episodes: Episodes, positions: np.ndarray, count: int | None,
     order = np.argsort(goal, kind="stable")
     rank = np.arange(len(goal)) - np.searchsorted(goal[order], goal[order])
     return np.sort(shuffled[order][rank < count])
-
-
-def rows_of(episodes: Episodes, positions: np.ndarray) -> np.ndarray:
-    """All rows of the chosen episodes, in order."""
-    return np.concatenate([np.arange(episodes.start[p], episodes.start[p + 1]) for p in positions])
 
 
 def shuffled_labels(count: int, seed: int) -> np.ndarray:

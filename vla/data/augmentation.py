@@ -1,0 +1,45 @@
+"""Image augmentation on uint8 batches: random shift and colour. No flips, which change the meaning of "left"."""
+
+import cv2
+import numpy as np
+
+
+def augment(frames: np.ndarray, rng: np.random.Generator, shift_px: int, color_jitter: float) -> np.ndarray:
+    """Shift each picture by up to `shift_px` (edges repeated) and change its brightness, contrast and colour balance.
+
+    Args:
+        frames: (b, H, W, 3) uint8.
+        rng: all randomness.
+        shift_px: largest shift on each axis.
+        color_jitter: gains and contrast in 1 +- this, a different gain for each channel by a quarter of it.
+    Returns:
+        (b, H, W, 3) uint8, new memory.
+    """
+    count = len(frames)
+    shifts = rng.integers(-shift_px, shift_px + 1, size=(count, 2))
+    tables = color_tables(rng, count, color_jitter) if color_jitter else None
+    out = np.empty_like(frames)
+    for index in range(count):
+        moved = shift(frames[index], *shifts[index], shift_px) if shift_px else frames[index]
+        if tables is None:
+            out[index] = moved
+        else:
+            cv2.LUT(moved, tables[index], dst=out[index])
+    return out
+
+
+def shift(image: np.ndarray, down: int, right: int, most: int) -> np.ndarray:
+    """(H, W, 3) moved by whole pixels, at most `most`, edges repeated."""
+    height, width = image.shape[:2]
+    padded = cv2.copyMakeBorder(image, most, most, most, most, cv2.BORDER_REPLICATE)
+    return padded[most - down : most - down + height, most - right : most - right + width]
+
+
+def color_tables(rng: np.random.Generator, count: int, strength: float) -> np.ndarray:
+    """(count, 1, 256, 3) uint8 look-up tables: contrast about the middle, then gain."""
+    levels = np.arange(256, dtype=np.float32)
+    contrast = rng.uniform(1 - strength, 1 + strength, size=(count, 1, 1))
+    gain = rng.uniform(1 - strength, 1 + strength, size=(count, 1, 1))
+    balance = rng.uniform(1 - strength / 4, 1 + strength / 4, size=(count, 3, 1))
+    changed = ((levels - 128) * contrast + 128) * gain * balance
+    return np.ascontiguousarray(np.clip(changed, 0, 255).astype(np.uint8).transpose(0, 2, 1)[:, None])

@@ -1,0 +1,209 @@
+"""Reader of LeRobotDataset v3 roots: actions, states and ids in memory, pictures left on disk. No hub, no video here."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla.data.validation import validate
+from vla.types import (
+    ACTION_KEY,
+    GOAL_KEY,
+    IMAGE_KEY,
+    IMAGES_PREFIX,
+    SCENE_KEY,
+    SEED_KEY,
+    STATE_KEY,
+    SUCCESS_KEY,
+    TARGET_KEY,
+    UserError,
+)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Everything of a data set but its pictures. r rows, e episodes; rows of an episode are contiguous, in time order."""
+
+    root: Path
+    camera: str
+    fps: int
+    state: np.ndarray  # (r, s) float32
+    action: np.ndarray  # (r, a) float32
+    timestep: np.ndarray  # (r,) int32
+    episode_of_row: np.ndarray  # (r,) int32, position in the e-arrays
+    frame_row: np.ndarray  # (r,) int64, row of the frame store
+    start: np.ndarray  # (e + 1,) int64, rows of episode i are start[i]:start[i + 1]
+    episode_index: np.ndarray  # (e,) LeRobot's
+    text_id: np.ndarray  # (e,) int64, indexes `texts`
+    goal_id: np.ndarray  # (e,) int64, indexes `goals`
+    scene_id: np.ndarray  # (e,) int64, -1 where unknown
+    seed: np.ndarray  # (e,) int64, -1 where unknown
+    success: np.ndarray  # (e,) bool
+    texts: tuple[str, ...]
+    goals: tuple[str, ...]
+    fingerprint: str  # of the data set's files
+    target: np.ndarray | None = None  # (r, 2) float32, m: where the instructed object is, if recorded
+    extra: dict | None = None  # meta/concord.json, if there is one
+
+    def gather_frames(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(b, H, W, 3) uint8 pictures of (b,) rows from the frame store."""
+        return store[self.frame_row[rows]]
+
+    def length(self) -> np.ndarray:
+        """(e,) timesteps of each episode."""
+        return np.diff(self.start)
+
+
+def read_episodes(root: Path | str, camera: str | None = None) -> Episodes:
+    """Open a data set; goals and texts come from the task strings where the id columns are missing.
+
+    Args:
+        root: folder of a LeRobotDataset v3.
+        camera: image key; may be left out if there is only one.
+    Raises:
+        UserError: not a sound data set (the first problem is named), or no such camera.
+    """
+    root = Path(root)
+    problems = validate(root)
+    if problems:
+        more = f" (and {len(problems) - 1} more; `python scripts/doctor.py --data={root}` lists them)"
+        raise UserError(problems[0] + (more if len(problems) > 1 else ""))
+    info = json.loads((root / "meta" / "info.json").read_text())
+    camera = choose_camera(root, info["features"], camera)
+    optional = [k for k in (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY, TARGET_KEY) if k in info["features"]]
+    columns = [STATE_KEY, ACTION_KEY, "episode_index", "frame_index", "task_index", "index", *optional]
+    table = pa.concat_tables(pq.read_table(p, columns=columns) for p in data_files(root))
+    extra_path = root / "meta" / "concord.json"
+    extra = json.loads(extra_path.read_text()) if extra_path.is_file() else None
+
+    episode, frame = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
+    order = np.lexsort((frame, episode))
+    episode_index, first, counts = np.unique(episode[order], return_index=True, return_counts=True)
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def vectors(key: str) -> np.ndarray:
+        return matrix(table[key])[order]
+
+    def of_episode(key: str, default: int) -> np.ndarray:
+        if key not in optional:
+            return np.full(len(episode_index), default, np.int64)
+        return table[key].to_numpy()[order][first].astype(np.int64)
+
+    tasks = pq.read_table(root / "meta" / "tasks.parquet").to_pylist()
+    text_of_task = {row["task_index"]: row.get("task", row.get("__index_level_0__")) for row in tasks}
+    episode_texts = [str(text_of_task[t]) for t in table["task_index"].to_numpy()[order][first]]
+    texts, text_id = np.unique(episode_texts, return_inverse=True)
+    if GOAL_KEY in optional:
+        goal_id = of_episode(GOAL_KEY, 0)
+        goals = tuple((extra or {}).get("goals", [str(g) for g in range(int(goal_id.max()) + 1)]))
+    else:
+        goal_id, goals = text_id.astype(np.int64), tuple(texts.tolist())
+    return Episodes(
+        root=root,
+        camera=camera,
+        fps=int(info["fps"]),
+        state=vectors(STATE_KEY),
+        action=vectors(ACTION_KEY),
+        timestep=frame[order].astype(np.int32),
+        episode_of_row=np.repeat(np.arange(len(episode_index), dtype=np.int32), counts),
+        frame_row=order.astype(np.int64),
+        start=start,
+        episode_index=episode_index,
+        text_id=text_id.astype(np.int64),
+        goal_id=goal_id,
+        scene_id=of_episode(SCENE_KEY, -1),
+        seed=of_episode(SEED_KEY, -1),
+        success=of_episode(SUCCESS_KEY, 1).astype(bool),
+        texts=tuple(texts.tolist()),
+        goals=goals,
+        fingerprint=fingerprint(root),
+        target=vectors(TARGET_KEY) if TARGET_KEY in optional else None,
+        extra=extra,
+    )
+
+
+def select(episodes: Episodes, positions: np.ndarray) -> Episodes:
+    """Only the episodes at (n,) positions, in that order; rows still point at their pictures."""
+    positions = np.asarray(positions)
+    rows = rows_of(episodes, positions)
+    counts = episodes.length()[positions]
+    return replace(
+        episodes,
+        state=episodes.state[rows],
+        action=episodes.action[rows],
+        timestep=episodes.timestep[rows],
+        episode_of_row=np.repeat(np.arange(len(positions), dtype=np.int32), counts),
+        frame_row=episodes.frame_row[rows],
+        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        **{
+            name: getattr(episodes, name)[positions]
+            for name in ("episode_index", "text_id", "goal_id", "scene_id", "seed", "success")
+        },
+        target=None if episodes.target is None else episodes.target[rows],
+    )
+
+
+def rows_of(episodes: Episodes, positions: np.ndarray) -> np.ndarray:
+    """All rows of the episodes at (n,) positions, in order."""
+    if len(positions) == 0:
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(episodes.start[p], episodes.start[p + 1]) for p in positions])
+
+
+def split_episodes(episodes: Episodes, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the validation episodes; episodes of one scene stay together.
+
+    At least one group is held out, and at least one stays for training.
+    """
+    unknown = episodes.scene_id < 0
+    group = np.where(unknown, -1 - np.arange(len(unknown)), episodes.scene_id)
+    groups = np.random.default_rng([seed, 3]).permutation(np.unique(group))
+    if len(groups) < 2:
+        raise UserError(f"{episodes.root}: one scene or episode only; nothing can be held out for validation")
+    count = min(max(1, round(holdout * len(groups))), len(groups) - 1)
+    held_out = np.isin(group, groups[:count])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def choose_camera(root: Path, features: dict, camera: str | None) -> str:
+    """The camera's image key."""
+    cameras = [
+        key
+        for key, feature in features.items()
+        if feature["dtype"] in ("image", "video") and (key == IMAGE_KEY or key.startswith(IMAGES_PREFIX))
+    ]
+    listed = ", ".join(cameras) or "none"
+    if camera is None:
+        if len(cameras) != 1:
+            raise UserError(f"{root}: name one of its cameras with --data.camera=KEY ({listed})")
+        return cameras[0]
+    if camera not in cameras:
+        raise UserError(f"{root}: data.camera {camera!r} is not one of its cameras ({listed})")
+    return camera
+
+
+def data_files(root: Path) -> list[Path]:
+    """The data set's parquet files, in row order."""
+    return sorted(root.glob("data/*/*.parquet"))
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """(r, n) float32 of a column of vectors or scalars."""
+    flat = column.combine_chunks()
+    values = flat.flatten() if pa.types.is_nested(flat.type) else flat
+    return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+
+
+def fingerprint(root: Path) -> str:
+    """A digest of the data set's metadata and of every data file's name, size and last 64 kB."""
+    digest = hashlib.sha256()
+    for path in [root / "meta" / "info.json", root / "meta" / "stats.json", *data_files(root)]:
+        digest.update(path.name.encode() + str(path.stat().st_size).encode())
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

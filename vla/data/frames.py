@@ -1,0 +1,161 @@
+"""Frame store: a camera's pictures, decoded once, resized, as one memory-mapped uint8 array."""
+
+import errno
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from vla.data.episodes import Episodes, data_files
+from vla.types import UserError
+
+
+def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, workers: int = 2) -> np.ndarray:
+    """The frame store of a data set, built if it is absent or damaged.
+
+    Args:
+        episodes: the data set; its `frame_row` indexes the result.
+        image_size: side of the stored pictures, px.
+        cache: folder of the store; default ROOT/.concord.
+        workers: processes that decode.
+    Returns:
+        (rows of the data set, image_size, image_size, 3) uint8, memory-mapped, read-only.
+    Raises:
+        UserError: a picture cannot be decoded, or the disk is full.
+    """
+    folder = Path(cache) if cache else episodes.root / ".concord"
+    path = folder / f"frames_{episodes.fingerprint}_{episodes.camera.replace('.', '_')}_{image_size}.npy"
+    counts = [pq.read_metadata(p).num_rows for p in data_files(episodes.root)]
+    shape = (sum(counts), image_size, image_size, 3)
+    store = _open_if_whole(path, shape)
+    if store is not None:
+        return store
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        _need_space(folder, int(np.prod(shape)))
+        np.lib.format.open_memmap(partial_path, mode="w+", dtype=np.uint8, shape=shape).flush()
+        _build(episodes, partial_path, counts, workers)
+        with partial_path.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial_path.rename(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{folder}: disk full while building the frame store; set --data.cache=FOLDER") from error
+        raise
+    finally:
+        partial_path.unlink(missing_ok=True)
+    return _open_if_whole(path, shape)
+
+
+def _open_if_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The store if it has the right shape and size; None (and the file gone) if not."""
+    if not path.is_file():
+        return None
+    try:
+        store = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        store = None
+    if store is None or store.shape != shape or store.dtype != np.uint8:
+        path.unlink()
+        return None
+    return store
+
+
+def _need_space(folder: Path, size: int) -> None:
+    if shutil.disk_usage(folder).free < size + (64 << 20):
+        raise OSError(errno.ENOSPC, "not enough space", str(folder))
+
+
+def _build(episodes: Episodes, path: Path, counts: list[int], workers: int) -> None:
+    info = json.loads((episodes.root / "meta" / "info.json").read_text())
+    if info["features"][episodes.camera]["dtype"] == "video":
+        return _build_from_video(episodes, path, info)
+    jobs = []
+    first = 0
+    for file, _count in zip(data_files(episodes.root), counts, strict=True):
+        for group in range(pq.read_metadata(file).num_row_groups):
+            size = pq.read_metadata(file).row_group(group).num_rows
+            jobs.append((file, group, first, size))
+            first += size
+    work = partial(_decode_group, path, episodes.camera)
+    bar = tqdm(total=sum(counts), desc="frame store", unit="frame", mininterval=1.0)
+    with bar:
+        if workers == 1 or len(jobs) == 1:
+            for done in map(work, jobs):
+                bar.update(done)
+            return None
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for done in pool.map(work, jobs, chunksize=max(1, len(jobs) // (8 * workers))):
+                bar.update(done)
+    return None
+
+
+def _decode_group(path: Path, camera: str, job: tuple[Path, int, int, int]) -> int:
+    """Decode one row group into its rows of the store; returns how many."""
+    file, group, first, count = job
+    cv2.setNumThreads(1)
+    store = np.lib.format.open_memmap(path, mode="r+")
+    column = pq.ParquetFile(file).read_row_group(group, columns=[camera])[camera].to_pylist()
+    for offset, picture in enumerate(column):
+        encoded = picture["bytes"]
+        if encoded is None:
+            encoded = (file.parents[2] / picture["path"]).read_bytes()
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if image is None:
+            raise UserError(f"{file}: {camera} of row {offset} in row group {group} is not a picture")
+        store[first + offset] = resize(image, store.shape[1])
+    store.flush()
+    return count
+
+
+def _build_from_video(episodes: Episodes, path: Path, info: dict) -> None:
+    """Decode the camera's videos in order; every episode's frames start at its recorded timestamp."""
+    import av
+
+    store = np.lib.format.open_memmap(path, mode="r+")
+    files = sorted((episodes.root / "meta" / "episodes").glob("*/*.parquet"))
+    prefix = f"videos/{episodes.camera}/"
+    names = ["episode_index", "length", f"{prefix}chunk_index", f"{prefix}file_index", f"{prefix}from_timestamp"]
+    rows = [row for file in files for row in pq.read_table(file, columns=names).to_pylist()]
+    by_file: dict[Path, list[dict]] = {}
+    for row in rows:
+        name = info["video_path"].format(
+            video_key=episodes.camera, chunk_index=row[f"{prefix}chunk_index"], file_index=row[f"{prefix}file_index"]
+        )
+        by_file.setdefault(episodes.root / name, []).append(row)
+    position = {int(index): i for i, index in enumerate(episodes.episode_index)}
+    bar = tqdm(total=len(store), desc="frame store", unit="frame", mininterval=1.0)
+    with bar:
+        for file, members in by_file.items():
+            if not file.is_file():
+                raise UserError(f"{file}: missing video")
+            wanted = {}
+            for row in members:
+                begin = round(row[f"{prefix}from_timestamp"] * info["fps"])
+                first = episodes.start[position[row["episode_index"]]]
+                wanted |= {begin + t: episodes.frame_row[first + t] for t in range(row["length"])}
+            with av.open(str(file)) as container:
+                for number, frame in enumerate(container.decode(video=0)):
+                    if number in wanted:
+                        store[wanted.pop(number)] = resize(frame.to_ndarray(format="rgb24"), store.shape[1])
+                        bar.update()
+            if wanted:
+                raise UserError(f"{file}: {len(wanted)} frames are missing; the video is truncated")
+    store.flush()
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by area averaging; unchanged if it has that size."""
+    if image.shape[:2] == (size, size):
+        return image
+    shrink = image.shape[0] >= size and image.shape[1] >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)

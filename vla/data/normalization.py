@@ -1,0 +1,56 @@
+"""Statistics of actions and states, and normalisation with floors on the ranges."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+RANGE_FLOOR = 1e-2  # of q99 - q01, and of the standard deviation, in data units: a constant dimension stays finite
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Per-dimension statistics, (n,) float32 each, named as in LeRobot's stats."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+
+    def as_dict(self) -> dict[str, np.ndarray]:
+        """LeRobot's form of one feature's statistics."""
+        return asdict(self)
+
+
+def compute_norm_stats(values: np.ndarray) -> NormStats:
+    """Statistics of (r, n) values with q99 - q01 and std floored symmetrically.
+
+    A quantile that cuts off a rare but legal value, such as a gripper command, would make it unreachable: where q01 or
+    q99 leave more than 20 % of the full range outside, the extremes are used.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    smallest, largest = values.min(axis=0), values.max(axis=0)
+    cut = (high - low) < 0.8 * (largest - smallest)
+    low, high = np.where(cut, smallest, low), np.where(cut, largest, high)
+    centre, half = (low + high) / 2, np.maximum(high - low, RANGE_FLOOR) / 2
+    arrays = {
+        "mean": values.mean(axis=0),
+        "std": np.maximum(values.std(axis=0), RANGE_FLOOR),
+        "min": smallest,
+        "max": largest,
+        "q01": centre - half,
+        "q99": centre + half,
+    }
+    return NormStats(**{key: array.astype(np.float32) for key, array in arrays.items()})
+
+
+def normalize_quantile(x: np.ndarray, stats: NormStats) -> np.ndarray:
+    """(..., n) data units -> [q01, q99] mapped to [-1, 1], float32, not clipped."""
+    return (2 * (x - stats.q01) / (stats.q99 - stats.q01) - 1).astype(np.float32)
+
+
+def unnormalize_quantile(x: np.ndarray, stats: NormStats) -> np.ndarray:
+    """Inverse of `normalize_quantile`."""
+    return ((x + 1) / 2 * (stats.q99 - stats.q01) + stats.q01).astype(np.float32)

@@ -1,0 +1,16 @@
+"""Action chunks from the in-memory actions."""
+
+import numpy as np
+
+from vla.data.episodes import Episodes
+
+
+def gather_chunks(episodes: Episodes, rows: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks a[t : t + h] of (b,) rows, within their episodes.
+
+    Returns:
+        action_chunk (b, h, a) in data-set units, the last action repeated past the end; action_is_pad (b, h) bool.
+    """
+    steps = rows[:, None] + np.arange(horizon)  # (b, h)
+    last = episodes.start[episodes.episode_of_row[rows] + 1] - 1  # (b,)
+    return episodes.action[np.minimum(steps, last[:, None])], steps > last[:, None]

@@ -1,0 +1,97 @@
+"""Checks of a LeRobotDataset v3 root, each problem in one line that names the file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla.types import ACTION_KEY, STATE_KEY
+
+NUMERIC = (STATE_KEY, ACTION_KEY)
+INDICES = ("episode_index", "frame_index", "task_index")
+
+
+def validate(root: Path | str) -> list[str]:
+    """All problems of the data set at `root`, none if it is sound; one line each."""
+    root = Path(root)
+    info_path = root / "meta" / "info.json"
+    if not info_path.is_file():
+        return [f"{root}: not a LeRobotDataset (no meta/info.json); run `python scripts/collect.py` to make one"]
+    try:
+        info = json.loads(info_path.read_text())
+    except json.JSONDecodeError as error:
+        return [f"{info_path}: not valid JSON ({error})"]
+    if info.get("codebase_version") != "v3.0":
+        return [f"{info_path}: codebase_version is {info.get('codebase_version')}, must be v3.0"]
+    features = info.get("features", {})
+    problems = [f"{info_path}: no feature {key!r}" for key in NUMERIC if key not in features]
+    if not (root / "meta" / "stats.json").is_file():
+        problems.append(f"{root / 'meta' / 'stats.json'}: missing statistics; the data set was not finalized")
+    return problems or problems_of_tables(root, info)
+
+
+def problems_of_tables(root: Path, info: dict) -> list[str]:
+    """Problems of the parquet files: unreadable, wrong sizes, not finite, counts that disagree, episodes without task."""
+    data_files = sorted(root.glob("data/*/*.parquet"))
+    if not data_files:
+        return [f"{root / 'data'}: no parquet files"]
+    problems: list[str] = []
+    tables = []
+    for path in data_files:
+        table, problem = read_columns(path, [*NUMERIC, *INDICES])
+        if problem:
+            problems.append(problem)
+        else:
+            tables.append(table)
+            problems += problems_of_rows(path, table, info["features"])
+    tasks, problem = read_columns(root / "meta" / "tasks.parquet", ["task_index"])
+    if problem:
+        problems.append(problem)
+    if problems:
+        return problems
+    rows = pa.concat_tables(tables)
+    if len(rows) != info["total_frames"]:
+        problems.append(f"{root}: meta/info.json says {info['total_frames']} frames, data/ has {len(rows)}")
+    episodes = len(np.unique(rows["episode_index"].to_numpy()))
+    if episodes != info["total_episodes"]:
+        problems.append(f"{root}: meta/info.json says {info['total_episodes']} episodes, data/ has {episodes}")
+    without = ~np.isin(rows["task_index"].to_numpy(), tasks["task_index"].to_numpy())
+    if without.any():
+        episode = int(rows["episode_index"].to_numpy()[without][0])
+        problems.append(f"{root}: episode {episode} has no task in meta/tasks.parquet")
+    return problems
+
+
+def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:
+    """Rows whose vectors have another size than declared, or are not finite."""
+    problems = []
+    for key in NUMERIC:
+        column = table[key].combine_chunks()
+        size = int(np.prod(features[key]["shape"]))
+        values = column.flatten() if pa.types.is_nested(column.type) else column
+        if len(values) != size * len(table):
+            problems.append(f"{path}: {key} does not have {size} values in every row, as meta/info.json declares")
+            continue
+        finite = np.isfinite(values.to_numpy(zero_copy_only=False).reshape(len(table), size)).all(1)
+        if not finite.all():
+            row = int(np.flatnonzero(~finite)[0])
+            episode, frame = table["episode_index"][row].as_py(), table["frame_index"][row].as_py()
+            problems.append(f"{path}: {key} is not finite in episode {episode}, frame {frame}")
+    return problems
+
+
+def read_columns(path: Path, columns: list[str]) -> tuple[pa.Table | None, str | None]:
+    """A table, or the one-line problem that prevents reading it."""
+    try:
+        return pq.read_table(path, columns=columns), None
+    except FileNotFoundError:
+        return None, f"{path}: missing"
+    except (pa.ArrowInvalid, OSError) as error:
+        what = str(error).splitlines()[0]
+        if "footer" in what or "magic bytes" in what:
+            what = "no parquet footer: the file is truncated, or the writer was not finalized"
+        return None, f"{path}: {what}"
+    except (pa.ArrowKeyError, KeyError) as error:
+        return None, f"{path}: {error}"

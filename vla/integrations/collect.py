@@ -1,0 +1,296 @@
+"""Collection: scripted demonstrations into a LeRobotDataset v3 root, over several processes, resumable.
+
+Workers write shards of whole episodes; a shard is a pure function of the configuration and its number, so a killed
+collection repeats only unfinished shards, and any number of workers gives the same data.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from envs import env_class, make_env, make_expert
+from vla.config import CollectConfig
+from vla.data.episodes import read_episodes
+from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
+from vla.types import (
+    ACTION_KEY,
+    GOAL_KEY,
+    IMAGE_KEY,
+    SCENE_KEY,
+    SEED_KEY,
+    STATE_KEY,
+    SUCCESS_KEY,
+    TARGET_KEY,
+    UserError,
+)
+from vla.versions import versions
+
+SHARD_EPISODES = 100
+SETTLED_TIMESTEPS = 5  # recorded after success, so that the policy sees what "done" looks like
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One recorded episode; arrays are (t, ...)."""
+
+    frames: np.ndarray
+    state: np.ndarray
+    action: np.ndarray
+    target: np.ndarray
+    goal_id: str
+    instruction: str
+    task: str
+    scene_id: int
+    seed: int
+    success: bool
+
+
+def collect(config: CollectConfig) -> Path:
+    """Collect what the configuration describes and return the data set's root.
+
+    Raises:
+        UserError: unknown environment or task, or the output holds a data set of another configuration.
+    """
+    root = Path(config.output)
+    tasks = checked_tasks(config)
+    wanted = asdict(config) | {"workers": None, "output": None}
+    if (root / "meta" / "concord.json").is_file():
+        made_with = json.loads((root / "meta" / "concord.json").read_text())["config"]
+        if made_with != json.loads(json.dumps(wanted)):
+            differ = [k for k in wanted if made_with.get(k) != json.loads(json.dumps(wanted[k]))]
+            raise UserError(f"{root}: holds a data set with another {', '.join(differ)}; choose another --output")
+        print(f"{root}: already complete")
+        return root
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"{root}: exists and is not a data set of this program; choose another --output")
+
+    shards = plan_shards(config, tasks)
+    parts = root.with_name(root.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    check_same_plan(parts, wanted)
+    todo = [number for number in range(len(shards)) if not shard_path(parts, number).with_suffix(".json").is_file()]
+    total = sum(len(shard) for shard in shards)
+    print(f"collect: {total} episodes of {config.env.name} with {config.workers} processes into {root}")
+    work = partial(write_shard, config, parts)
+    bar = tqdm(total=total, initial=total - sum(len(shards[n]) for n in todo), desc="collect", unit="episode")
+    with bar:
+        if config.workers == 1:
+            for number in todo:
+                bar.update(work(number, shards[number]))
+        else:
+            with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+                for done in pool.map(work, todo, [shards[number] for number in todo]):
+                    bar.update(done)
+    merge(config, tasks, parts, len(shards), root, wanted)
+    shutil.rmtree(parts)
+    print(summary(root))
+    return root
+
+
+def checked_tasks(config: CollectConfig) -> tuple[str, ...]:
+    """The tasks to collect; UserError names those that do not exist."""
+    try:
+        known = env_class(config.env.name).TASKS
+    except ValueError as error:
+        raise UserError(f"config error: env.name: {error}") from error
+    unknown = [task for task in config.env.tasks if task not in known]
+    if unknown:
+        raise UserError(f"config error: env.tasks: {unknown[0]!r} is not a task of {config.env.name}; known: {known}")
+    return config.env.tasks or known
+
+
+def plan_shards(config: CollectConfig, tasks: tuple[str, ...]) -> list[list[tuple[str, int, int]]]:
+    """Shards of (task, seed, number of the goal within its scene), whole scenes together.
+
+    Where a scene has one goal (Meta-World), every task gets `scenes` episodes.
+    """
+    several = hasattr(env_class(config.env.name), "MIN_GOALS")
+    goals = config.goals_per_scene if several else 1
+    task_lists = [""] if several else list(tasks)
+    jobs = [
+        [(task, config.seed + scene, goal) for goal in range(goals)]
+        for task in task_lists
+        for scene in range(config.scenes)
+    ]
+    per_shard = max(1, SHARD_EPISODES // goals)
+    return [
+        [job for scene in jobs[first : first + per_shard] for job in scene] for first in range(0, len(jobs), per_shard)
+    ]
+
+
+def check_same_plan(parts: Path, wanted: dict) -> None:
+    """Refuse to mix shards of two configurations."""
+    plan = parts / "config.json"
+    text = json.dumps(wanted, indent=2, sort_keys=True)
+    if plan.is_file() and plan.read_text() != text:
+        raise UserError(f"{parts}: was begun with another configuration; delete it or choose another --output")
+    plan.write_text(text)
+
+
+def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tuple[str, int, int]]) -> int:
+    """Simulate the jobs and write their episodes as one file; the marker comes last. Returns the episodes."""
+    cv2.setNumThreads(1)
+    env = make_env(config.env.name, tasks=config.env.tasks, image_size=config.env.image_size, end_on_success=False)
+    features = features_of(config, env)
+    tables, records = [], []
+    for task, seed, goal_number in jobs:
+        episode = demonstrate(config, env, task, seed, goal_number)
+        length = len(episode.action)
+        columns = {
+            IMAGE_KEY: episode.frames,
+            STATE_KEY: episode.state,
+            ACTION_KEY: episode.action,
+            TARGET_KEY: episode.target,
+            GOAL_KEY: np.zeros(length, np.int64),  # numbered when all goals are known
+            SCENE_KEY: np.full(length, episode.scene_id, np.int64),
+            SEED_KEY: np.full(length, episode.seed, np.int64),
+            SUCCESS_KEY: np.full(length, episode.success, np.int64),
+        }
+        tables.append(episode_table(columns, features))
+        records.append(
+            {
+                "goal": episode.goal_id,
+                "task": episode.task,
+                "instruction": episode.instruction,
+                "length": length,
+                "stats": episode_stats(columns, features),
+            }
+        )
+    path = shard_path(parts, number)
+    pq.write_table(pa.concat_tables(tables), path)
+    marker = path.with_suffix(".json")
+    temporary = marker.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"fps": env.metadata["render_fps"], "features": features, "episodes": records}))
+    os.replace(temporary, marker)
+    return len(jobs)
+
+
+def shard_path(parts: Path, number: int) -> Path:
+    """The file of a shard."""
+    return parts / f"shard_{number:05d}.parquet"
+
+
+def features_of(config: CollectConfig, env) -> dict[str, dict]:
+    """LeRobot feature declarations."""
+    side = config.env.image_size
+
+    def vector(size: int, names: list[str] | None = None) -> dict:
+        return {"dtype": "float32", "shape": (size,), "names": names}
+
+    number = {"dtype": "int64", "shape": (1,), "names": None}
+    return {
+        IMAGE_KEY: {
+            "dtype": "image",
+            "shape": (side, side, 3),
+            "names": ["height", "width", "channels"],
+        },
+        STATE_KEY: vector(env.observation_space["agent_pos"].shape[0]),
+        ACTION_KEY: vector(env.action_space.shape[0]),
+        TARGET_KEY: vector(2, ["x", "y"]),
+        GOAL_KEY: number,
+        SCENE_KEY: number,
+        SEED_KEY: number,
+        SUCCESS_KEY: number,
+    }
+
+
+def demonstrate(config: CollectConfig, env, task: str, seed: int, goal_number: int) -> Demonstration:
+    """One expert episode of the `goal_number`-th goal drawn for the scene; labels are the expert's, noise or not."""
+    options = {"task": task} if task else {}
+    observation, info = env.reset(seed=seed, options=options)
+    if goal_number or len(env.goals()) > 1:
+        goal = spread_goals(env.goals(), seed)[goal_number % len(env.goals())]
+        observation, info = env.reset(seed=seed, options=options | {"goal": goal})
+    expert = make_expert(config.env.name, env)
+    rng = np.random.default_rng([seed, goal_number, 5])
+    noise = config.noise if rng.random() < config.noisy_share else 0.0
+    rows: dict[str, list[np.ndarray]] = {"frames": [], "state": [], "action": [], "target": []}
+    settled, success = 0, False
+    while True:
+        action = expert.act()
+        rows["frames"].append(observation["pixels"])
+        rows["state"].append(observation["agent_pos"])
+        rows["action"].append(action)
+        rows["target"].append(np.asarray(getattr(env, "target_position", (np.nan, np.nan)), np.float32))
+        executed = action.copy()
+        executed[:-1] += noise * rng.standard_normal(len(action) - 1).astype(np.float32)
+        observation, _, _, truncated, info = env.step(np.clip(executed, -1, 1))
+        success = success or info["is_success"]
+        settled += success
+        if truncated or settled > SETTLED_TIMESTEPS:
+            break
+    return Demonstration(
+        **{key: np.stack(values) for key, values in rows.items()},
+        goal_id=info["goal_id"],
+        instruction=info["instruction"],
+        task=info["task"],
+        scene_id=info["scene_id"],
+        seed=seed,
+        success=bool(success),
+    )
+
+
+def spread_goals(goals, seed: int) -> list[str]:
+    """Goal ids in a drawn order that alternates between tasks, so that the first few differ in what they need."""
+    rng = np.random.default_rng([seed, 6])
+    by_task: dict[str, list[str]] = {}
+    for index in rng.permutation(len(goals)):
+        by_task.setdefault(goals[index].task, []).append(goals[index].goal_id)
+    queues = [by_task[task] for task in rng.permutation(sorted(by_task))]
+    return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
+
+
+def merge(config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int, root: Path, wanted: dict) -> None:
+    """Join the shards, number the goals, and move the finished data set into place."""
+    shards = [shard_path(parts, number) for number in range(count)]
+    markers = [json.loads(shard.with_suffix(".json").read_text()) for shard in shards]
+    episodes = [episode for marker in markers for episode in marker["episodes"]]
+    goals = sorted({episode["goal"] for episode in episodes})
+    number_of_goal = {goal: number for number, goal in enumerate(goals)}
+    for episode in episodes:
+        episode["columns"] = {GOAL_KEY: number_of_goal[episode["goal"]]}
+    features = {k: v | {"shape": tuple(v["shape"])} for k, v in markers[0]["features"].items()}
+    joined = parts / "joined"
+    shutil.rmtree(joined, ignore_errors=True)
+    write_dataset(joined, markers[0]["fps"], features, shards, episodes)
+    record = {
+        "env": config.env.name,
+        "tasks": list(tasks),
+        "task_of_goal": {episode["goal"]: episode["task"] for episode in episodes},
+        "goals": goals,
+        "config": wanted,
+        "versions": versions(),
+    }
+    (joined / "meta" / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if root.exists():
+        root.rmdir()
+    joined.rename(root)
+
+
+def summary(root: Path) -> str:
+    """What was written, success by task, and the next command."""
+    episodes = read_episodes(root)
+    task_of_goal = episodes.extra["task_of_goal"]
+    task = np.array([task_of_goal[episodes.goals[g]] for g in episodes.goal_id])
+    size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) / 1e6
+    lines = [f"{root}: {len(task)} episodes, {len(episodes.state)} frames, {len(episodes.goals)} goals, {size:.0f} MB"]
+    for name in sorted(set(task)):
+        chosen = task == name
+        lines.append(
+            f"  {name:24} {chosen.sum():5d} episodes, {100 * episodes.success[chosen].mean():5.1f} % successful, "
+            f"{episodes.length()[chosen].mean():5.1f} timesteps"
+        )
+    lines.append(f"next: python scripts/train_align.py --data.root={root}")
+    return "\n".join(lines)

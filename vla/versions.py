@@ -1,0 +1,55 @@
+"""What a result was made with."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    "lerobot_policy_concord",
+    "torch",
+    "transformers",
+    "lerobot",
+    "accelerate",
+    "gymnasium",
+    "pymunk",
+    "metaworld",
+    "mujoco",
+    "numpy",
+    "opencv-python-headless",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that matter, the commit if there is one, processor and cores."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = _git_commit()
+    if commit:
+        found["commit"] = commit
+    return found | {"processor": _processor(), "cores": str(os.cpu_count())}
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
