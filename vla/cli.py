@@ -1,0 +1,114 @@
+"""`concord VERB`: one function a verb, the same ones that the files in scripts/ call."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from vla.config_io import HelpRequested, load_config
+from vla.types import UserError
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def collect(argv: list[str]) -> None:
+    """Collect demonstrations with the scripted expert."""
+    from vla.config import CollectConfig
+    from vla.integrations.collect import collect as run
+
+    run(load_config(CollectConfig, argv))
+
+
+def align(argv: list[str]) -> None:
+    """Stage one: align the encoders on vision-language-action triplets."""
+    from vla.config import AlignConfig
+
+    config = load_config(AlignConfig, argv)
+    from vla.training.align import train_align as run
+
+    run(config)
+
+
+def policy(argv: list[str]) -> None:
+    """Stage two: train the action head by behaviour cloning."""
+    from vla.config import PolicyTrainConfig
+
+    config = load_config(PolicyTrainConfig, argv)
+    from vla.training.policy import train_policy as run
+
+    run(config)
+
+
+def evaluate(argv: list[str]) -> None:
+    """Evaluate a policy in closed loop."""
+    from vla.config import EvalConfig
+
+    config = load_config(EvalConfig, argv)
+    from vla.eval.evaluate import evaluate as run
+
+    run(config)
+
+
+def doctor(argv: list[str]) -> None:
+    """Check the machine, a data set and checkpoints."""
+    from vla.config import DoctorConfig
+    from vla.eval.doctor import doctor as run
+
+    run(load_config(DoctorConfig, argv))
+
+
+def bench(argv: list[str]) -> None:
+    """Measure throughput beside the peers, in one run."""
+    from vla.config import BenchConfig
+    from vla.eval.bench import bench as run
+
+    run(load_config(BenchConfig, argv))
+
+
+def demo(argv: list[str]) -> None:
+    """The whole pipeline on a small tabletop run."""
+    from vla.config import DemoConfig
+    from vla.demo import demo as run
+
+    run(load_config(DemoConfig, argv))
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    function.__name__: function for function in (collect, align, policy, evaluate, doctor, bench, demo)
+}
+
+
+def run(verb: str, argv: list[str] | None = None) -> int:
+    """Run a verb and turn what users can mend into one line and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        VERBS[verb](argv)
+    except HelpRequested as request:
+        print(request)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{error.filename or 'output'}: disk full; free some space and run the command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again (training: with --resume=true) to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> int:
+    """Entry point of the `concord` command."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: concord VERB [--config_path FILE] [--field=value ...]\n")
+        for verb, function in VERBS.items():
+            print(f"  {verb:10} {function.__doc__}")
+        return 0
+    if argv[0] not in VERBS:
+        print(f"concord: {argv[0]!r} is not a verb; known: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return run(argv[0], argv[1:])

@@ -1,0 +1,104 @@
+"""One self-contained HTML file: answers first, then sections of tables, figures and videos, then how it was made.
+
+`Report` is plain data; `write_report` renders it. Nothing is loaded from elsewhere, so the file works offline, on a
+phone, with a keyboard and with a screen reader.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headers; the first column names its row."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing as SVG, with a sentence that says what it shows for those who cannot see it."""
+
+    svg: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Video:
+    """An mp4 file that is embedded, with a caption."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, an optional paragraph, and blocks under it."""
+
+    title: str
+    text: str = ""
+    blocks: tuple[Table | Figure | Video, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says; `command` regenerates it."""
+
+    title: str
+    answers: tuple[str, ...]
+    sections: tuple[Section, ...]
+    command: str
+    protocol: dict[str, str] = field(default_factory=dict)
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Render to `path`, which appears whole."""
+    environment = Environment(loader=PackageLoader("vla.eval", "templates"), autoescape=select_autoescape())
+    environment.globals.update(kind=lambda block: type(block).__name__, video_data=_video_data, svg=Markup)
+    partial = path.with_suffix(".partial")
+    partial.write_text(environment.get_template("report.html.jinja").render(report=report))
+    partial.rename(path)
+
+
+def figure(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = (7.0, 3.2)) -> Figure:
+    """An SVG figure; `draw` gets the axes. Colours follow the page, light or dark."""
+    with plt.rc_context(
+        {"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "axes.edgecolor": "#888"}
+    ):
+        canvas, axes = plt.subplots(figsize=size, layout="constrained")
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(canvas)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return Figure(svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1), description)
+
+
+def percent(share: float) -> str:
+    """0.873 -> `87 %`."""
+    return f"{100 * share:.0f} %"
+
+
+def with_interval(share: float, interval: tuple[float, float] | list[float]) -> str:
+    """`87 % [82, 91]`."""
+    return f"{100 * share:.0f} % [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
+def _video_data(video: Video) -> str:
+    return base64.b64encode(video.path.read_bytes()).decode()

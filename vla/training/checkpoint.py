@@ -1,0 +1,141 @@
+"""Checkpoints that a crash or a full disk cannot ruin: safetensors and JSON, written aside, fsynced, renamed, marked."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vla.types import UserError
+
+MARKER = "COMPLETE"
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int = 2
+) -> Path:
+    """Write `run_dir/checkpoints/step_NNNNNN`, then point `last` at it, then prune all but the newest `keep`.
+
+    Args:
+        run_dir: the run folder.
+        step: updates done.
+        tensors: named groups of tensors, one safetensors file each.
+        state: anything JSON can hold.
+    Raises:
+        UserError: the disk is full; earlier checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, group in tensors.items():
+            save_file(
+                {key: t.detach().cpu().contiguous().clone() for key, t in group.items()},
+                temporary / f"{name}.safetensors",
+            )
+        (temporary / "state.json").write_text(json.dumps(state | {"groups": sorted(tensors)}, indent=1))
+        for path in temporary.iterdir():
+            fsync(path)
+        (temporary / MARKER).write_text(f"{step}\n")
+        fsync(temporary / MARKER)
+        fsync(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(f"{folder}: disk full at step {step}; free some space, then add --resume=true") from error
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    fsync(folder)
+    point_last(folder, final.name)
+    for old in complete_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def point_last(folder: Path, name: str) -> None:
+    """Make the link `last` name a checkpoint, atomically."""
+    link = folder / ".last.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, folder / "last")
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(p.parent for p in (run_dir / "checkpoints").glob(f"step_*/{MARKER}"))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint of a run, if any."""
+    found = complete_checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by group, and the state.
+
+    Raises:
+        UserError: a file is absent or damaged; it is named.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in state.pop("groups")}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error}); delete it to resume from the one before") from error
+    return tensors, state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as flat tensors `INDEX.NAME` and the JSON rest."""
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                scalars[f"{index}.{name}"] = value
+    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **meta["scalars"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = [group | {"betas": tuple(group["betas"])} for group in meta["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """States of torch's generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_rng(tensors: dict[str, Tensor]) -> None:
+    """Inverse of `rng_tensors`."""
+    torch.set_rng_state(tensors["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[k] for k in sorted(tensors) if k.startswith("cuda")])
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

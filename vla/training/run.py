@@ -1,0 +1,93 @@
+"""The run folder: resolved configuration, versions, metrics, TensorBoard events."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from vla.config_io import save_yaml, to_dict
+from vla.training.checkpoint import latest_checkpoint
+from vla.types import UserError
+from vla.versions import versions
+
+# Changing these does not change what a run computes.
+FREE_FIELDS = ("resume", "threads", "log_every", "save_every", "output", "workers", "cache")
+
+
+class RunFolder:
+    """`outputs/STAGE/NAME/` of one training run.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is off, or the run was begun with another configuration.
+    """
+
+    def __init__(self, folder: Path, config: Any, *, resume: bool) -> None:
+        self.folder = folder
+        begun = (folder / "config.yaml").is_file()
+        if begun and not resume:
+            raise UserError(
+                f"{folder}: holds a run already; add --resume=true to continue it, or choose another --output"
+            )
+        if begun:
+            self._refuse_other_config(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, folder / "config.yaml")
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        with (folder / "log.txt").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
+        self._metrics = folder / "metrics.jsonl"
+        self._tensorboard: SummaryWriter | None = None
+
+    def log(self, step: int, metrics: dict[str, float | str]) -> None:
+        """Append one line; numbers go to TensorBoard too."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        for key, value in metrics.items():
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(key, value, step)
+
+    def truncate(self, step: int) -> None:
+        """Drop metrics after `step`, which a resumed run writes again."""
+        if self._metrics.is_file():
+            lines = self._metrics.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            self._metrics.write_text("".join(line + "\n" for line in kept))
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _refuse_other_config(self, config: Any) -> None:
+        old = yaml.safe_load((self.folder / "config.yaml").read_text())
+        differing = [k for k in differences(old, to_dict(config)) if k.split(".")[-1] not in FREE_FIELDS]
+        if differing and latest_checkpoint(self.folder) is not None:
+            raise UserError(
+                f"{self.folder}: cannot resume with another {', '.join(differing)}; choose another --output"
+            )
+
+
+def differences(old: dict, new: dict, path: str = "") -> list[str]:
+    """Dotted names of the fields that differ."""
+    found = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(path + key)
+    return found
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; a line torn by a crash counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return sys.maxsize
