@@ -174,7 +174,7 @@ class TabletopEnv(gym.Env):
 
     def _info(self) -> dict[str, Any]:
         achieved = self.progress.achieved(self.world, self._goals)
-        holds = {g: a for g, a in zip(self._goals, achieved, strict=True)}
+        holds = dict(zip(self._goals, achieved, strict=True))
         return {
             "is_success": bool(holds[self.goal]),
             "goal_id": self.goal_id,

@@ -1,0 +1,55 @@
+"""Any LeRobot policy folder as something that rollouts can drive."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+import vla.policies.concord  # noqa: F401 - registers the policy type
+from vla.types import STATE_KEY, TASK_KEY, UserError
+
+
+class LeRobotChunkPolicy:
+    """Drives a LeRobot policy through `predict_action_chunk`, with its own pre- and post-processing."""
+
+    def __init__(self, policy, preprocess, postprocess, camera: str) -> None:
+        self.policy, self.preprocess, self.postprocess, self.camera = policy, preprocess, postprocess, camera
+        self.n_action_steps = int(getattr(policy.config, "n_action_steps", 1))
+
+    @torch.no_grad()
+    def act(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> np.ndarray:
+        """(b, H, W, 3) uint8, (b, s) environment units, b texts -> (b, n_action_steps, a) environment units."""
+        batch = {
+            self.camera: torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0,
+            STATE_KEY: torch.from_numpy(state).float(),
+            TASK_KEY: list(instructions),
+        }
+        chunk = self.policy.predict_action_chunk(self.preprocess(batch))[:, : self.n_action_steps]
+        return self.postprocess(chunk).float().cpu().numpy()
+
+
+def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPolicy:
+    """Load a policy folder that `save_pretrained` wrote, with its processors.
+
+    Raises:
+        UserError: no such folder, files missing or damaged, or a policy that reads several cameras.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a policy folder (no config.json); run `python scripts/train_policy.py`")
+    try:
+        config = PreTrainedConfig.from_pretrained(folder)
+        config.device = device
+        policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+        preprocess, postprocess = make_pre_post_processors(
+            config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot load the policy: {str(error).splitlines()[0]}") from error
+    cameras = list(config.image_features)
+    if len(cameras) != 1:
+        raise UserError(f"{folder}: the policy reads cameras {cameras}; the environments have one")
+    policy.eval()
+    return LeRobotChunkPolicy(policy, preprocess, postprocess, cameras[0])
