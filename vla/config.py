@@ -114,7 +114,7 @@ class HeadConfig:
     horizon: int = 16  # timesteps predicted
     n_action_steps: int = 8  # timesteps executed before the next look
     queries: int = 8  # text-conditioned queries over the patch tokens
-    width: int = 256  # width of the pooled tokens and of the residual MLP's input
+    width: int = 192  # width of the pooler
     hidden: int = 512  # width of the residual MLP
     layers: int = 3  # residual blocks
     state_dropout: float = 0.1  # probability of hiding the proprio state in training
@@ -138,7 +138,7 @@ class PolicyTrainConfig:
     encoder_lr_scale: float = 0.1  # learning rate of the encoder relative to the head's, when tuned
     aligned_pooler: bool = False  # start the policy's pooler from the aligned one
     failures: bool = False  # clone failed episodes too
-    cached_shifts: int = 4  # shifted copies of each frame in the token cache
+    cached_shifts: int = 2  # copies of each frame in the token cache, the first plain, the others augmented
     batch_size: int = 256  # samples an update
     steps: int = 20000  # optimiser updates
     ema: float = 0.999  # decay of the averaged weights, which are the ones exported

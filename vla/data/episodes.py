@@ -169,6 +169,17 @@ def split_episodes(episodes: Episodes, holdout: float, seed: int) -> tuple[np.nd
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def limit_per_goal(episodes: Episodes, positions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """At most `count` of the chosen episodes for each goal, drawn by seed, in their order."""
+    if count is None:
+        return positions
+    shuffled = np.random.default_rng(seed).permutation(positions)
+    goal = episodes.goal_id[shuffled]
+    order = np.argsort(goal, kind="stable")
+    rank = np.arange(len(goal)) - np.searchsorted(goal[order], goal[order])
+    return np.sort(shuffled[order][rank < count])
+
+
 def choose_camera(root: Path, features: dict, camera: str | None) -> str:
     """The camera's image key."""
     cameras = [

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
-from vla.data.episodes import Episodes, read_episodes, rows_of, split_episodes
+from vla.data.episodes import Episodes, limit_per_goal, read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler
@@ -270,17 +270,6 @@ def measure(
     measured = measure_alignment(unwrapped, source, validation, input_ids, attention_mask)
     unwrapped.train()
     return measured
-
-
-def limit_per_goal(episodes: Episodes, positions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """At most `count` of the chosen episodes for each goal, drawn by seed, in their order."""
-    if count is None:
-        return positions
-    shuffled = np.random.default_rng(seed).permutation(positions)
-    goal = episodes.goal_id[shuffled]
-    order = np.argsort(goal, kind="stable")
-    rank = np.arange(len(goal)) - np.searchsorted(goal[order], goal[order])
-    return np.sort(shuffled[order][rank < count])
 
 
 def shuffled_labels(count: int, seed: int) -> np.ndarray:

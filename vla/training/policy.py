@@ -1,0 +1,435 @@
+"""Stage two: behaviour cloning of an action head on the aligned representation, frozen or fine-tuned.
+
+`train_policy` is the whole loop, top to bottom. Batches depend on (seed, step) alone. With a frozen encoder the loop
+reads cached patch tokens and never runs the vision tower.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vla.config import PolicyTrainConfig
+from vla.data.augmentation import augment
+from vla.data.episodes import Episodes, limit_per_goal, read_episodes, rows_of, select, split_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
+from vla.data.triplets import gather_chunks
+from vla.eval.statistics import wilson
+from vla.losses.cloning import masked_l1
+from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions, text_features, tokenize
+from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.training.align import make_encoders
+from vla.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from vla.training.optim import adamw, schedule, set_learning_rate
+from vla.training.prefetch import prefetch
+from vla.training.run import RunFolder
+from vla.training.tokens import open_tokens
+from vla.types import ACTION_KEY, STATE_KEY, UserError
+from vla.versions import versions
+
+
+@dataclass(frozen=True)
+class CloningBatch:
+    """One step's samples. `inputs` is (b, n, w) fp16 tokens if the encoder is frozen, else (b, H, W, 3) uint8 frames."""
+
+    rows: np.ndarray
+    inputs: np.ndarray
+    state: np.ndarray  # (b, s) normalised
+    text_id: np.ndarray  # (b,)
+    action_chunk: np.ndarray  # (b, h, a) normalised
+    action_is_pad: np.ndarray  # (b, h)
+
+
+def train_policy(config: PolicyTrainConfig) -> Path:
+    """Run stage two and return the policy folder.
+
+    Raises:
+        UserError: unusable data, encoder or run folder, or a loss that is not finite.
+    """
+    torch.set_num_threads(config.threads)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    torch.manual_seed(config.seed)
+    run = RunFolder(Path(config.output), config, resume=config.resume)
+
+    everything = read_episodes(config.data.root, config.data.camera)
+    frames = open_frames(everything, config.data.image_size, config.data.cache, config.data.workers)
+    episodes = everything if config.failures else select(everything, np.flatnonzero(everything.success))
+    train, validation = split_episodes(episodes, config.data.holdout, config.seed)
+    train = limit_per_goal(episodes, train, config.data.episodes_per_goal, config.seed)
+    rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
+    stats = {
+        STATE_KEY: compute_norm_stats(episodes.state[rows]),
+        ACTION_KEY: compute_norm_stats(episodes.action[rows]),
+    }
+
+    policy = make_policy(config, episodes)
+    optimizer = adamw(
+        [(policy.network, config.optimizer.lr), (policy.clip, config.optimizer.lr * config.encoder_lr_scale)],
+        config.optimizer.weight_decay,
+    )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    unwrapped: ConcordPolicy = accelerator.unwrap_model(policy)
+    tokens = None
+    if not config.tune:
+        tokens = open_tokens(
+            unwrapped.clip,
+            episodes,
+            frames,
+            copies=config.cached_shifts,
+            shift_px=config.data.shift_px,
+            color_jitter=config.data.color_jitter,
+            folder=Path(config.data.cache) if config.data.cache else episodes.root / ".concord",
+            accelerator=accelerator,
+        )
+    words = frozen_words(unwrapped, episodes.texts) if tokens is not None else None
+    averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
+    first = restore(run, unwrapped, optimizer, averaged) if config.resume else 0
+    accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
+
+    def make_batch(step: int) -> CloningBatch:
+        rng = np.random.default_rng([config.seed, step, 2])
+        chosen = rows[rng.integers(len(rows), size=config.batch_size)]
+        return gather(config, episodes, frames, tokens, stats, chosen, rng)
+
+    window: list[dict[str, float]] = []
+    unwrapped.train()
+    bar = tqdm(total=config.steps, initial=first, desc="policy", unit="step", mininterval=1.0)
+    started = time.perf_counter()
+    for step, batch, waited in prefetch(make_batch, first, config.steps):
+        begun = time.perf_counter()
+        set_learning_rate(optimizer, schedule(step, config.steps, config.optimizer.warmup))
+        with accelerator.autocast():
+            features = embed(unwrapped, batch, words, episodes.texts, config.head.token_noise)
+        loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
+        if not torch.isfinite(loss):
+            stop_on_nonfinite(run.folder, step, batch)
+        accelerator.backward(loss)
+        grad_norm = accelerator.clip_grad_norm_(unwrapped.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_average(averaged, trained_parameters(unwrapped), min(config.ema, (step + 1) / (step + 10)))
+
+        seconds = time.perf_counter() - begun + waited
+        window.append(
+            {
+                "loss": loss.item(),
+                "grad_norm": float(grad_norm),
+                "samples_per_s": config.batch_size / seconds,
+                "data_wait": waited / seconds,
+            }
+        )
+        bar.update()
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
+            metrics["lr"] = optimizer.param_groups[0]["lr"]
+            run.log(done, metrics | {"samples": digest(batch)})
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+            window.clear()
+        if (config.eval_every and done % config.eval_every == 0) or done == config.steps:
+            with averaged_weights(unwrapped, averaged):
+                run.log(done, validate(config, unwrapped, episodes, frames, tokens, words, stats, validation_rows))
+        if config.rollouts_every and done % config.rollouts_every == 0:
+            with averaged_weights(unwrapped, averaged):
+                folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes)
+            run.log(done, rollouts(config, episodes, folder))
+        if done % config.save_every == 0 or done == config.steps:
+            checkpoint(run, done, unwrapped, optimizer, averaged)
+    bar.close()
+
+    with averaged_weights(unwrapped, averaged):
+        folder = export(run.folder / "policy", config, unwrapped, stats, episodes)
+    run.log(config.steps, {"seconds": time.perf_counter() - started})
+    run.close()
+    env = (episodes.extra or {}).get("env", "tabletop")
+    accelerator.print(f"policy: {folder}\nnext: python scripts/evaluate.py --policy={folder} --env={env}")
+    return folder
+
+
+def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
+    """A new policy on the encoder that the configuration names."""
+    if config.encoder == "random":
+        clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    else:
+        clip, tokenizer = load_clip(config.encoder)
+        clip = resize_positions(clip, config.data.image_size)
+    head = config.head
+    policy_config = ConcordConfig(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        input_features={
+            episodes.camera: PolicyFeature(FeatureType.VISUAL, (3, config.data.image_size, config.data.image_size)),
+            STATE_KEY: PolicyFeature(FeatureType.STATE, (episodes.state.shape[1],)),
+        },
+        output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (episodes.action.shape[1],))},
+        tune=config.tune,
+        encoder_lr_scale=config.encoder_lr_scale,
+        kind=head.kind,
+        horizon=head.horizon,
+        n_action_steps=head.n_action_steps,
+        queries=head.queries,
+        width=head.width,
+        hidden=head.hidden,
+        layers=head.layers,
+        state_dropout=head.state_dropout,
+        flow_steps=head.flow_steps,
+        image_size=config.data.image_size,
+        optimizer_lr=config.optimizer.lr,
+        optimizer_weight_decay=config.optimizer.weight_decay,
+    )
+    policy = ConcordPolicy(policy_config, clip=clip, tokenizer=tokenizer)
+    if config.aligned_pooler:
+        load_pooler(policy, Path(config.encoder).parent / "alignment.safetensors")
+    return policy
+
+
+def load_pooler(policy: ConcordPolicy, path: Path) -> None:
+    """Start the policy's pooler from stage one's."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; aligned_pooler needs what train_align.py writes beside clip/")
+    weights = {k.removeprefix("pooler."): v for k, v in load_file(path).items() if k.startswith("pooler.")}
+    try:
+        policy.network.pooler.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: its pooler does not fit; use the same queries and width in both stages "
+            "(loss.queries = head.queries, loss.pooler_width = head.width)"
+        ) from error
+
+
+def gather(
+    config: PolicyTrainConfig,
+    episodes: Episodes,
+    frames: np.ndarray,
+    tokens: np.ndarray | None,
+    stats: dict[str, NormStats],
+    rows: np.ndarray,
+    rng: np.random.Generator | None,
+) -> CloningBatch:
+    """Samples of (b,) rows; without `rng` nothing is augmented."""
+    chunk, pad = gather_chunks(episodes, rows, config.head.horizon)
+    if tokens is not None:
+        copy = np.zeros(len(rows), int) if rng is None else rng.integers(len(tokens), size=len(rows))
+        inputs = tokens[copy, rows]
+    else:
+        inputs = episodes.gather_frames(frames, rows)
+        if rng is not None:
+            inputs = augment(inputs, rng, config.data.shift_px, config.data.color_jitter)
+    return CloningBatch(
+        rows=rows,
+        inputs=inputs,
+        state=normalize_quantile(episodes.state[rows], stats[STATE_KEY]),
+        text_id=episodes.text_id[episodes.episode_of_row[rows]],
+        action_chunk=normalize_quantile(chunk, stats[ACTION_KEY]),
+        action_is_pad=pad,
+    )
+
+
+@torch.no_grad()
+def frozen_words(policy: ConcordPolicy, texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Word tokens (u, l, w) and mask (u, l) of all texts, computed once."""
+    policy.eval()
+    ids, mask = (t.to(policy.image_mean.device) for t in tokenize(policy.tokenizer, texts))
+    return text_features(policy.clip, ids, mask)[0], mask
+
+
+def embed(
+    policy: ConcordPolicy,
+    batch: CloningBatch,
+    words: tuple[Tensor, Tensor] | None,
+    texts: tuple[str, ...],
+    token_noise: float,
+) -> Tensor:
+    """(b, hidden) features of a batch; `token_noise` is in units of the layer-normed tokens."""
+    device = policy.image_mean.device
+    if words is not None:
+        tokens = torch.from_numpy(batch.inputs).to(device).float()
+        if token_noise:
+            tokens = tokens + token_noise * torch.randn_like(tokens)
+        text = torch.from_numpy(batch.text_id).to(device)
+        length = int(words[1][text].sum(1).max())
+        word_tokens, mask = words[0][text, :length], words[1][text, :length]
+    else:
+        tokens = patch_tokens(policy.clip, pixel_values(torch.from_numpy(batch.inputs).to(device)))
+        word_tokens, mask = policy.words([texts[i] for i in batch.text_id])
+    return policy.network.features(tokens, word_tokens, mask, torch.from_numpy(batch.state).to(device))
+
+
+def cloning_loss(policy: ConcordPolicy, features: Tensor, batch: CloningBatch, accelerator: Accelerator) -> Tensor:
+    """() loss of the head, in float32."""
+    chunk = torch.from_numpy(batch.action_chunk).to(accelerator.device)
+    pad = torch.from_numpy(batch.action_is_pad).to(accelerator.device)
+    return policy.network.head.loss(features, chunk, pad)
+
+
+@torch.no_grad()
+def validate(config, policy, episodes, frames, tokens, words, stats, rows, most: int = 4096) -> dict[str, float]:
+    """L1 of predicted chunks on held-out episodes, beside the L1 of always predicting their median."""
+    policy.eval()
+    rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
+    errors, chunks, pads = [], [], []
+    for first in range(0, len(rows), config.batch_size):
+        batch = gather(config, episodes, frames, tokens, stats, rows[first : first + config.batch_size], None)
+        predicted = policy.network.head.predict(embed(policy, batch, words, episodes.texts, 0.0)).cpu()
+        chunk, pad = torch.from_numpy(batch.action_chunk), torch.from_numpy(batch.action_is_pad)
+        errors.append(masked_l1(predicted, chunk, pad).item() * len(batch.rows))
+        chunks.append(chunk)
+        pads.append(pad)
+    chunk, pad = torch.cat(chunks), torch.cat(pads)
+    median = chunk[~pad].median(0).values
+    policy.train()
+    return {
+        "validation/l1": sum(errors) / len(rows),
+        "validation/l1_of_median": masked_l1(median.expand_as(chunk), chunk, pad).item(),
+    }
+
+
+def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dict[str, float]:
+    """Closed-loop success of the averaged weights on development seeds, apart from those of evaluations."""
+    from vla.eval.rollouts import EpisodeSpec, run_rollouts
+    from vla.policies.loading import load_chunk_policy
+
+    extra = episodes.extra or {}
+    if "env" not in extra:
+        raise UserError(f"{episodes.root}: names no environment (meta/concord.json); set --rollouts_every=0")
+    tasks = extra["tasks"]
+    specs = [
+        EpisodeSpec(env=extra["env"], task=tasks[i % len(tasks)], seed=500_000 + i, tasks=tuple(tasks))
+        for i in range(config.rollouts)
+    ]
+    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs), workers=1)
+    successes = sum(record.success for record in records)
+    low, high = wilson(successes, len(records))
+    return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}
+
+
+def trained_parameters(policy: ConcordPolicy) -> dict[str, Tensor]:
+    """What the optimiser changes, by name."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def update_average(averaged: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
+    """averaged <- decay * averaged + (1 - decay) * current."""
+    torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
+
+
+class averaged_weights:
+    """Swap the averaged weights in, and out again."""
+
+    def __init__(self, policy: ConcordPolicy, averaged: dict[str, Tensor]) -> None:
+        self.parameters, self.averaged = trained_parameters(policy), averaged
+
+    def __enter__(self) -> None:
+        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.averaged)
+
+    def __exit__(self, *_: object) -> None:
+        self._write(self.kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+
+def checkpoint(run: RunFolder, step: int, policy: ConcordPolicy, optimizer, averaged: dict[str, Tensor]) -> None:
+    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated."""
+    tensors, meta = optimizer_tensors(optimizer)
+    groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
+    save_checkpoint(run.folder, step, groups, {"step": step, "optimizer": meta})
+
+
+def restore(run: RunFolder, policy: ConcordPolicy, optimizer, averaged: dict[str, Tensor]) -> int:
+    """Load the last checkpoint of the run, if any; returns the number of steps done."""
+    path = latest_checkpoint(run.folder)
+    if path is None:
+        run.truncate(0)
+        return 0
+    tensors, state = load_checkpoint(path)
+    with torch.no_grad():
+        for name, p in trained_parameters(policy).items():
+            p.copy_(tensors["model"][name])
+            averaged[name].copy_(tensors["averaged"][name])
+    restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+    restore_rng(tensors["rng"])
+    run.truncate(state["step"])
+    return state["step"]
+
+
+def export(
+    folder: Path, config: PolicyTrainConfig, policy: ConcordPolicy, stats: dict[str, NormStats], episodes: Episodes
+) -> Path:
+    """Write a LeRobot policy folder with its processors; it appears whole or not at all."""
+    partial_folder = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    policy.save_pretrained(partial_folder)
+    dataset_stats = {
+        key: {name: torch.from_numpy(value) for name, value in values.as_dict().items()}
+        for key, values in stats.items()
+    }
+    for processor in make_pre_post_processors(policy.config, dataset_stats=dataset_stats):
+        processor.save_pretrained(partial_folder)
+    extra = episodes.extra or {}
+    record = {
+        "env": extra.get("env"),
+        "tasks": extra.get("tasks", []),
+        "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
+        "encoder": config.encoder,
+        "tune": config.tune,
+        "steps": config.steps,
+        "seed": config.seed,
+        "versions": versions(),
+    }
+    (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+    return folder
+
+
+def digest(batch: CloningBatch) -> str:
+    """A fingerprint of the sampled rows, so that a resumed run can be compared."""
+    return hashlib.sha256(batch.rows.tobytes()).hexdigest()[:16]
+
+
+def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
+    """Save the batch that broke the loss, then stop."""
+    path = folder / f"nonfinite_step_{step:06d}.safetensors"
+    save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in vars(batch).items()}, path)
+    raise UserError(
+        f"loss is not finite at step {step}; the batch is in {path}; "
+        "lower --optimizer.lr or use --precision=no, then run again with --resume=true"
+    )
+
+
+def describe(config, episodes: Episodes, train, validation, policy: ConcordPolicy, first: int) -> str:
+    """What the run is about to do, in a few lines."""
+    trained = sum(p.numel() for p in trained_parameters(policy).values()) / 1e6
+    every = sum(p.numel() for p in policy.parameters()) / 1e6
+    how = "fine-tuned" if config.tune else "frozen, through cached tokens"
+    resumed = f", resumed at step {first}" if first else ""
+    return (
+        f"stage two: {len(train)} episodes ({len(validation)} held out), encoder {config.encoder} {how}\n"
+        f"{trained:.1f} of {every:.1f} M parameters trained, {config.steps} steps of {config.batch_size} samples{resumed}; "
+        f"run folder {config.output}"
+    )
