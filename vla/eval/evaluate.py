@@ -1,0 +1,209 @@
+"""Evaluation of a policy folder: success by task and split, grounding, videos, one JSON and one report."""
+
+import csv
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from envs import env_class
+from vla.config import EvalConfig
+from vla.config_io import to_dict
+from vla.eval.evaluation_report import evaluation_report
+from vla.eval.grounding import grounding_specs, grounding_summary
+from vla.eval.report import write_report
+from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, run_rollouts
+from vla.eval.statistics import summarise
+from vla.policies.loading import load_chunk_policy
+from vla.types import UserError
+from vla.versions import versions
+
+
+def evaluate(config: EvalConfig) -> Path:
+    """Run the evaluation and return its folder.
+
+    Raises:
+        UserError: unknown environment, task or split, or a policy that cannot be loaded.
+    """
+    cv2.setNumThreads(1)
+    policy_folder = Path(config.policy)
+    load_chunk_policy(policy_folder)  # fails early, before anything is simulated
+    trained = trained_on(policy_folder)
+    tasks, splits = checked(config, trained)
+    output = Path(config.output) if config.output else default_output(config, policy_folder)
+    output.mkdir(parents=True, exist_ok=True)
+    begin(output, config)
+
+    image_size = trained.get("image_size", 96)
+    base = plan(config, tasks, "train", 1, config.episodes, image_size)
+    specs = list(base)
+    for split, level in splits:
+        specs += plan(config, tasks, split, level, config.split_episodes, image_size)
+    specs += grounding_specs(base[: config.grounding_episodes])
+    started = time.perf_counter()
+    print(f"evaluate: {len(specs)} episodes of {config.env} with {config.workers} processes into {output}")
+    make_policy = partial(load_chunk_policy, policy_folder)
+    records = run_rollouts(
+        make_policy,
+        specs,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        journal=output / "episodes.jsonl",
+    )
+    films = film(config, make_policy, specs, records, output)
+    result = summary(config, records) | {
+        "wall_time_s": round(time.perf_counter() - started, 1),
+        "command": " ".join(["python", *sys.argv]),
+        "config": to_dict(config),
+        "policy": trained,
+        "versions": versions(),
+    }
+    write(output, result, records)
+    write_report(output / "report.html", evaluation_report(result, output, films))
+    print(table(result))
+    print(f"wrote {output / 'eval.json'} and {output / 'report.html'}")
+    return output
+
+
+def trained_on(policy_folder: Path) -> dict[str, Any]:
+    """What the policy folder says about its training; empty for policies of other programs."""
+    path = policy_folder / "concord.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads((policy_folder / "config.json").read_text())
+    shapes = [f["shape"] for f in config.get("input_features", {}).values() if f.get("type") == "VISUAL"]
+    return record | {"image_size": shapes[0][-1]} if shapes else record
+
+
+def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The tasks and the further (split, level) pairs to evaluate."""
+    try:
+        environment = env_class(config.env)
+    except ValueError as error:
+        raise UserError(f"config error: env: {error}") from error
+    tasks = config.tasks or (tuple(trained.get("tasks", ())) if trained.get("env") == config.env else ())
+    tasks = tasks or environment.TASKS
+    for task in tasks:
+        if task not in environment.TASKS:
+            raise UserError(f"config error: tasks: {task!r} is not a task of {config.env}; known: {environment.TASKS}")
+    known = environment.splits()
+    names = list(config.splits)
+    if names == ["all"]:
+        names = [name for name in known if name != "train"]
+    names = [name for name in names if name != "none"]
+    for name in names:
+        if name not in known:
+            raise UserError(f"config error: splits: {name!r} is not a split of {config.env}; known: {', '.join(known)}")
+    return tasks, [(name, level) for name in names for level in known[name]]
+
+
+def default_output(config: EvalConfig, policy_folder: Path) -> Path:
+    """outputs/eval/ENV/NAME, NAME being the training run's folder."""
+    name = policy_folder.resolve().parent.name if policy_folder.name == "policy" else policy_folder.name
+    return Path("outputs") / "eval" / config.env / name
+
+
+def begin(output: Path, config: EvalConfig) -> None:
+    """Start afresh, unless an evaluation of the same policy and configuration was interrupted here."""
+    weights = Path(config.policy) / "model.safetensors"
+    stamp = {"config": to_dict(config), "weights": [weights.stat().st_size, weights.stat().st_mtime_ns]}
+    path = output / "begun.json"
+    if not path.is_file() or json.loads(path.read_text()) != stamp or (output / "eval.json").is_file():
+        for name in ("episodes.jsonl", "eval.json", "report.html", "episodes.csv"):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / "videos", ignore_errors=True)
+        path.write_text(json.dumps(stamp))
+
+
+def plan(
+    config: EvalConfig, tasks: tuple[str, ...], split: str, level: int, count: int, image_size: int
+) -> list[EpisodeSpec]:
+    """`count` episodes spread evenly over the tasks; seeds are the same in every split, so that they pair."""
+    return [
+        EpisodeSpec(
+            env=config.env,
+            task=tasks[i % len(tasks)],
+            seed=config.seed + i,
+            tasks=tasks,
+            split=split,
+            level=level,
+            image_size=image_size,
+        )
+        for i in range(count)
+    ]
+
+
+def film(
+    config: EvalConfig, make_policy, specs: list[EpisodeSpec], records: list[EpisodeRecord], output: Path
+) -> list[EpisodeRecord]:
+    """Run a few successes and failures of the plain episodes once more, with a camera."""
+    plain = [i for i, r in enumerate(records) if r.kind == "success" and r.split == "train"]
+    chosen = []
+    for wanted in (True, False):
+        chosen += [i for i in plain if records[i].success == wanted][: config.videos]
+    if not chosen:
+        return []
+    return run_rollouts(
+        make_policy,
+        [specs[i] for i in chosen],
+        batch_size=config.batch_size,
+        record_video=frozenset(range(len(chosen))),
+        video_folder=output / "videos",
+    )
+
+
+def summary(config: EvalConfig, records: list[EpisodeRecord]) -> dict[str, Any]:
+    """Rates and intervals by task and split, and the grounding measures."""
+    success = [r for r in records if r.kind == "success"]
+    plain = [r for r in success if r.split == "train"]
+    splits: dict[str, Any] = {}
+    for record in success:
+        splits.setdefault(f"{record.split}/{record.level}" if record.split != "train" else "train", []).append(record)
+    tasks = list(dict.fromkeys(r.task for r in plain))
+    return {
+        **summarise(r.success for r in plain),
+        "success_final": summarise(r.success_final for r in plain),
+        "tasks": {task: summarise(r.success for r in plain if r.task == task) for task in tasks},
+        "splits": {
+            name: summarise(r.success for r in members) | {"final": summarise(r.success_final for r in members)}
+            for name, members in splits.items()
+        },
+        "grounding": grounding_summary([r for r in records if r.kind != "success"], plain),
+        "episodes": [asdict(r) for r in records],
+    }
+
+
+def write(output: Path, result: dict[str, Any], records: list[EpisodeRecord]) -> None:
+    """eval.json, whole or not at all, and the same episodes as CSV."""
+    partial_path = output / "eval.partial"
+    partial_path.write_text(json.dumps(result, indent=1) + "\n")
+    with (output / "episodes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[k for k in asdict(records[0]) if k not in ("achieved", "video")])
+        writer.writeheader()
+        for record in records:
+            writer.writerow({k: v for k, v in asdict(record).items() if k in writer.fieldnames})
+    partial_path.rename(output / "eval.json")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The compact table that ends the command."""
+
+    def line(name: str, part: dict[str, Any]) -> str:
+        low, high = part["interval"]
+        return f"  {name:28} {100 * part['success_rate']:5.1f} %  [{100 * low:3.0f}, {100 * high:3.0f}]  n={part['n']}"
+
+    lines = ["success", line("all tasks", result), line("at the final timestep", result["success_final"])]
+    lines += [line(task, part) for task, part in result["tasks"].items()]
+    lines += ["splits"] + [line(name, part) for name, part in result["splits"].items() if name != "train"]
+    grounding = dict(result["grounding"])
+    if grounding:
+        lines.append("grounding")
+        for name, part in grounding.pop("swap", {}).items():
+            lines.append(line(f"swap: {name}", part))
+        lines += [line(name, part) for name, part in grounding.items()]
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""The report of an evaluation, from its result alone."""
+
+from pathlib import Path
+from typing import Any
+
+from vla.eval.report import Figure, Report, Section, Table, Video, figure, with_interval
+from vla.eval.rollouts import EpisodeRecord
+
+SPLIT_TEXTS = {
+    "paraphrase": "new sentences made of known words",
+    "synonym": "unseen words (level 1 verbs, level 2 nouns and colours)",
+    "combination": "unseen combinations of verb, colour and shape (level 2: the pair is never named in training)",
+    "distractors": "additional objects",
+    "light": "brightness, colour and gradient of the light",
+    "texture": "patterned table",
+    "camera": "camera shifted and rotated",
+    "position": "positions outside the training range",
+}
+
+
+def evaluation_report(result: dict[str, Any], output: Path, films: list[EpisodeRecord]) -> Report:
+    """What evaluate.py writes as report.html."""
+    sections = [
+        Section("Success by task", "", (rate_table("Success by task", result["tasks"]), rate_figure(result["tasks"])))
+    ]
+    splits = {name: part for name, part in result["splits"].items() if name != "train"}
+    if splits:
+        text = "; ".join(f"{n}: {t}" for n, t in SPLIT_TEXTS.items() if any(s.split("/")[0] == n for s in splits))
+        sections.append(
+            Section(
+                "What training never saw",
+                f"NAME/LEVEL. {text}.",
+                (rate_table("Success by split", splits), rate_figure({"train": result} | splits)),
+            )
+        )
+    if result["grounding"]:
+        sections.append(
+            Section(
+                "Does it obey the instruction?",
+                "Swap: the identical initial state, told another goal about another object. Blank and wrong text: nothing, "
+                "or another scene's instruction, is told, and the scene's own goal is scored; chance is how often that goal "
+                "gets done while the policy is told another goal of the scene.",
+                (grounding_table(result["grounding"]),),
+            )
+        )
+    for title, wanted in (("Successes", True), ("Failures", False)):
+        videos = tuple(
+            Video(output / "videos" / f.video, f"{f.instruction} (seed {f.seed})") for f in films if f.success == wanted
+        )
+        if videos:
+            sections.append(Section(title, "", videos))
+    return Report(
+        title=f"Evaluation on {result['config']['env']}",
+        answers=tuple(answers(result)),
+        sections=tuple(sections),
+        command=result["command"],
+        protocol=protocol(result),
+    )
+
+
+def answers(result: dict[str, Any]) -> list[str]:
+    """The sentences at the top."""
+    sentences = [
+        f"The policy succeeds in {with_interval(result['success_rate'], result['interval'])} of {result['n']} episodes; "
+        f"at the final timestep {with_interval(result['success_final']['success_rate'], result['success_final']['interval'])}."
+    ]
+    grounding = result["grounding"]
+    if "swap" in grounding:
+        follows = grounding["swap"]["follows_new"]
+        sentences.append(
+            f"It follows {with_interval(follows['success_rate'], follows['interval'])} of {follows['n']} swapped instructions."
+        )
+    if "blank" in grounding:
+        chance = grounding.get("chance")
+        beside = f"; chance is {with_interval(chance['success_rate'], chance['interval'])}" if chance else ""
+        blank = grounding["blank"]
+        sentences.append(
+            f"Told nothing, it succeeds in {with_interval(blank['success_rate'], blank['interval'])}{beside}."
+        )
+    held_out = {n: p for n, p in result["splits"].items() if n.startswith("combination")}
+    for name, part in held_out.items():
+        sentences.append(
+            f"On held-out combinations, level {name.split('/')[1]}, it succeeds in "
+            f"{with_interval(part['success_rate'], part['interval'])}."
+        )
+    return sentences
+
+
+def rate_table(caption: str, parts: dict[str, dict[str, Any]]) -> Table:
+    """Rates with 95 % Wilson intervals."""
+    rows = tuple(
+        (name, with_interval(part["success_rate"], part["interval"]), str(part["n"])) for name, part in parts.items()
+    )
+    return Table(caption, ("", "success, 95 % interval", "episodes"), rows)
+
+
+def rate_figure(parts: dict[str, dict[str, Any]]) -> Figure:
+    """Rates as points with intervals."""
+    names = list(parts)
+    rates = [parts[n]["success_rate"] for n in names]
+
+    def draw(axes) -> None:
+        for row, name in enumerate(names):
+            low, high = parts[name]["interval"]
+            axes.plot([low, high], [row, row], color="#1f5fbf", lw=3, alpha=0.4, solid_capstyle="round")
+            axes.plot(rates[row], row, "o", color="#1f5fbf")
+        axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), xlabel="success rate")
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+
+    description = "Success rates with intervals: " + ", ".join(
+        f"{n} {100 * r:.0f} %" for n, r in zip(names, rates, strict=True)
+    )
+    return figure(draw, description + ".", (7.0, 0.7 + 0.3 * len(names)))
+
+
+def grounding_table(grounding: dict[str, Any]) -> Table:
+    """All grounding measures."""
+    parts = {f"swap: {name.replace('_', ' ')}": part for name, part in grounding.get("swap", {}).items()}
+    parts |= {f"{name} text": grounding[name] for name in ("blank", "wrong") if name in grounding}
+    if "chance" in grounding:
+        parts["chance (own goal, told another)"] = grounding["chance"]
+    return rate_table("Grounding", parts)
+
+
+def protocol(result: dict[str, Any]) -> dict[str, str]:
+    """How the numbers came about."""
+    config = result["config"]
+    return {
+        "success": "the goal holds at any timestep (episodes run to their horizon); final: at the last one",
+        "intervals": "95 % Wilson",
+        "seeds": f"{config['seed']} and up, the same in every split",
+        "policy": config["policy"],
+        "wall time": f"{result['wall_time_s']} s",
+    } | result["versions"]

@@ -1,0 +1,75 @@
+"""Does the policy obey the instruction? Swapped, blank and wrong texts on the identical initial state.
+
+Swap: the scene of a seed, told another of its goals that concerns another object. Follows the new: the told goal is
+achieved. Does the old: not that, but the goal the seed would have given. Neither: the rest.
+Blank and wrong text: the seed's own goal is scored while the policy is told nothing, or an instruction of another
+scene. Their chance level is measured, not assumed: how often the seed's own goal gets done in the swapped episodes,
+where the policy is told something else of the same scene.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from envs import make_env
+from vla.eval.rollouts import EpisodeRecord, EpisodeSpec
+from vla.eval.statistics import summarise
+
+SWAP, BLANK, WRONG = "swap", "blank", "wrong"
+
+
+def grounding_specs(base: Sequence[EpisodeSpec]) -> list[EpisodeSpec]:
+    """Swapped (where scenes have several goals), blank and wrong-text episodes on the scenes of `base`."""
+    if not base:
+        return []
+    first = base[0]
+    env = make_env(first.env, tasks=first.tasks, split=first.split, level=first.level, image_size=first.image_size)
+    env.render_observations = False
+    scenes = []
+    for spec in base:
+        env.reset(seed=spec.seed, options={"task": spec.task})
+        scenes.append((env.goal_id, env.task_description, env.goals()))
+    env.close()
+    specs = []
+    for number, (spec, (own, _, goals)) in enumerate(zip(base, scenes, strict=True)):
+        other = swapped_goal(own, goals, spec.seed)
+        if other is not None:
+            specs.append(replace(spec, kind=SWAP, goal=other.goal_id, task=other.task))
+        foreign = scenes[(number + len(base) // 2 + 1) % len(base)][1]
+        specs.append(replace(spec, kind=BLANK, goal=own, instruction=""))
+        specs.append(replace(spec, kind=WRONG, goal=own, instruction=foreign))
+    return specs
+
+
+def swapped_goal(own: str, goals: Sequence[Any], seed: int) -> Any | None:
+    """Another goal of the scene that concerns another object, drawn by seed, each task equally likely."""
+    others = [goal for goal in goals if goal.goal_id.split("/")[1:3] != own.split("/")[1:3]]
+    if not others:
+        return None
+    rng = np.random.default_rng([seed, 4])
+    tasks = sorted({goal.task for goal in others})
+    task = tasks[int(rng.integers(len(tasks)))]
+    candidates = [goal for goal in others if goal.task == task]
+    return candidates[int(rng.integers(len(candidates)))]
+
+
+def grounding_summary(records: Sequence[EpisodeRecord], base: Sequence[EpisodeRecord]) -> dict[str, Any]:
+    """The grounding measures; `base` holds the records of the plain episodes on the same scenes."""
+    own = {record.seed: record.goal for record in base}
+    swapped = [r for r in records if r.kind == SWAP]
+    summary: dict[str, Any] = {}
+    if swapped:
+        old = [not r.success and own[r.seed] in r.achieved for r in swapped]
+        summary["swap"] = {
+            "follows_new": summarise(r.success for r in swapped),
+            "does_old": summarise(old),
+            "neither": summarise(not r.success and not o for r, o in zip(swapped, old, strict=True)),
+        }
+        summary["chance"] = summarise(own[r.seed] in r.achieved for r in swapped)
+    for kind in (BLANK, WRONG):
+        chosen = [r for r in records if r.kind == kind]
+        if chosen:
+            summary[kind] = summarise(r.success for r in chosen)
+    return summary

@@ -1,0 +1,254 @@
+"""Closed-loop rollouts: many environments stepped together, a frame rendered only when the policy looks.
+
+Every episode runs to its horizon, so that success at the final timestep is known besides success at any. Results
+depend on the specification alone, not on batch size or number of processes (up to float rounding inside the policy).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+from envs import make_env
+from vla.types import ChunkPolicy
+
+MakePolicy = Callable[[], ChunkPolicy]
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """What to run. `goal` and `instruction` replace the seed's own if given; `kind` labels the measurement."""
+
+    env: str
+    task: str
+    seed: int
+    tasks: tuple[str, ...] = ()
+    split: str = "train"
+    level: int = 1
+    goal: str | None = None
+    instruction: str | None = None
+    image_size: int = 96
+    kind: str = "success"
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """What happened. `achieved` holds every goal of the scene that held at some timestep after the first."""
+
+    kind: str
+    env: str
+    task: str
+    goal: str
+    instruction: str
+    split: str
+    level: int
+    seed: int
+    success: bool
+    success_final: bool
+    steps: int  # to the first success, or all
+    achieved: tuple[str, ...]
+    video: str | None = None
+
+
+def run_rollouts(
+    make_policy: MakePolicy,
+    specs: Sequence[EpisodeSpec],
+    *,
+    batch_size: int = 32,
+    workers: int = 1,
+    record_video: frozenset[int] = frozenset(),
+    video_folder: Path | None = None,
+    journal: Path | None = None,
+) -> list[EpisodeRecord]:
+    """Run every spec and return the records in their order.
+
+    Args:
+        make_policy: builds the policy, once in every process; must be picklable if `workers` > 1.
+        specs: the episodes.
+        batch_size: environments stepped together in one process.
+        workers: processes, one thread each; 1 runs in this process.
+        record_video: indices of the episodes to film into `video_folder`.
+        video_folder: where `NNNNN.mp4` files go.
+        journal: file of finished records; an interrupted call with the same specs goes on from it.
+    """
+    done = read_journal(journal, specs) if journal else {}
+    groups = grouped([i for i in range(len(specs)) if i not in done], specs, batch_size)
+    bar = tqdm(total=len(specs), initial=len(done), desc="rollouts", unit="episode", mininterval=1.0)
+    arguments = [([(i, specs[i]) for i in group], record_video & set(group), video_folder) for group in groups]
+    with bar:
+        if workers == 1 or len(groups) <= 1:
+            results = map(_run_group, [make_policy()] * len(groups), arguments) if groups else []
+            _take(results, done, journal, bar)
+        else:
+            with ProcessPoolExecutor(
+                min(workers, len(groups)),
+                mp_context=get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(make_policy,),
+            ) as pool:
+                _take(pool.map(_run_in_worker, arguments), done, journal, bar)
+    return [done[i] for i in range(len(specs))]
+
+
+def grouped(indices: list[int], specs: Sequence[EpisodeSpec], batch_size: int) -> list[list[int]]:
+    """Batches of episodes that share the construction of their environments."""
+    by_environment: dict[tuple, list[int]] = {}
+    for index in indices:
+        by_environment.setdefault(_construction(specs[index]), []).append(index)
+    return [
+        members[i : i + batch_size] for members in by_environment.values() for i in range(0, len(members), batch_size)
+    ]
+
+
+def read_journal(path: Path, specs: Sequence[EpisodeSpec]) -> dict[int, EpisodeRecord]:
+    """Finished records by index; those of other specs, and a torn last line, are left out."""
+    done: dict[int, EpisodeRecord] = {}
+    if not path.is_file():
+        return done
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        index = entry["index"]
+        if index < len(specs) and entry["spec"] == json.loads(json.dumps(asdict(specs[index]))):
+            record = entry["record"]
+            done[index] = EpisodeRecord(**record | {"achieved": tuple(record["achieved"])})
+    return done
+
+
+_policy: ChunkPolicy | None = None
+_environments: dict[tuple, list[gym.Env]] = {}
+
+
+def _start_worker(make_policy: MakePolicy) -> None:
+    global _policy
+    import cv2
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    _policy = make_policy()
+
+
+def _run_in_worker(arguments):
+    return _run_group(_policy, arguments)
+
+
+def _take(results, done: dict[int, EpisodeRecord], journal: Path | None, bar: tqdm) -> None:
+    for group in results:
+        for index, spec, record in group:
+            done[index] = record
+            if journal is not None:
+                with journal.open("a") as file:
+                    file.write(json.dumps({"index": index, "spec": asdict(spec), "record": asdict(record)}) + "\n")
+        bar.update(len(group))
+
+
+def _construction(spec: EpisodeSpec) -> tuple:
+    return spec.env, spec.tasks, spec.split, spec.level, spec.image_size
+
+
+def _environments_for(spec: EpisodeSpec, count: int) -> list[gym.Env]:
+    """Environments of one construction, kept between batches; those of other constructions are closed."""
+    key = _construction(spec)
+    for other in [k for k in _environments if k != key]:
+        for env in _environments.pop(other):
+            env.close()
+    pool = _environments.setdefault(key, [])
+    while len(pool) < count:
+        pool.append(
+            make_env(
+                spec.env,
+                tasks=spec.tasks,
+                split=spec.split,
+                level=spec.level,
+                image_size=spec.image_size,
+                end_on_success=False,
+            )
+        )
+    return pool[:count]
+
+
+def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, EpisodeRecord]]:
+    """Step one batch of environments in lockstep until all have reached their horizon."""
+    members, filmed, video_folder = arguments
+    envs = _environments_for(members[0][1], len(members))
+    observations, infos, films = [], [], {}
+    for env, (index, spec) in zip(envs, members, strict=True):
+        options = {"task": spec.task, "goal": spec.goal, "instruction": spec.instruction}
+        env.render_observations = False
+        observation, info = env.reset(seed=spec.seed, options={k: v for k, v in options.items() if v is not None})
+        observations.append(observation)
+        infos.append(info)
+        if index in filmed:
+            films[index] = [env.render()]
+    first_success = np.full(len(envs), -1)
+    success_now = np.zeros(len(envs), bool)
+    achieved: list[set[str]] = [set() for _ in envs]
+    initially = [set(info["achieved"]) for info in infos]
+    timestep, running = 0, np.ones(len(envs), bool)
+    while running.any():
+        active = np.flatnonzero(running)
+        chunk = policy.act(
+            np.stack([observations[i]["pixels"] for i in active]),
+            np.stack([observations[i]["agent_pos"] for i in active]),
+            [infos[i]["instruction"] for i in active],
+        )
+        for step in range(chunk.shape[1]):
+            for row, i in enumerate(active):
+                if not running[i]:
+                    continue
+                action = np.clip(chunk[row, step], envs[i].action_space.low, envs[i].action_space.high)
+                observations[i], _, _, truncated, info = envs[i].step(action.astype(np.float32))
+                success_now[i] = info["is_success"]
+                achieved[i] |= set(info["achieved"])
+                if info["is_success"] and first_success[i] < 0:
+                    first_success[i] = timestep + 1
+                index = members[i][0]
+                if index in films:
+                    films[index].append(envs[i].render())
+                running[i] = not truncated
+            timestep += 1
+            if not running.any():
+                break
+        for i in active:
+            if running[i]:
+                observations[i] = envs[i].observe()
+    records = []
+    for i, (index, spec) in enumerate(members):
+        path = None
+        if index in films:
+            from vla.eval.video import write_video
+
+            video_folder.mkdir(parents=True, exist_ok=True)
+            path = video_folder / f"{index:05d}.mp4"
+            write_video(path, films[index], envs[i].metadata["render_fps"], infos[i]["instruction"])
+        records.append(
+            (
+                index,
+                spec,
+                EpisodeRecord(
+                    kind=spec.kind,
+                    env=spec.env,
+                    task=infos[i]["task"],
+                    goal=infos[i]["goal_id"],
+                    instruction=infos[i]["instruction"],
+                    split=spec.split,
+                    level=spec.level,
+                    seed=spec.seed,
+                    success=bool(first_success[i] > 0),
+                    success_final=bool(success_now[i]),
+                    steps=int(first_success[i] if first_success[i] > 0 else timestep),
+                    achieved=tuple(sorted(achieved[i] - initially[i])),
+                    video=path.name if path else None,
+                ),
+            )
+        )
+    return records

@@ -1,0 +1,36 @@
+"""Small mp4 videos of rollouts, with the instruction as a caption in the picture."""
+
+from pathlib import Path
+
+import cv2
+import imageio.v3 as iio
+import numpy as np
+
+SIDE = 256  # px
+CAPTION = 32  # px
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: int, caption: str) -> None:
+    """H.264 of (H, W, 3) uint8 frames, at most about 30 a second, caption below.
+
+    Raises:
+        ValueError: no frames.
+    """
+    if not frames:
+        raise ValueError(f"{path}: no frames to write")
+    every = max(1, round(fps / 30))
+    pictures = np.stack([captioned(frame, caption) for frame in frames[::every]])
+    iio.imwrite(
+        path, pictures, plugin="pyav", codec="libx264", fps=max(1, round(fps / every)), out_pixel_format="yuv420p"
+    )
+
+
+def captioned(frame: np.ndarray, caption: str) -> np.ndarray:
+    """(H, W, 3) -> (SIDE + CAPTION, SIDE, 3) with the text under the picture."""
+    picture = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    strip = np.full((CAPTION, SIDE, 3), 24, np.uint8)
+    scale = 0.42
+    while cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > SIDE - 8 and scale > 0.2:
+        scale -= 0.02
+    cv2.putText(strip, caption, (4, 20), cv2.FONT_HERSHEY_SIMPLEX, scale, (240, 240, 240), 1, cv2.LINE_AA)
+    return np.vstack([picture, strip])
