@@ -7,7 +7,7 @@ import numpy as np
 
 from envs.goal import Goal
 from envs.tabletop.language import instruction
-from envs.tabletop.physics import CONTROL_DT, GRIPPER_RANGE, MAX_SPEED, World
+from envs.tabletop.physics import CONTROL_DT, GRIPPER_RANGE, MAX_SPEED, World, settled
 from envs.tabletop.render import Camera
 from envs.tabletop.scene import Scene, sample_scene
 from envs.tabletop.splits import (
@@ -44,7 +44,7 @@ class TabletopEnv(gym.Env):
         level: int = 1,
         render_mode: str = "rgb_array",
         end_on_success: bool = True,
-        max_episode_steps: int = 80,
+        max_episode_steps: int = 100,
     ) -> None:
         unknown = sorted(set(tasks) - set(TASKS))
         if unknown:
@@ -87,14 +87,14 @@ class TabletopEnv(gym.Env):
         options = options or {}
         scene_seed = int(seed) if seed is not None else int(self.np_random.integers(1 << 31))
         self.scene_id = scene_seed
-        self.scene, self._goals = self._sample(scene_seed)
+        self.scene, self._goals, before = self._sample(scene_seed)
         self.world = World(self.scene)
         self.progress = Progress(self.scene, self.world)
         view = perturb_view(self.split, self.level, stream(scene_seed, "view"))
         self._camera = Camera(self.image_size, self.scene, view)
         self._view = view
         self._display: Camera | None = None
-        self.goal = self._choose_goal(scene_seed, options.get("goal"), options.get("task"))
+        self.goal = self._choose_goal(scene_seed, before, options.get("goal"), options.get("task"))
         self.goal_id, self.task = self.goal.goal_id(self.scene), self.goal.task
         self.task_description = options.get("instruction", self._wording(self.goal))
         self._timestep = 0
@@ -135,38 +135,46 @@ class TabletopEnv(gym.Env):
         """(2,) m: where the instructed object is now."""
         return self.world.position(self.goal.target)
 
-    def _sample(self, scene_seed: int) -> tuple[Scene, tuple[TaskGoal, ...]]:
-        """The first scene of the seed's stream with enough goals of this split and these tasks."""
+    def _sample(self, scene_seed: int) -> tuple[Scene, tuple[TaskGoal, ...], tuple[TaskGoal, ...]]:
+        """The first scene of the seed's stream with enough goals: scene, its goals, its goals before the perturbation."""
         rng = stream(scene_seed, "scene")
         must_have = HELD_OUT_PAIRS if (self.split, self.level) == ("combination", 2) else ()
-        level = self.level if self.split == "combination" else 0
-        enough = 1 if level else self.MIN_GOALS
         while True:
-            scene = sample_scene(rng, must_have)
-            if self._allowed(scene, level, enough):
-                break
-        scene = perturb_scene(scene, self.split, self.level, stream(scene_seed, "perturbation"))
-        return scene, tuple(
-            g for g in valid_goals(scene) if g.task in self.tasks and combination_level(g, scene) == level
-        )
+            unperturbed = settled(sample_scene(rng, must_have))
+            before = self._goals_of(unperturbed)
+            if len(before) < self._enough:
+                continue
+            scene = perturb_scene(unperturbed, self.split, self.level, stream(scene_seed, "perturbation"))
+            if scene is unperturbed:
+                return scene, before, before
+            scene = settled(scene)
+            goals = self._goals_of(scene)
+            if goals:
+                return scene, goals, before
 
-    def _allowed(self, scene: Scene, level: int, enough: int) -> bool:
-        goals = [g for g in valid_goals(scene) if g.task in self.tasks and combination_level(g, scene) == level]
-        return len(goals) >= enough
+    @property
+    def _enough(self) -> int:
+        """Least number of goals a scene needs: a held-out combination is rare, and only one pair can be separated."""
+        if self.split == "combination":
+            return 1
+        return 2 if set(self.tasks) == {"separate"} else self.MIN_GOALS
 
-    def _choose_goal(self, scene_seed: int, goal_id: str | None, task: str | None) -> TaskGoal:
+    def _goals_of(self, scene: Scene) -> tuple[TaskGoal, ...]:
+        level = self.level if self.split == "combination" else 0
+        return tuple(g for g in valid_goals(scene) if g.task in self.tasks and combination_level(g, scene) == level)
+
+    def _choose_goal(
+        self, scene_seed: int, before: tuple[TaskGoal, ...], goal_id: str | None, task: str | None
+    ) -> TaskGoal:
+        """The goal asked for; otherwise the one the seed has without perturbation, unless the perturbation rules it out."""
         if goal_id is not None:
             for goal in self._goals:
                 if goal.goal_id(self.scene) == goal_id:
                     return goal
             raise ValueError(f"goal {goal_id!r} is not valid in scene {scene_seed} of split {self.split!r}")
         rng = stream(scene_seed, "goal")
-        tasks = sorted({goal.task for goal in self._goals})
-        # Drawn in any case, so that asking for a task the scene has anyway changes nothing.
-        drawn = tasks[int(rng.integers(len(tasks)))]
-        chosen = task if task in tasks else drawn
-        candidates = [goal for goal in self._goals if goal.task == chosen]
-        return candidates[int(rng.integers(len(candidates)))]
+        drawn = _draw_goal(before, task, rng)
+        return drawn if drawn in self._goals else _draw_goal(self._goals, task, rng)
 
     def _wording(self, goal: TaskGoal) -> str:
         rng = stream(self.scene_id, "wording/" + goal.goal_id(self.scene))
@@ -183,3 +191,12 @@ class TabletopEnv(gym.Env):
             "scene_id": self.scene_id,
             "achieved": tuple(g.goal_id(self.scene) for g, a in holds.items() if a),
         }
+
+
+def _draw_goal(goals: tuple[TaskGoal, ...], task: str | None, rng: np.random.Generator) -> TaskGoal:
+    """A task, then one of its goals; of `task` if there are any."""
+    tasks = sorted({goal.task for goal in goals})
+    # Drawn in any case, so that asking for a task the scene has anyway changes nothing.
+    drawn = tasks[int(rng.integers(len(tasks)))]
+    candidates = [goal for goal in goals if goal.task == (task if task in tasks else drawn)]
+    return candidates[int(rng.integers(len(candidates)))]

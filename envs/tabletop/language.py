@@ -74,7 +74,7 @@ TRAIN = {
 PARAPHRASE = {
     "reach": ("move over to {a}", "bring the gripper to {a}", "go and touch {a}"),
     "push": ("give {a} a shove to the {D}", "nudge {a} {d}", "shove {a} toward the {D} side"),
-    "pick": ("take hold of {a}", "grab {a} and lift it", "take {a} up"),
+    "pick": ("hold {a} up", "grab {a} and lift it", "take {a} up"),
     "place": ("set {a} down on the {z} zone", "carry {a} over to the {z} area", "grab {a} and put it on the {z} zone"),
     "next_to": ("carry {a} next to {b}", "set {a} down next to {b}", "grab {a} and place it beside {b}"),
     "separate": ("pull {a} from {b}", "grab {a} and take it away from {b}", "lift {a} away from {b}"),

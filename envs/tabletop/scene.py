@@ -8,6 +8,7 @@ TABLE_HALF = 0.25  # m, half of the table's side
 OBJECT_RADIUS = 0.03  # m, of the circle around every object
 ZONE_HALF = 0.06  # m, half of a zone's side
 PLACE_RANGE = 0.175  # m, training scenes keep object centres within this of the centre, on each axis
+GRIPPER_START = 0.2  # m, training episodes start with the gripper within this of the centre, on each axis
 CLEARANCE = 0.075  # m, least distance of two object centres, adjacent pairs aside
 ADJACENT = 0.064  # m, distance of the centres of an adjacent pair
 
@@ -55,33 +56,45 @@ def sample_scene(rng: np.random.Generator, must_have: tuple[tuple[str, str], ...
         Thing(*kinds[k], float(x), float(y), float(rng.uniform(-0.5, 0.5)))
         for k, (x, y) in zip(order, places, strict=True)
     )
-    gripper = rng.uniform(-0.2, 0.2, size=2)
+    gripper = rng.uniform(-GRIPPER_START, GRIPPER_START, size=2)
     return Scene(objects, zones, (float(gripper[0]), float(gripper[1])))
 
 
 def add_distractors(scene: Scene, rng: np.random.Generator, count: int) -> Scene:
-    """The same scene with up to `count` grey hexagons where there is room."""
+    """The same scene with up to `count` grey and black hexagons where there is room, none in the middle of a zone."""
     taken = [(t.x, t.y) for t in scene.objects]
     added = []
     for _ in range(200):
         if len(added) == count:
             break
         x, y = rng.uniform(-0.21, 0.21, size=2)
-        if all(np.hypot(x - a, y - b) > CLEARANCE for a, b in taken):
+        blocks_zone = any(np.hypot(x - z.x, y - z.y) < CLEARANCE for z in scene.zones)
+        if not blocks_zone and all(np.hypot(x - a, y - b) > CLEARANCE for a, b in taken):
             added.append(Thing("grey" if len(added) % 2 else "black", "hexagon", float(x), float(y)))
             taken.append((x, y))
     return replace(scene, distractors=tuple(added))
 
 
-def spread_out(scene: Scene, factor: float) -> Scene:
-    """The same scene with everything moved away from the centre by `factor`, beyond the training range."""
+def move_out(scene: Scene, rng: np.random.Generator, beyond: float) -> Scene:
+    """The same layout moved towards its nearest edge, until an object and the gripper are outside the training range.
+
+    Args:
+        scene: is left as it is.
+        rng: draws where the gripper starts along that edge.
+        beyond: how far the outermost object and the gripper are outside their training ranges, m.
+    """
+    at = np.array([(t.x, t.y) for t in scene.objects])
+    reach = {name: float((at @ np.array(d)).max()) for name, d in DIRECTIONS.items()}
+    direction = np.array(DIRECTIONS[max(reach, key=lambda name: reach[name])])
+    shift = (PLACE_RANGE + beyond - max(reach.values())) * direction
     limit = TABLE_HALF - OBJECT_RADIUS - 0.005
 
     def moved(thing: Thing) -> Thing:
-        x, y = np.clip([thing.x * factor, thing.y * factor], -limit, limit)
+        x, y = np.clip([thing.x + shift[0], thing.y + shift[1]], -limit, limit)
         return replace(thing, x=float(x), y=float(y))
 
-    gripper = np.clip(np.array(scene.gripper) * factor, -0.235, 0.235)
+    along = rng.uniform(-GRIPPER_START, GRIPPER_START) * np.abs(direction[::-1])
+    gripper = (GRIPPER_START + beyond) * direction + along
     return replace(
         scene,
         objects=tuple(moved(t) for t in scene.objects),

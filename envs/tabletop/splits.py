@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 from envs.tabletop.render import View
-from envs.tabletop.scene import COLORS, SHAPES, Scene, add_distractors, spread_out
+from envs.tabletop.scene import COLORS, SHAPES, Scene, add_distractors, move_out
 from envs.tabletop.tasks import TASKS, TaskGoal
 
 SPLITS: dict[str, tuple[int, ...]] = {
@@ -39,11 +39,11 @@ def combination_level(goal: TaskGoal, scene: Scene) -> int:
 
 
 def perturb_scene(scene: Scene, split: str, level: int, rng: np.random.Generator) -> Scene:
-    """The same scene with distractors, or beyond the training range."""
+    """The same scene with distractors, or moved out of the training range."""
     if split == "distractors":
         return add_distractors(scene, rng, count=2 * level)
     if split == "position":
-        return spread_out(scene, (1.08, 1.15, 1.22)[level - 1])
+        return move_out(scene, rng, beyond=(0.012, 0.024, 0.036)[level - 1])
     return scene
 
 

@@ -17,7 +17,8 @@ PUSH_COSINE = np.cos(np.deg2rad(35))
 PUSH_ROOM = 0.10  # m of free way that a push goal needs
 NEXT_TO = 0.085  # m between centres
 APART = 0.15  # m between centres
-TOGETHER = 0.07  # m between the centres of a pair that can be separated
+TOGETHER = 0.072  # m between the centres of a pair that can be separated
+OVERLAP = 0.003  # m, deeper is on top of another object rather than beside it
 
 
 @dataclass(frozen=True)
@@ -132,5 +133,6 @@ class Progress:
             return _in_zone(now[i], (zone.x, zone.y))
         gap = float(np.linalg.norm(now[i] - now[goal.other]))
         if goal.task == "next_to":
-            return gap <= NEXT_TO and bool(np.linalg.norm(now[i] - self.start[i]) > 0.02)
+            moved = bool(np.linalg.norm(now[i] - self.start[i]) > 0.02)
+            return gap <= NEXT_TO and moved and world.held != goal.other and world.overlap(i) <= OVERLAP
         return gap >= APART and world.held != goal.other
