@@ -64,8 +64,8 @@ class LossConfig:
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
     action_beta: float = 0.05  # width of the soft targets over action chunks, mean squared normalised units
     state_beta: float = 0.02  # width of the soft targets over states, mean squared normalised units
-    queries: int = 8  # text-conditioned queries of the pooler
-    pooler_width: int = 192  # width of the pooler
+    queries: int = 6  # text-conditioned queries of the pooler
+    pooler_width: int = 128  # width of the pooler
 
 
 @dataclass
@@ -113,12 +113,12 @@ class HeadConfig:
     kind: Literal["l1", "flow"] = "l1"  # action head: chunk regression or flow matching
     horizon: int = 16  # timesteps predicted
     n_action_steps: int = 8  # timesteps executed before the next look
-    queries: int = 8  # text-conditioned queries over the patch tokens
-    width: int = 192  # width of the pooler
-    hidden: int = 512  # width of the residual MLP
-    layers: int = 3  # residual blocks
+    queries: int = 6  # text-conditioned queries over the patch tokens
+    width: int = 128  # width of the pooler
+    hidden: int = 384  # width of the residual MLP
+    layers: int = 2  # residual blocks
     state_dropout: float = 0.1  # probability of hiding the proprio state in training
-    token_noise: float = 0.02  # std of the noise on (normalised) cached tokens in training
+    token_noise: float = 0.0  # std of the noise on (normalised) cached tokens in training
     flow_steps: int = 8  # Euler steps of the flow head
 
 

@@ -3,22 +3,30 @@
 import torch
 from torch import Tensor, nn
 
+POSITION_WIDTH = 32
+
 
 class TextConditionedPooler(nn.Module):
-    """A few learned queries read the words, then look at the patches, twice, so that a second look can depend on the first.
+    """A few learned queries read the words, then look at the patches, twice: a second look can depend on the first.
 
-    Patch positions are added to what the queries look at *and* to what they get, so that "where" survives pooling.
+    Looking is attention with the key and value projections folded into the queries' side, so that the many patch tokens
+    are never projected, and with separate position codes, so that *where* survives pooling: every look returns the
+    expected coordinates of what it attends to, a spatial softmax.
     """
 
     def __init__(
         self, token_width: int, text_width: int, *, n_patches: int, width: int, queries: int, layers: int = 2
     ) -> None:
         super().__init__()
+        side = round(n_patches**0.5)
+        if side * side != n_patches:
+            raise ValueError(f"n_patches {n_patches} is not a square number")
         self.queries = nn.Parameter(torch.randn(queries, width) * width**-0.5)
-        self.token_projection = nn.Linear(token_width, width)
-        self.text_projection = nn.Linear(text_width, width)
-        self.position = nn.Parameter(torch.randn(n_patches, width) * 0.02)
-        self.layers = nn.ModuleList(PoolerLayer(width) for _ in range(layers))
+        self.position = nn.Parameter(torch.randn(n_patches, POSITION_WIDTH) * 0.02)
+        line = (torch.arange(side) + 0.5) / side * 2 - 1
+        rows, columns = torch.meshgrid(line, line, indexing="ij")
+        self.register_buffer("coordinates", torch.stack([columns, rows], -1).flatten(0, 1), persistent=False)
+        self.layers = nn.ModuleList(PoolerLayer(token_width, text_width, width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(
@@ -34,55 +42,73 @@ class TextConditionedPooler(nn.Module):
         Returns:
             (b, q, width); with `need_weights` also (b, q, n), averaged over heads.
         """
-        patches = self.token_projection(tokens) + self.position  # (b, n, width)
-        words = self.text_projection(words)  # (b, l, width)
+        codes = torch.cat([self.coordinates, self.position], dim=-1)  # (n, p)
         mask = words_mask.bool()[:, None, None, :]  # (b, 1, 1, l)
         x = self.queries.expand(len(tokens), -1, -1)  # (b, q, width)
         for layer in self.layers:
-            x = layer(x, patches, words, mask)
+            x, attention = layer(x, tokens, codes, words, mask)
         if need_weights:
-            return self.norm(x), self.layers[-1].look.weights(self.layers[-1].look_norm(x), patches)
+            return self.norm(x), attention.mean(2)
         return self.norm(x)
 
 
 class PoolerLayer(nn.Module):
     """Read the words, look at the patches, think."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, token_width: int, text_width: int, width: int) -> None:
         super().__init__()
-        self.read_norm, self.read = nn.LayerNorm(width), CrossAttention(width)
-        self.look_norm, self.look = nn.LayerNorm(width), CrossAttention(width)
+        self.read_norm, self.read = nn.LayerNorm(width), ReadWords(width, text_width)
+        self.look_norm, self.look = nn.LayerNorm(width), LookAtPatches(width, token_width)
         self.think = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, x: Tensor, patches: Tensor, words: Tensor, words_mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tensor, codes: Tensor, words: Tensor, words_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x = x + self.read(self.read_norm(x), words, words_mask)
-        x = x + self.look(self.look_norm(x), patches)
-        return x + self.think(x)
+        seen, attention = self.look(self.look_norm(x), tokens, codes)
+        x = x + seen
+        return x + self.think(x), attention
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from queries (b, q, w) to a context (b, n, w)."""
+class ReadWords(nn.Module):
+    """Multi-head attention from queries (b, q, w) to words (b, l, t)."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int, text_width: int, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(text_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, heads, n, w / heads)
+    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, heads, ., w / heads)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        key, value = self.key_value(context).chunk(2, dim=-1)
-        pooled = nn.functional.scaled_dot_product_attention(
-            self._split(self.query(x)), self._split(key), self._split(value), attn_mask=mask
+        key, value = self.key_value(words).chunk(2, dim=-1)
+        read = nn.functional.scaled_dot_product_attention(
+            split(self.query(x)), split(key), split(value), attn_mask=mask
         )
-        return self.out(pooled.transpose(1, 2).flatten(2))
+        return self.out(read.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """(b, q, n) attention averaged over heads."""
-        key, _ = self.key_value(context).chunk(2, dim=-1)
-        query, key = self._split(self.query(x)), self._split(key)
-        return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+class LookAtPatches(nn.Module):
+    """Multi-head attention from queries (b, q, w) to raw patch tokens (b, n, t) with position codes (n, p)."""
+
+    def __init__(self, width: int, token_width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.token_width = heads, token_width
+        code_width = 2 + POSITION_WIDTH
+        self.what = nn.Linear(width, heads * token_width)
+        self.where = nn.Linear(width, heads * code_width)
+        self.out = nn.Linear(heads * (token_width + code_width), width)
+
+    def forward(self, x: Tensor, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (b, q, w) and the attention (b, q, heads, n)."""
+        b, q, _ = x.shape
+        what = self.what(x).view(b, q * self.heads, -1) * self.token_width**-0.5  # (b, q * heads, t)
+        where = self.where(x).view(b, q * self.heads, -1)  # (b, q * heads, p)
+        scores = what @ tokens.transpose(1, 2) + where @ codes.T.to(where.dtype)  # (b, q * heads, n)
+        attention = scores.float().softmax(-1).to(tokens.dtype)
+        seen = torch.cat([attention @ tokens, attention @ codes.to(attention.dtype)], dim=-1)  # (b, q * heads, t + p)
+        return self.out(seen.reshape(b, q, -1)), attention.view(b, q, self.heads, -1)

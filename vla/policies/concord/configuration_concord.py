@@ -23,10 +23,10 @@ class ConcordConfig(PreTrainedConfig):
     kind: str = "l1"  # action head: l1 or flow
     horizon: int = 16  # timesteps predicted
     n_action_steps: int = 8  # timesteps executed before the next look
-    queries: int = 8
-    width: int = 192
-    hidden: int = 512
-    layers: int = 3
+    queries: int = 6
+    width: int = 128
+    hidden: int = 384
+    layers: int = 2
     state_dropout: float = 0.1
     flow_steps: int = 8
     image_size: int = 96  # px; other sizes are resized to the encoder's
