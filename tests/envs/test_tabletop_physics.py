@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from envs import make_env
-from envs.tabletop.physics import CONTROL_DT, MAX_SPEED, World, outline, settled
+from envs.tabletop.physics import CARRY_RANGE, CONTROL_DT, MAX_SPEED, World, outline, settled
 from envs.tabletop.scene import OBJECT_RADIUS, SHAPES, TABLE_HALF, Scene, Thing
 from envs.tabletop.tasks import OVERLAP, Progress, TaskGoal
 
@@ -63,6 +63,13 @@ def test_carried_object_passes_over_others():
     world = world_with(Thing("red", "star", 0.0, 0.0), Thing("blue", "square", 0.08, 0.0))
     travel(world, (0.2, 0.0), close=True, steps=9)
     np.testing.assert_allclose(world.position(1), [0.08, 0.0], atol=1e-9)
+
+
+def test_an_object_carried_to_the_edge_is_put_down_on_the_table():
+    world = world_with(Thing("red", "star", 0.015, 0.0), gripper=(0.0, 0.0))
+    travel(world, (MAX_SPEED, 0.0), close=True, steps=12)
+    travel(world, (0.0, 0.0), close=False, steps=5)
+    assert world.position(0)[0] == pytest.approx(CARRY_RANGE, abs=2e-3)
 
 
 def test_random_actions_never_bring_an_object_off_the_table():

@@ -1,0 +1,19 @@
+"""Meta-World's own scripted experts."""
+
+import numpy as np
+
+from envs.metaworld.env import MetaWorldEnv
+
+
+class ScriptedExpert:
+    """Reads the full state of a `MetaWorldEnv`."""
+
+    def __init__(self, env: MetaWorldEnv) -> None:
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.env = env
+        self.policy = ENV_POLICY_MAP[env.task]()
+
+    def act(self) -> np.ndarray:
+        """(4,) float32 action, clipped to [-1, 1]."""
+        return np.clip(self.policy.get_action(self.env.state), -1, 1).astype(np.float32)
