@@ -169,3 +169,32 @@ class EvalConfig:
     batch_size: int = 32  # environments stepped together in one process
     workers: int = 2  # processes
     videos: int = 6  # videos of successes and of failures, each
+
+
+@dataclass
+class DoctorConfig:
+    """Check the machine, and what is named of a data set, an encoder and a policy; one line a check, with its remedy."""
+
+    data: str | None = None  # LeRobotDataset root
+    encoder: str | None = None  # aligned encoder (a CLIPModel folder)
+    policy: str | None = None  # LeRobot policy folder
+
+
+@dataclass
+class BenchConfig:
+    """Measure throughput and latency beside the peers, in one run; prints a table and writes bench.json."""
+
+    output: str = "outputs/bench"  # folder of bench.json
+    data: str | None = None  # LeRobotDataset root; default: a small tabletop data set, collected here
+    batch_size: int = 256  # triplets a batch
+    horizon: int = 16  # timesteps of an action chunk
+    seconds: float = 10.0  # of each measurement
+    threads: int = 1  # CPU threads
+
+
+@dataclass
+class DemoConfig:
+    """The whole pipeline on a small tabletop run: collect, align, train, evaluate. Run again, it goes on where it stopped."""
+
+    fresh: bool = False  # delete what an earlier demo left, and begin anew
+    threads: int = 2  # CPU threads and processes

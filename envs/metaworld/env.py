@@ -109,7 +109,9 @@ class MetaWorldEnv(gym.Env):
 
     def render(self) -> np.ndarray:
         """(H, W, 3) uint8."""
-        return np.ascontiguousarray(self._simulation().render()[::-1, ::-1])
+        simulation, renderer = self._simulations[self.task]
+        renderer.update_scene(simulation.data, CAMERA)
+        return np.ascontiguousarray(renderer.render()[::-1, ::-1])
 
     def goals(self) -> tuple[Goal, ...]:
         """The task: what a Meta-World scene holds can be used for it only."""
@@ -117,20 +119,22 @@ class MetaWorldEnv(gym.Env):
 
     def close(self) -> None:
         """Release the renderers."""
-        for simulation in self._simulations.values():
+        for simulation, renderer in self._simulations.values():
+            renderer.close()
             simulation.close()
         self._simulations.clear()
 
     def _simulation(self) -> Any:
-        """The simulated task, made when first needed, in the process that uses it."""
+        """The simulated task; made, with a renderer of its own, when first needed, in the process that uses it."""
         if self.task not in self._simulations:
             ensure_gl()
+            import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-            simulation = ALL_V3_ENVIRONMENTS[self.task](
-                render_mode="rgb_array", camera_name=CAMERA, width=self.image_size, height=self.image_size
-            )
+            simulation = ALL_V3_ENVIRONMENTS[self.task]()
             simulation._partially_observable = False
+            # Cached while the goal was still hidden; its bounds would clip the goal to zero.
+            simulation.__dict__.pop("sawyer_observation_space", None)
             simulation._freeze_rand_vec = False
             simulation.seeded_rand_vec = True
             simulation._set_task_called = True
@@ -138,8 +142,9 @@ class MetaWorldEnv(gym.Env):
             model.cam_pos[model.camera(CAMERA).id] = CAMERA_POSITION
             model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
             model.mat_reflectance[:] = 0
-            self._simulations[self.task] = simulation
-        return self._simulations[self.task]
+            # Not the simulation's own renderer, which draws into whatever OpenGL context was made last.
+            self._simulations[self.task] = simulation, mujoco.Renderer(model, self.image_size, self.image_size)
+        return self._simulations[self.task][0]
 
     def _info(self) -> dict[str, Any]:
         return {

@@ -1,5 +1,7 @@
 """Meta-World's own scripted experts."""
 
+import warnings
+
 import numpy as np
 
 from envs.metaworld.env import MetaWorldEnv
@@ -16,4 +18,7 @@ class ScriptedExpert:
 
     def act(self) -> np.ndarray:
         """(4,) float32 action, clipped to [-1, 1]."""
-        return np.clip(self.policy.get_action(self.env.state), -1, 1).astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns that its action exceeds [-1, 1], which is clipped here
+            action = self.policy.get_action(self.env.state)
+        return np.clip(action, -1, 1).astype(np.float32)

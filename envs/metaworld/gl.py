@@ -63,7 +63,9 @@ def _use_bundled_osmesa() -> None:
         pending = left
     from OpenGL import platform
 
-    platform.PLATFORM.GL = ctypes.CDLL(str(next(folder.glob("libOSMesa*"))), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(next(folder.glob("libOSMesa*"))), mode=ctypes.RTLD_GLOBAL)
+    platform.PLATFORM.GL = platform.PLATFORM.OSMesa = library
+    platform.PLATFORM.install(vars(platform))
 
 
 def _bundled_folder() -> Path | None:

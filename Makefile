@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a small venv that holds uv, then the locked environment in .venv.
+.PHONY: help demo test test-all lint bench setup clean
+
+# Three ways to find a Python 3.12; PYTHON=... names another.
+PYTHON ?= $(shell for p in python3.12 python3 python "$$HOME/.pyenv/versions/3.12"*/bin/python "$${PYENV_ROOT:-/nowhere}/versions/3.12"*/bin/python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
+
+export UV_PYTHON_DOWNLOADS = never
+export HF_HUB_OFFLINE = 1
+unexport PYTHONDONTWRITEBYTECODE
+unexport VIRTUAL_ENV
+
+UV = .bootstrap/bin/uv
+RUN = .venv/bin/python
+
+help:
+	@echo "make demo      collect, align, train, evaluate on a small tabletop run; ends with a report"
+	@echo "make test      lint and the fast tests"
+	@echo "make test-all  all tests, long ones too"
+	@echo "make lint      formatting and static checks"
+	@echo "make bench     throughput beside LeRobot's loader, policy latency"
+
+demo: .venv/ready
+	@$(RUN) scripts/demo.py
+
+test: lint
+	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
+
+test-all: lint
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/ready
+	$(RUN) scripts/bench.py
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml uv.lock .python-version | $(UV)
+	$(UV) sync --frozen --all-extras
+	@touch $@
+
+$(UV):
+	@test -n "$(PYTHON)" || { echo "No Python 3.12 found. Install it (for example: apt install python3.12 python3.12-venv, or pyenv install 3.12), or run make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	"$(PYTHON)" -m venv .bootstrap
+	.bootstrap/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+clean:
+	rm -rf .venv .bootstrap build dist *.egg-info

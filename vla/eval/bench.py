@@ -1,0 +1,157 @@
+"""Throughput and latency, with the peers measured in the same run on the same data."""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from lerobot.configs.types import FeatureType, PolicyFeature
+
+from vla.config import BatchConfig, BenchConfig, CollectConfig, TowerConfig
+from vla.data.batches import Normalizers, TripletSource, training_batch
+from vla.data.episodes import read_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import compute_norm_stats
+from vla.data.sampler import GoalSampler
+from vla.models.clip import build_clip
+from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
+from vla.versions import versions
+
+SMALL_SCENES = 100
+
+
+def bench(config: BenchConfig) -> Path:
+    """Measure, print a table, write bench.json and return its path.
+
+    Raises:
+        UserError: the data set cannot be read.
+    """
+    torch.set_num_threads(config.threads)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    root = Path(config.data) if config.data else small_data(output)
+    peer = lerobot_samples(root, config)  # first: the page cache is warm for both, since reading fingerprints the files
+    ours = triplets(root, config)
+    latency = policy_latency(config)
+    result = {
+        "data": str(root),
+        "threads": config.threads,
+        "batch_size": config.batch_size,
+        "horizon": config.horizon,
+        "triplets_per_s": ours,
+        "lerobot_samples_per_s": peer,
+        "policy_latency_ms": latency,
+        "peak_memory_mb": round(psutil.Process(os.getpid()).memory_info().rss / 1e6),
+        "versions": versions(),
+    }
+    path = output / "bench.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"  triplets with {config.horizon}-step chunks, augmented, warm frame store   {ours:10,.0f} /s")
+    print(f"  LeRobotDataset with delta_timestamps, not augmented            {peer:10,.0f} /s")
+    print(f"  one action, default tower, batch 1: p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms")
+    print(f"{config.threads} thread(s); wrote {path}")
+    return path
+
+
+def small_data(output: Path) -> Path:
+    """A tabletop data set to measure on."""
+    from vla.integrations.collect import collect
+
+    return collect(CollectConfig(output=str(output / "data"), scenes=SMALL_SCENES))
+
+
+def triplets(root: Path, config: BenchConfig) -> float:
+    """Triplets a second of stage one's loader: sampling, frames, shift and colour, chunk, normalisation."""
+    episodes = read_episodes(root)
+    frames = open_frames(episodes, 96)
+    stats = Normalizers(compute_norm_stats(episodes.action), compute_norm_stats(episodes.state))
+    source = TripletSource(episodes, frames, stats, config.horizon)
+    shape = BatchConfig()
+    goals = max(1, config.batch_size // (shape.episodes * shape.frames))
+    sampler = GoalSampler(
+        episodes.start,
+        episodes.goal_id,
+        episodes.scene_id,
+        np.arange(len(episodes.goal_id)),
+        goals=goals,
+        episodes=shape.episodes,
+        frames=shape.frames,
+        gap=shape.gap,
+        same_scene=shape.same_scene,
+        seed=0,
+    )
+    counter = itertools.count()
+
+    def one_batch() -> int:
+        batch = training_batch(
+            source,
+            sampler,
+            next(counter),
+            shift_px=4,
+            color_jitter=0.2,
+            text_of_episode=None,
+            shuffle_actions=False,
+        )
+        return len(batch.frames)
+
+    return rate(one_batch, config.seconds)
+
+
+def lerobot_samples(root: Path, config: BenchConfig) -> float:
+    """Items a second of LeRobotDataset by random access, with the same action chunk."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    fps = json.loads((root / "meta" / "info.json").read_text())["fps"]
+    dataset = LeRobotDataset(
+        f"local/{root.name}", root=root, delta_timestamps={ACTION_KEY: [t / fps for t in range(config.horizon)]}
+    )
+    rng = np.random.default_rng(0)
+
+    def one_item() -> int:
+        dataset[int(rng.integers(len(dataset)))]
+        return 1
+
+    return rate(one_item, config.seconds)
+
+
+def policy_latency(config: BenchConfig) -> dict[str, float]:
+    """Milliseconds from an observation to an action chunk at batch 1, weights untrained, text already encoded."""
+    tower = TowerConfig()
+    texts = ("push the red star to the left",)
+    sizes = {key: value for key, value in vars(tower).items() if key != "pretrained"}
+    clip, tokenizer = build_clip(texts, image_size=96, **sizes)
+    policy = ConcordPolicy(
+        ConcordConfig(
+            device="cpu",
+            input_features={
+                IMAGE_KEY: PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+                STATE_KEY: PolicyFeature(FeatureType.STATE, (4,)),
+            },
+            output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (3,))},
+        ),
+        clip=clip,
+        tokenizer=tokenizer,
+    ).eval()
+    observation = {IMAGE_KEY: torch.rand(1, 3, 96, 96), STATE_KEY: torch.zeros(1, 4), TASK_KEY: [texts[0]]}
+    times = []
+    for _ in range(200):
+        begun = time.perf_counter()
+        policy.predict_action_chunk(observation)
+        times.append(1000 * (time.perf_counter() - begun))
+    p50, p95 = np.percentile(times[20:], [50, 95])
+    return {"p50": round(float(p50), 2), "p95": round(float(p95), 2)}
+
+
+def rate(work: Callable[[], int], seconds: float) -> float:
+    """Items a second of `work`, after one call to warm up."""
+    work()
+    items, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        items += work()
+    return items / (time.perf_counter() - started)

@@ -1,0 +1,144 @@
+"""Checks of the machine and of what a user names, one line each, with a remedy where something is wrong."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from vla.config import DoctorConfig
+from vla.types import UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """`problem` is empty where all is well; `optional` problems are told but are no failure."""
+
+    name: str
+    found: str
+    problem: str = ""
+    optional: bool = False
+
+
+def doctor(config: DoctorConfig) -> None:
+    """Print the table.
+
+    Raises:
+        UserError: something needed does not work.
+    """
+    failed = []
+    for check in checks(config):
+        mark = "ok  " if not check.problem else "note" if check.optional else "FAIL"
+        print(f"  {mark}  {check.name:14} {check.found}")
+        if check.problem:
+            print(f"        {'':14} {check.problem}")
+            if not check.optional:
+                failed.append(check.name)
+    if failed:
+        raise UserError(f"doctor: {', '.join(failed)} need attention; the remedies are above")
+
+
+def checks(config: DoctorConfig) -> Iterator[Check]:
+    """All checks, made one after the other."""
+    yield machine()
+    yield disk()
+    yield attempt("torch", torch_found)
+    yield attempt("lerobot", plugin_found, "reinstall: uv sync --frozen --all-extras")
+    yield attempt("rendering", rendering_found, "only Meta-World needs OpenGL; the tabletop does not", optional=True)
+    if config.data:
+        yield from data_checks(Path(config.data))
+    if config.encoder:
+        yield attempt("encoder", lambda: encoder_found(Path(config.encoder)))
+    if config.policy:
+        yield attempt("policy", lambda: policy_found(Path(config.policy)))
+
+
+def attempt(name: str, look: Callable[[], str], remedy: str = "", *, optional: bool = False) -> Check:
+    """A check that has failed when `look` raises."""
+    try:
+        return Check(name, look())
+    except Exception as error:  # noqa: BLE001 - whatever is wrong is what the user wants to read
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        return Check(name, "does not work", f"{message}{'; ' if remedy else ''}{remedy}", optional)
+
+
+def machine() -> Check:
+    """Python, cores, memory."""
+    memory = psutil.virtual_memory().available / 2**30
+    found = f"Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.1f} GiB of memory free"
+    return Check("machine", found, "" if memory > 4 else "training the default sizes needs about 4 GiB", optional=True)
+
+
+def disk() -> Check:
+    """Space in the current folder."""
+    free = shutil.disk_usage(".").free / 1e9
+    problem = "" if free > 15 else "a full tabletop run needs about 15 GB; set --data.cache and --output elsewhere"
+    return Check("disk", f"{free:.0f} GB free", problem, optional=True)
+
+
+def torch_found() -> str:
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU, the CPU is used"
+    return f"{torch.__version__}, {torch.get_num_threads()} threads, {device}"
+
+
+def plugin_found() -> str:
+    """Whether LeRobot's own discovery finds this package."""
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.envs.configs import EnvConfig
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    if "concord" not in PreTrainedConfig.get_known_choices():
+        raise UserError("LeRobot does not find the policy type concord")
+    if "concord_tabletop" not in EnvConfig.get_known_choices():
+        raise UserError("LeRobot does not find the environment concord_tabletop")
+    return "finds policy type concord, environments concord_tabletop and concord_metaworld"
+
+
+def rendering_found() -> str:
+    """Draw one Meta-World picture."""
+    from envs import make_env
+
+    env = make_env("metaworld", tasks=("reach-v3",), image_size=32)
+    env.reset(seed=0)
+    env.close()
+    return f"Meta-World draws through MUJOCO_GL={os.environ.get('MUJOCO_GL', 'default')}"
+
+
+def data_checks(root: Path) -> Iterator[Check]:
+    """Every problem of a data set."""
+    from vla.data.validation import validate
+
+    problems = validate(root)
+    for problem in problems:
+        yield Check("data", str(root), problem)
+    if not problems:
+        from vla.data.episodes import read_episodes
+
+        yield attempt("data", lambda: _described(read_episodes(root)))
+
+
+def _described(episodes) -> str:
+    return (
+        f"{episodes.root}: {len(episodes.goal_id)} episodes, {len(episodes.state)} frames, {len(episodes.goals)} goals, "
+        f"{100 * episodes.success.mean():.0f} % succeeded"
+    )
+
+
+def encoder_found(folder: Path) -> str:
+    from vla.models.clip import load_clip
+
+    clip, _ = load_clip(str(folder))
+    vision = clip.config.vision_config
+    return f"{folder}: {vision.image_size} px, patch {vision.patch_size}, width {vision.hidden_size}"
+
+
+def policy_found(folder: Path) -> str:
+    from vla.policies.loading import load_chunk_policy
+
+    return f"{folder}: {type(load_chunk_policy(folder).policy).__name__} loads"
