@@ -53,15 +53,15 @@ def evaluate(argv: list[str]) -> None:
 def doctor(argv: list[str]) -> None:
     """Check the machine, a data set and checkpoints."""
     from vla.config import DoctorConfig
-    from vla.eval.doctor import doctor as run
+    from vla.doctor import doctor as run
 
     run(load_config(DoctorConfig, argv))
 
 
 def bench(argv: list[str]) -> None:
     """Measure throughput beside the peers, in one run."""
+    from vla.bench import bench as run
     from vla.config import BenchConfig
-    from vla.eval.bench import bench as run
 
     run(load_config(BenchConfig, argv))
 
@@ -112,3 +112,7 @@ def main() -> int:
         print(f"concord: {argv[0]!r} is not a verb; known: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     return run(argv[0], argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,14 +4,19 @@ YAML files hold differences from these defaults only; `vla.config_io.load_config
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+
+def number(default: Any, low: float, high: float | None = None) -> Any:
+    """A field whose value must lie in [low, high]."""
+    return field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass
 class EnvConfig:
     name: str = "tabletop"  # environment: tabletop or metaworld
     tasks: tuple[str, ...] = ()  # task names; empty means all of the environment's
-    image_size: int = 96  # side of the square camera image, px
+    image_size: int = number(96, 16)  # side of the square camera image, px
 
 
 @dataclass
@@ -20,70 +25,75 @@ class CollectConfig:
 
     output: str = "outputs/data/tabletop"  # LeRobotDataset root to write
     env: EnvConfig = field(default_factory=EnvConfig)
-    scenes: int = 1000  # scenes to collect (tabletop), or episodes for each task (metaworld)
-    goals_per_scene: int = 4  # different valid goals demonstrated from the same initial state
-    noise: float = 0.3  # std of the Gaussian noise on the executed action (DART); labels stay the expert's
-    noisy_share: float = 0.5  # share of the episodes collected with noise
-    seed: int = 0  # seed of the first scene; scene i uses seed + i
-    workers: int = 2  # processes
+    scenes: int = number(1000, 1)  # scenes to collect (tabletop), or episodes for each task (metaworld)
+    goals_per_scene: int = number(4, 1)  # different valid goals demonstrated from the same initial state
+    noise: float = number(0.3, 0)  # std of the Gaussian noise on the executed action (DART); labels stay the expert's
+    noisy_share: float = number(0.5, 0, 1)  # share of the episodes collected with noise
+    seed: int = number(0, 0)  # seed of the first scene; scene i uses seed + i
+    workers: int = number(2, 1)  # processes
 
 
 @dataclass
 class DataConfig:
     root: str = "outputs/data/tabletop"  # LeRobotDataset root
     camera: str | None = None  # image key to train on; the only camera if not given
-    image_size: int = 96  # frames are stored at this side, px
+    image_size: int = number(96, 16)  # frames are stored at this side, px
     cache: str | None = None  # folder of the frame store; default: ROOT/.concord
-    holdout: float = 0.05  # share of the episodes (whole scenes) held out for validation
+    holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
     episodes_per_goal: int | None = None  # use at most this many training episodes of each task text or goal
-    shift_px: int = 4  # augmentation: random shift of up to this many px
-    color_jitter: float = 0.2  # augmentation: brightness, contrast and saturation factors in 1 +- this
-    workers: int = 2  # processes that build the frame store
+    shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
+    color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
+    workers: int = number(2, 1)  # processes that build the frame store
 
 
 @dataclass
 class TowerConfig:
     pretrained: str | None = None  # CLIP model to start from: hub id or local folder; the sizes below are then ignored
-    patch_size: int = 12  # px
-    width: int = 192  # vision transformer width
-    layers: int = 6  # vision transformer layers
-    heads: int = 3  # vision transformer attention heads
-    text_width: int = 128  # text transformer width
-    text_layers: int = 3  # text transformer layers
-    text_heads: int = 4  # text transformer attention heads
-    embed_dim: int = 128  # joint embedding width
-    vocab_size: int = 1024  # byte-level BPE vocabulary, trained on the instructions
+    patch_size: int = number(12, 1)  # px
+    width: int = number(192, 1)  # vision transformer width
+    layers: int = number(6, 1)  # vision transformer layers
+    heads: int = number(3, 1)  # vision transformer attention heads
+    text_width: int = number(128, 1)  # text transformer width
+    text_layers: int = number(3, 1)  # text transformer layers
+    text_heads: int = number(4, 1)  # text transformer attention heads
+    embed_dim: int = number(128, 1)  # joint embedding width
+    vocab_size: int = number(1024, 514)  # byte-level BPE vocabulary, trained on the instructions
 
 
 @dataclass
 class LossConfig:
-    context_action: float = 1.0  # weight: text-conditioned patch context <-> action chunk
-    vision_language: float = 0.2  # weight: pooled image <-> instruction, multi-positive by goal
-    state: float = 0.25  # weight: pooled patch tokens <-> proprio state, soft targets by distance
-    temperature: float = 0.07  # initial temperature of every pair
+    context_action: float = number(1.0, 0)  # weight: text-conditioned patch context <-> action chunk
+    word_patch: float = number(0.3, 0)  # weight: words <-> patches, late interaction, multi-positive by goal
+    vision_language: float = number(0.2, 0)  # weight: pooled image <-> instruction, multi-positive by goal
+    state: float = number(0.25, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
+    temperature: float = number(0.07, 0.001)  # initial temperature of every pair
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
-    action_beta: float = 0.05  # width of the soft targets over action chunks, mean squared normalised units
-    state_beta: float = 0.02  # width of the soft targets over states, mean squared normalised units
-    queries: int = 6  # text-conditioned queries of the pooler
-    pooler_width: int = 128  # width of the pooler
+    action_beta: float = number(
+        0.05, 1e-6
+    )  # width of the soft targets over action chunks, mean squared normalised units
+    state_beta: float = number(0.02, 1e-6)  # width of the soft targets over states, mean squared normalised units
+    queries: int = number(6, 1)  # text-conditioned queries of the pooler
+    pooler_width: int = number(128, 1)  # width of the pooler
 
 
 @dataclass
 class BatchConfig:
-    goals: int = 12  # P: goals (or scenes' goals) in a batch
-    episodes: int = 2  # K: episodes of each goal
-    frames: int = 8  # M: frames of each episode
-    gap: int = 3  # frames of one episode are at least this many timesteps apart
-    same_scene: float = 0.5  # probability that a draw brings all goals of one scene instead of one episode's
+    goals: int = number(12, 2)  # P: goals (or scenes' goals) in a batch
+    episodes: int = number(2, 1)  # K: episodes of each goal
+    frames: int = number(8, 1)  # M: frames of each episode
+    gap: int = number(3, 1)  # frames of one episode are at least this many timesteps apart
+    same_scene: float = number(
+        0.5, 0, 1
+    )  # probability that a draw brings all goals of one scene instead of one episode's
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 5e-4  # peak learning rate, after warm-up, then cosine to 1 %
-    pretrained_lr: float = 1e-5  # learning rate of pretrained towers
-    weight_decay: float = 0.05  # AdamW weight decay on matrices
-    warmup: int = 200  # steps of linear warm-up
-    clip_norm: float = 1.0  # gradient norm is clipped to this
+    lr: float = number(5e-4, 0)  # peak learning rate, after warm-up, then cosine to 1 %
+    pretrained_lr: float = number(1e-5, 0)  # learning rate of pretrained towers
+    weight_decay: float = number(0.05, 0)  # AdamW weight decay on matrices
+    warmup: int = number(200, 0)  # steps of linear warm-up
+    clip_norm: float = number(1.0, 1e-6)  # gradient norm is clipped to this
 
 
 @dataclass
@@ -96,30 +106,30 @@ class AlignConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    horizon: int = 16  # timesteps of an action chunk
-    steps: int = 6000  # optimiser updates
-    seed: int = 0  # of initialisation, sampling and augmentation
+    horizon: int = number(16, 1)  # timesteps of an action chunk
+    steps: int = number(6000, 1)  # optimiser updates
+    seed: int = number(0, 0)  # of initialisation, sampling and augmentation
     precision: Literal["no", "bf16", "fp16"] = "bf16"  # of the towers; losses are always float32
     shuffle: Literal["none", "language", "action", "all"] = "none"  # control: permute this part of the triplets
-    threads: int = 2  # CPU threads
-    log_every: int = 20  # steps between log lines
-    eval_every: int = 1000  # steps between evaluations on held-out episodes; 0 means only at the end
-    save_every: int = 250  # steps between checkpoints
+    threads: int = number(2, 1)  # CPU threads
+    log_every: int = number(20, 1)  # steps between log lines
+    eval_every: int = number(1000, 0)  # steps between evaluations on held-out episodes; 0 means only at the end
+    save_every: int = number(250, 1)  # steps between checkpoints
     resume: bool = False  # continue the run in `output` from its last checkpoint
 
 
 @dataclass
 class HeadConfig:
     kind: Literal["l1", "flow"] = "l1"  # action head: chunk regression or flow matching
-    horizon: int = 16  # timesteps predicted
-    n_action_steps: int = 8  # timesteps executed before the next look
-    queries: int = 6  # text-conditioned queries over the patch tokens
-    width: int = 128  # width of the pooler
-    hidden: int = 384  # width of the residual MLP
-    layers: int = 2  # residual blocks
-    state_dropout: float = 0.1  # probability of hiding the proprio state in training
-    token_noise: float = 0.0  # std of the noise on (normalised) cached tokens in training
-    flow_steps: int = 8  # Euler steps of the flow head
+    horizon: int = number(16, 1)  # timesteps predicted
+    n_action_steps: int = number(8, 1)  # timesteps executed before the next look
+    queries: int = number(6, 1)  # text-conditioned queries over the patch tokens
+    width: int = number(128, 1)  # width of the pooler
+    hidden: int = number(384, 1)  # width of the residual MLP
+    layers: int = number(2, 1)  # residual blocks
+    state_dropout: float = number(0.1, 0, 1)  # probability of hiding the proprio state in training
+    token_noise: float = number(0.0, 0)  # std of the noise on (normalised) cached tokens in training
+    flow_steps: int = number(8, 1)  # Euler steps of the flow head
 
 
 @dataclass
@@ -135,21 +145,21 @@ class PolicyTrainConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tune: bool = False  # fine-tune the encoder; False keeps it frozen and trains on cached tokens
-    encoder_lr_scale: float = 0.1  # learning rate of the encoder relative to the head's, when tuned
+    encoder_lr_scale: float = number(0.1, 0)  # learning rate of the encoder relative to the head's, when tuned
     aligned_pooler: bool = False  # start the policy's pooler from the aligned one
     failures: bool = False  # clone failed episodes too
-    cached_shifts: int = 2  # copies of each frame in the token cache, the first plain, the others augmented
-    batch_size: int = 256  # samples an update
-    steps: int = 20000  # optimiser updates
-    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
-    seed: int = 0  # of initialisation, sampling and augmentation
+    cached_shifts: int = number(2, 1)  # copies of each frame in the token cache, the first plain, the others augmented
+    batch_size: int = number(256, 1)  # samples an update
+    steps: int = number(20000, 1)  # optimiser updates
+    ema: float = number(0.999, 0, 1)  # decay of the averaged weights, which are the ones exported
+    seed: int = number(0, 0)  # of initialisation, sampling and augmentation
     precision: Literal["no", "bf16", "fp16"] = "bf16"  # of the towers
-    threads: int = 2  # CPU threads
-    log_every: int = 50  # steps between log lines
-    eval_every: int = 2000  # steps between validation losses
-    rollouts_every: int = 0  # steps between closed-loop evaluations during training; 0 means never
-    rollouts: int = 20  # episodes of such an evaluation
-    save_every: int = 1000  # steps between checkpoints
+    threads: int = number(2, 1)  # CPU threads
+    log_every: int = number(50, 1)  # steps between log lines
+    eval_every: int = number(2000, 0)  # steps between validation losses
+    rollouts_every: int = number(0, 0)  # steps between closed-loop evaluations during training; 0 means never
+    rollouts: int = number(20, 1)  # episodes of such an evaluation
+    save_every: int = number(1000, 1)  # steps between checkpoints
     resume: bool = False  # continue the run in `output` from its last checkpoint
 
 
@@ -161,14 +171,14 @@ class EvalConfig:
     output: str | None = None  # default: outputs/eval/ENV/NAME of the policy's run
     env: str = "tabletop"  # environment: tabletop or metaworld
     tasks: tuple[str, ...] = ()  # task names; empty means the ones the policy was trained on, or all
-    episodes: int = 200  # in-distribution episodes, spread evenly over the tasks
-    seed: int = 1000000  # seed of the first episode; never a training seed
+    episodes: int = number(200, 1)  # in-distribution episodes, spread evenly over the tasks
+    seed: int = number(1000000, 0)  # seed of the first episode; never a training seed
     splits: tuple[str, ...] = ("all",)  # further splits to evaluate: names, "all" of the environment's, or "none"
-    split_episodes: int = 100  # episodes for each further split
-    grounding_episodes: int = 100  # episodes of each grounding measure; 0 switches it off
-    batch_size: int = 32  # environments stepped together in one process
-    workers: int = 2  # processes
-    videos: int = 6  # videos of successes and of failures, each
+    split_episodes: int = number(100, 0)  # episodes for each further split
+    grounding_episodes: int = number(100, 0)  # episodes of each grounding measure; 0 switches it off
+    batch_size: int = number(32, 1)  # environments stepped together in one process
+    workers: int = number(2, 1)  # processes
+    videos: int = number(6, 0)  # videos of successes and of failures, each
 
 
 @dataclass
@@ -186,10 +196,10 @@ class BenchConfig:
 
     output: str = "outputs/bench"  # folder of bench.json
     data: str | None = None  # LeRobotDataset root; default: a small tabletop data set, collected here
-    batch_size: int = 256  # triplets a batch
-    horizon: int = 16  # timesteps of an action chunk
-    seconds: float = 10.0  # of each measurement
-    threads: int = 1  # CPU threads
+    batch_size: int = number(256, 1)  # triplets a batch
+    horizon: int = number(16, 1)  # timesteps of an action chunk
+    seconds: float = number(10.0, 0.01)  # of each measurement
+    threads: int = number(1, 1)  # CPU threads
 
 
 @dataclass
@@ -197,4 +207,4 @@ class DemoConfig:
     """The whole pipeline on a small tabletop run: collect, align, train, evaluate. Run again, it goes on where it stopped."""
 
     fresh: bool = False  # delete what an earlier demo left, and begin anew
-    threads: int = 2  # CPU threads and processes
+    threads: int = number(2, 1)  # CPU threads and processes

@@ -4,6 +4,7 @@ Pictures are drawn without shadows, reflections and multisampling, which is eigh
 other people's: `metadata["rendering"]` says so. Camera as in LeRobot: corner2, moved, flipped on both axes.
 """
 
+import atexit
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -85,7 +86,7 @@ class MetaWorldEnv(gym.Env):
         if self.task not in self.tasks:
             raise ValueError(f"goal {self.task!r} is not among this environment's tasks {self.tasks}")
         self.task_description = options.get("instruction", INSTRUCTIONS[self.task])
-        self.scene_id = scene_seed
+        self.scene_id = len(self.TASKS) * scene_seed + self.TASKS.index(self.task)
         simulation = self._simulation()
         simulation.seed(scene_seed)
         self.state, _ = simulation.reset()
@@ -143,7 +144,9 @@ class MetaWorldEnv(gym.Env):
             model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
             model.mat_reflectance[:] = 0
             # Not the simulation's own renderer, which draws into whatever OpenGL context was made last.
-            self._simulations[self.task] = simulation, mujoco.Renderer(model, self.image_size, self.image_size)
+            renderer = mujoco.Renderer(model, self.image_size, self.image_size)
+            atexit.register(renderer.close)  # later, OpenGL is gone and complains
+            self._simulations[self.task] = simulation, renderer
         return self._simulations[self.task][0]
 
     def _info(self) -> dict[str, Any]:

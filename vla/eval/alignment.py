@@ -29,7 +29,7 @@ class HeldOut:
     scene: np.ndarray  # (b, d)
     state: np.ndarray  # (b, d)
     pooled_context: np.ndarray  # (b, q * width), before the projection
-    mean_tokens: np.ndarray  # (b, w)
+    pooled_scene: np.ndarray  # (b, q * width), pooled without a text
 
 
 def measure_alignment(
@@ -73,6 +73,7 @@ def embed_rows(
         pixels = pixel_values(torch.from_numpy(batch.frames[part]).to(device))
         tokens, pooled = vision_features(model.clip, pixels)
         text_of_row = torch.from_numpy(batch.text_id[part]).to(device)
+        scene = model.scene_features(tokens)
         context = model.context_features(tokens, words, attention_mask, text_of_row)
         chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
         pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
@@ -81,10 +82,10 @@ def embed_rows(
             "vision": unit(model.clip.visual_projection(pooled)),
             "context": model.context_projection(context),
             "action": model.action_projection(model.action_encoder(chunk, pad)),
-            "scene": model.scene_projection(tokens.mean(1)),
+            "scene": model.scene_projection(scene),
             "state": model.state_projection(model.state_encoder(state)),
             "pooled_context": context,
-            "mean_tokens": tokens.mean(1),
+            "pooled_scene": scene,
         }
         for name, value in outputs.items():
             columns.setdefault(name, []).append(value.float().cpu())
@@ -150,20 +151,20 @@ def zero_shot_measures(held_out: HeldOut, source: TripletSource) -> dict[str, fl
 
 
 def probe_measures(held_out: HeldOut, source: TripletSource) -> dict[str, float]:
-    """Ridge probes, fitted and scored on different episodes: R^2 for the proprio state, from the mean patch token,
+    """Ridge probes, fitted and scored on different episodes: R^2 for the proprio state, from the patch tokens pooled without a text,
     and for the instructed object's position, from the text-conditioned context; the latter also without the right text.
     """
     batch = held_out.batch
     fit = batch.episode_id % 2 == 0
     if fit.all() or not fit.any():
         return {}
-    measures = {"state_probe_r2": ridge_r2(held_out.mean_tokens, batch.state, fit)}
+    measures = {"state_probe_r2": ridge_r2(held_out.pooled_scene, batch.state, fit)}
     if source.episodes.target is not None:
         target = source.episodes.target[source.episodes.start[batch.episode_id] + batch.timestep]
         known = np.isfinite(target).all(1)
         if known[fit].sum() > 20 and known[~fit].sum() > 20:
             measures["target_probe_r2"] = ridge_r2(held_out.pooled_context[known], target[known], fit[known])
-            measures["target_probe_r2_no_text"] = ridge_r2(held_out.mean_tokens[known], target[known], fit[known])
+            measures["target_probe_r2_no_text"] = ridge_r2(held_out.pooled_scene[known], target[known], fit[known])
     return measures
 
 

@@ -47,7 +47,7 @@ class Demonstration:
     frames: np.ndarray
     state: np.ndarray
     action: np.ndarray
-    target: np.ndarray
+    target: np.ndarray  # (t, 0) where the environment does not tell
     goal_id: str
     instruction: str
     task: str
@@ -151,12 +151,13 @@ def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tupl
             IMAGE_KEY: episode.frames,
             STATE_KEY: episode.state,
             ACTION_KEY: episode.action,
-            TARGET_KEY: episode.target,
             GOAL_KEY: np.zeros(length, np.int64),  # numbered when all goals are known
             SCENE_KEY: np.full(length, episode.scene_id, np.int64),
             SEED_KEY: np.full(length, episode.seed, np.int64),
             SUCCESS_KEY: np.full(length, episode.success, np.int64),
         }
+        if TARGET_KEY in features:
+            columns[TARGET_KEY] = episode.target
         tables.append(episode_table(columns, features))
         records.append(
             {
@@ -197,7 +198,7 @@ def features_of(config: CollectConfig, env) -> dict[str, dict]:
         },
         STATE_KEY: vector(env.observation_space["agent_pos"].shape[0]),
         ACTION_KEY: vector(env.action_space.shape[0]),
-        TARGET_KEY: vector(2, ["x", "y"]),
+        **({TARGET_KEY: vector(2, ["x", "y"])} if hasattr(type(env), "target_position") else {}),
         GOAL_KEY: number,
         SCENE_KEY: number,
         SEED_KEY: number,
@@ -222,7 +223,7 @@ def demonstrate(config: CollectConfig, env, task: str, seed: int, goal_number: i
         rows["frames"].append(observation["pixels"])
         rows["state"].append(observation["agent_pos"])
         rows["action"].append(action)
-        rows["target"].append(np.asarray(getattr(env, "target_position", (np.nan, np.nan)), np.float32))
+        rows["target"].append(np.asarray(getattr(env, "target_position", ()), np.float32))
         executed = action.copy()
         executed[:-1] += noise * rng.standard_normal(len(action) - 1).astype(np.float32)
         observation, _, _, truncated, info = env.step(np.clip(executed, -1, 1))

@@ -10,6 +10,7 @@ from vla.losses.contrastive import (
     entropy,
     info_nce,
     info_nce_chance,
+    info_nce_of,
     soft_info_nce,
     soft_targets,
     weighted_mean,
@@ -48,6 +49,47 @@ def vision_language_term(
     back = info_nce(language, vision, scale, positives.T)
     chance = info_nce_chance(positives, weights=progress) + info_nce_chance(positives.T)
     return Term((loss + back) / 2, chance / 2, torch.zeros_like(loss))
+
+
+def word_patch_term(
+    similarity: Tensor, scale: Tensor, goal_of_row: Tensor, goal_of_text: Tensor, valid: Tensor
+) -> Term:
+    """Symmetric multi-positive InfoNCE on the late interaction of images and texts (`late_interaction`).
+
+    Args:
+        similarity: (b, u). scale: () exponentiated.
+        goal_of_row: (b,) ids. goal_of_text: (u,) ids; every id occurs in both.
+        valid: (b, u) bool, False where a text of another goal is true of the picture too.
+    """
+    positives = goal_of_row[:, None] == goal_of_text[None, :]  # (b, u)
+    valid = valid | positives
+    logits = scale * similarity.float()
+    loss = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
+    chance = info_nce_chance(positives, valid) + info_nce_chance(positives.T, valid.T)
+    return Term(loss / 2, chance / 2, torch.zeros_like(loss))
+
+
+def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpness: float = 20.0) -> Tensor:
+    """(b, u) mean over a text's words of the best cosine among an image's patches (arXiv:2111.07783).
+
+    Best is a softmax-weighted mean, so that at the start, when all patches are equally wrong, all of them learn.
+
+    Args:
+        patches: (b, n, d) unit norm. words: (u, l, d) unit norm. words_mask: (u, l) true for words.
+        sharpness: of the softmax over patches; infinite is the maximum.
+    """
+    cosines = torch.einsum("bnd,uld->buln", patches, words)
+    best = ((sharpness * cosines).softmax(-1) * cosines).sum(-1)  # (b, u, l)
+    mask = words_mask.to(best.dtype)
+    return (best * mask).sum(-1) / mask.sum(-1)
+
+
+def other_scene(scene_of_row: Tensor, text_of_row: Tensor, texts: int) -> Tensor:
+    """(b, u) bool: False where a text is used in the row's own scene, whose objects it then names truly."""
+    known = scene_of_row >= 0
+    same = (scene_of_row[:, None] == scene_of_row[None, :]) & known[:, None] & known[None, :]  # (b, b)
+    uses = torch.nn.functional.one_hot(text_of_row, texts).float()  # (b, u)
+    return (same.float() @ uses) == 0
 
 
 def soft_term(

@@ -30,12 +30,18 @@ def info_nce(
         arXiv:1807.03748 (InfoNCE), arXiv:2004.11362 (L_in and L_out for several positives).
     """
     _check_shapes(queries, keys, positives=positives, valid=valid, weights=weights)
+    return info_nce_of(_logits(queries, keys, logit_scale), positives, valid=valid, weights=weights)
+
+
+def info_nce_of(
+    logits: Tensor, positives: Tensor, *, valid: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """`info_nce` of (q, k) scaled similarities that do not come from one vector a side."""
     if valid is not None:
-        positives = positives & valid
+        positives, logits = positives & valid, logits.masked_fill(~valid, -torch.inf)
     has_positive = positives.any(1)
     if not has_positive.all():
         raise ValueError(f"row {int((~has_positive).nonzero()[0])} has no valid positive")
-    logits = _logits(queries, keys, logit_scale, valid)
     per_query = logits.logsumexp(1) - logits.masked_fill(~positives, -torch.inf).logsumexp(1)  # (q,)
     return weighted_mean(per_query, weights)
 
@@ -66,7 +72,10 @@ def soft_info_nce(
         arXiv:2209.12908 and arXiv:2207.08289 use soft contrastive targets in the same form.
     """
     _check_shapes(queries, keys, targets=targets, valid=valid, weights=weights)
-    log_probabilities = _logits(queries, keys, logit_scale, valid).log_softmax(1)
+    logits = _logits(queries, keys, logit_scale)
+    if valid is not None:
+        logits = logits.masked_fill(~valid, -torch.inf)
+    log_probabilities = logits.log_softmax(1)
     # 0 * -inf is nan: pairs that are not valid have no target mass and are left out of the sum.
     products = targets.float() * log_probabilities.masked_fill(targets == 0, 0.0)
     return weighted_mean(-products.sum(1), weights)
@@ -113,11 +122,10 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _logits(queries: Tensor, keys: Tensor, logit_scale: Tensor, valid: Tensor | None) -> Tensor:
+def _logits(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
     with torch.autocast(queries.device.type, enabled=False):
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        logits = logit_scale.to(dtype) * (queries.to(dtype) @ keys.to(dtype).T)
-    return logits if valid is None else logits.masked_fill(~valid, -torch.inf)
+        return logit_scale.to(dtype) * (queries.to(dtype) @ keys.to(dtype).T)
 
 
 def _check_shapes(queries: Tensor, keys: Tensor, **pairs: Tensor | None) -> None:

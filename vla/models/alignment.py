@@ -8,23 +8,25 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
-from vla.models.clip import text_features, vision_features
+from vla.models.clip import patch_embeds, text_features, vision_features, word_embeds
 from vla.models.pooler import TextConditionedPooler
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
-PAIRS = ("vision_language", "context_action", "state")
+PAIRS = ("vision_language", "word_patch", "context_action", "state")
 
 
 @dataclass(frozen=True)
 class AlignmentEmbeds:
-    """Unit-norm embeddings of a batch: images and rows (b, d), distinct texts (u, d)."""
+    """Unit-norm embeddings of a batch: images and rows (b, d), distinct texts (u, d), patches and words too."""
 
     vision: Tensor
     language: Tensor
+    patches: Tensor  # (b, n, d)
+    words: Tensor  # (u, l, d)
     context: Tensor
     action: Tensor
-    scene: Tensor
-    state: Tensor
+    scene: Tensor | None  # None, like `state`, where the state term is off
+    state: Tensor | None
 
 
 class AlignmentModel(nn.Module):
@@ -55,7 +57,7 @@ class AlignmentModel(nn.Module):
         self.context_projection = ProjectionHead(queries * pooler_width, d)
         self.action_encoder = ActionEncoder(horizon, action_dim)
         self.action_projection = ProjectionHead(256, d)
-        self.scene_projection = ProjectionHead(vision.hidden_size, d)
+        self.scene_projection = ProjectionHead(queries * pooler_width, d)
         self.state_encoder = mlp(state_dim, 128, 128)
         self.state_projection = ProjectionHead(128, d)
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32)
@@ -88,7 +90,7 @@ class AlignmentModel(nn.Module):
         text_of_row: Tensor,
         action_chunk: Tensor,
         action_is_pad: Tensor,
-        state: Tensor,
+        state: Tensor | None,
         text_gradient: float = 0.1,
     ) -> AlignmentEmbeds:
         """Embed a batch.
@@ -98,19 +100,22 @@ class AlignmentModel(nn.Module):
             input_ids, attention_mask: (u, l) of the distinct texts.
             text_of_row: (b,) index of each row's text among them.
             action_chunk, action_is_pad: (b, h, a) normalised and (b, h).
-            state: (b, s) normalised.
+            state: (b, s) normalised; None if it is not to be embedded.
             text_gradient: share of the context term's gradient that reaches the words.
         """
         tokens, pooled = vision_features(self.clip, pixels)  # (b, n, w), (b, w)
         words, text_pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
+        patches, named = patch_embeds(self.clip, tokens), word_embeds(self.clip, words)
         context = self.context_features(tokens, words, attention_mask, text_of_row, text_gradient)
         return AlignmentEmbeds(
+            patches=patches,
+            words=named,
             vision=unit(self.clip.visual_projection(pooled)),
             language=unit(self.clip.text_projection(text_pooled)),
             context=self.context_projection(context),
             action=self.action_projection(self.action_encoder(action_chunk, action_is_pad)),
-            scene=self.scene_projection(tokens.mean(1)),
-            state=self.state_projection(self.state_encoder(state)),
+            scene=None if state is None else self.scene_projection(self.scene_features(tokens)),
+            state=None if state is None else self.state_projection(self.state_encoder(state)),
         )
 
     def context_features(
@@ -118,7 +123,15 @@ class AlignmentModel(nn.Module):
     ) -> Tensor:
         """(b, q * width): the patch tokens (b, n, w) pooled by each row's text among (u, l, w) words."""
         words = text_gradient * words + (1 - text_gradient) * words.detach()
-        return self.pooler(tokens, words[text_of_row], mask[text_of_row]).flatten(1)
+        similarity = word_embeds(self.clip, words)[text_of_row] @ patch_embeds(self.clip, tokens).transpose(1, 2)
+        return self.pooler(tokens, words[text_of_row], mask[text_of_row], similarity).flatten(1)
+
+    def scene_features(self, tokens: Tensor) -> Tensor:
+        """(b, q * width): the patch tokens (b, n, w) pooled without a text."""
+        b, width = len(tokens), self.clip.config.text_config.hidden_size
+        no_words, no_likeness = tokens.new_zeros(b, 1, width), tokens.new_zeros(b, 1, tokens.shape[1])
+        mask = torch.ones(b, 1, dtype=torch.bool, device=tokens.device)
+        return self.pooler(tokens, no_words, mask, no_likeness).flatten(1)
 
 
 def unit(features: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -96,7 +96,25 @@ def build_clip(
         },
         projection_dim=embed_dim,
     )
-    return CLIPModel(config), tokenizer
+    model = CLIPModel(config)
+    with torch.no_grad():
+        positions = model.vision_model.embeddings.position_embedding.weight
+        positions[1:] = sine_positions(image_size // patch_size, width)
+        # CLIP starts these so small that untrained layers drown which word a token is.
+        model.text_model.embeddings.token_embedding.weight *= 20
+    return model, tokenizer
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """(side * side, width) sines and cosines of rows and columns, about as strong as untrained patch embeddings.
+
+    CLIP starts its position embeddings at a twentieth of that, which is slow to learn *where* from (arXiv:2205.01580).
+    """
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
+    angles = [axis.flatten()[:, None] * frequencies for axis in (rows, columns)]  # (n, w / 4) each
+    waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1)
+    return nn.functional.pad(0.5 * waves, (0, width - waves.shape[1]))
 
 
 def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
@@ -153,9 +171,9 @@ def resize_positions(model: CLIPModel, image_size: int) -> CLIPModel:
     old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
     weight = embeddings.position_embedding.weight.data  # (1 + old * old, w)
     grid = weight[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     resized = torch.cat([weight[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
-    embeddings.position_embedding = torch.nn.Embedding.from_pretrained(resized, freeze=False)
+    embeddings.position_embedding = nn.Embedding.from_pretrained(resized, freeze=False)
     embeddings.register_buffer("position_ids", torch.arange(len(resized)).expand((1, -1)), persistent=False)
     embeddings.num_patches, embeddings.num_positions = new * new, new * new + 1
     embeddings.image_size = image_size
@@ -194,3 +212,13 @@ def text_features(model: CLIPModel, input_ids: Tensor, attention_mask: Tensor) -
     """(b, n) ids -> word tokens (b, n, w), final-layer-normed, and the pooled feature (b, w) before the projection."""
     output = model.text_model(input_ids=input_ids, attention_mask=attention_mask)
     return output.last_hidden_state, output.pooler_output
+
+
+def patch_embeds(model: CLIPModel, tokens: Tensor) -> Tensor:
+    """(b, n, w) patch tokens -> (b, n, d) in the joint space, unit norm, float32."""
+    return nn.functional.normalize(model.visual_projection(tokens).float(), dim=-1)
+
+
+def word_embeds(model: CLIPModel, words: Tensor) -> Tensor:
+    """(u, l, w) word tokens -> (u, l, d) in the joint space, unit norm, float32."""
+    return nn.functional.normalize(model.text_projection(words).float(), dim=-1)

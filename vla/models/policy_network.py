@@ -40,9 +40,9 @@ class PolicyNetwork(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.head = make_head(kind, hidden, horizon, action_dim, flow_steps)
 
-    def features(self, tokens: Tensor, words: Tensor, words_mask: Tensor, state: Tensor) -> Tensor:
-        """(b, n, w), (b, l, w), (b, l), (b, s) -> (b, hidden)."""
-        pooled = self.pooler(tokens, words, words_mask).flatten(1)
+    def features(self, tokens: Tensor, words: Tensor, words_mask: Tensor, similarity: Tensor, state: Tensor) -> Tensor:
+        """(b, n, w), (b, l, w), (b, l), (b, l, n), (b, s) -> (b, hidden)."""
+        pooled = self.pooler(tokens, words, words_mask, similarity).flatten(1)
         proprio = self.state_encoder(state)
         if self.training and self.state_dropout:
             hide = torch.rand(len(state), 1, device=state.device) < self.state_dropout

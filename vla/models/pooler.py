@@ -4,14 +4,16 @@ import torch
 from torch import Tensor, nn
 
 POSITION_WIDTH = 32
+NAMED_GAIN = 8.0  # at the start; cosines are small
 
 
 class TextConditionedPooler(nn.Module):
     """A few learned queries read the words, then look at the patches, twice: a second look can depend on the first.
 
-    Looking is attention with the key and value projections folded into the queries' side, so that the many patch tokens
-    are never projected, and with separate position codes, so that *where* survives pooling: every look returns the
-    expected coordinates of what it attends to, a spatial softmax.
+    A query looks where the patches resemble the words it reads, in the joint space that stage one aligns, and where its
+    own learned attention sends it. The key and value projections are folded into the queries' side, so that the many
+    patch tokens are never projected, and position codes are separate, so that *where* survives pooling: every look
+    returns the expected coordinates of what it attends to, a spatial softmax.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class TextConditionedPooler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, tokens: Tensor, words: Tensor, words_mask: Tensor, *, need_weights: bool = False
+        self, tokens: Tensor, words: Tensor, words_mask: Tensor, similarity: Tensor, *, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Pool.
 
@@ -38,6 +40,7 @@ class TextConditionedPooler(nn.Module):
             tokens: (b, n, token_width) layer-normed patch tokens.
             words: (b, l, text_width) word tokens.
             words_mask: (b, l) True or 1 for words, False or 0 for padding.
+            similarity: (b, l, n) cosine of words and patches in the joint space.
             need_weights: also return the last look's attention.
         Returns:
             (b, q, width); with `need_weights` also (b, q, n), averaged over heads.
@@ -46,7 +49,7 @@ class TextConditionedPooler(nn.Module):
         mask = words_mask.bool()[:, None, None, :]  # (b, 1, 1, l)
         x = self.queries.expand(len(tokens), -1, -1)  # (b, q, width)
         for layer in self.layers:
-            x, attention = layer(x, tokens, codes, words, mask)
+            x, attention = layer(x, tokens, codes, words, mask, similarity)
         if need_weights:
             return self.norm(x), attention.mean(2)
         return self.norm(x)
@@ -64,10 +67,12 @@ class PoolerLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, tokens: Tensor, codes: Tensor, words: Tensor, words_mask: Tensor
+        self, x: Tensor, tokens: Tensor, codes: Tensor, words: Tensor, words_mask: Tensor, similarity: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = x + self.read(self.read_norm(x), words, words_mask)
-        seen, attention = self.look(self.look_norm(x), tokens, codes)
+        read, reading = self.read(self.read_norm(x), words, words_mask)
+        x = x + read
+        named = torch.einsum("bhql,bln->bqhn", reading, similarity.to(reading.dtype))  # likeness to the words read
+        seen, attention = self.look(self.look_norm(x), tokens, codes, named)
         x = x + seen
         return x + self.think(x), attention
 
@@ -81,15 +86,16 @@ class ReadWords(nn.Module):
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(text_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (b, q, w) and the attention (b, heads, q, l)."""
+
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, heads, ., w / heads)
 
         key, value = self.key_value(words).chunk(2, dim=-1)
-        read = nn.functional.scaled_dot_product_attention(
-            split(self.query(x)), split(key), split(value), attn_mask=mask
-        )
-        return self.out(read.transpose(1, 2).flatten(2))
+        scores = split(self.query(x)) @ split(key).transpose(-1, -2) * (x.shape[-1] // self.heads) ** -0.5
+        reading = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
+        return self.out((reading @ split(value)).transpose(1, 2).flatten(2)), reading
 
 
 class LookAtPatches(nn.Module):
@@ -101,14 +107,16 @@ class LookAtPatches(nn.Module):
         code_width = 2 + POSITION_WIDTH
         self.what = nn.Linear(width, heads * token_width)
         self.where = nn.Linear(width, heads * code_width)
+        self.gain = nn.Parameter(torch.full((heads, 1), NAMED_GAIN))
         self.out = nn.Linear(heads * (token_width + code_width), width)
 
-    def forward(self, x: Tensor, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (b, q, w) and the attention (b, q, heads, n)."""
+    def forward(self, x: Tensor, tokens: Tensor, codes: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (b, q, w) and the attention (b, q, heads, n); `named` (b, q, heads, n) is likeness to the words read."""
         b, q, _ = x.shape
         what = self.what(x).view(b, q * self.heads, -1) * self.token_width**-0.5  # (b, q * heads, t)
         where = self.where(x).view(b, q * self.heads, -1)  # (b, q * heads, p)
         scores = what @ tokens.transpose(1, 2) + where @ codes.T.to(where.dtype)  # (b, q * heads, n)
+        scores = scores + (self.gain * named).flatten(1, 2)
         attention = scores.float().softmax(-1).to(tokens.dtype)
         seen = torch.cat([attention @ tokens, attention @ codes.to(attention.dtype)], dim=-1)  # (b, q * heads, t + p)
         return self.out(seen.reshape(b, q, -1)), attention.view(b, q, self.heads, -1)

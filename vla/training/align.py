@@ -30,10 +30,13 @@ from vla.losses.alignment import (
     Term,
     batch_health,
     idle_chunks,
+    late_interaction,
     mean_squared_distances,
     near_duplicates,
+    other_scene,
     soft_term,
     vision_language_term,
+    word_patch_term,
 )
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import build_clip, load_clip, pixel_values, resize_positions, save_clip, tokenize
@@ -189,7 +192,7 @@ def batch_terms(
             text_of_row,
             action_chunk,
             action_is_pad,
-            state,
+            state if loss.state else None,
         )
     unwrapped = accelerator.unwrap_model(model)
     goal_of_text = torch.zeros_like(texts).index_copy_(0, text_of_row, ids["goal_id"])
@@ -215,6 +218,14 @@ def batch_terms(
             ids["goal_id"],
             goal_of_text,
             ids["progress"],
+        )
+    if loss.word_patch:
+        terms["word_patch"] = word_patch_term(
+            late_interaction(embeds.patches, embeds.words, attention_mask[texts, :length]),
+            unwrapped.scale("word_patch"),
+            ids["goal_id"],
+            goal_of_text,
+            other_scene(ids["scene_id"], text_of_row, len(texts)),
         )
     if loss.state:
         terms["state"] = soft_term(

@@ -272,7 +272,9 @@ def embed(
     else:
         tokens = patch_tokens(policy.clip, pixel_values(torch.from_numpy(batch.inputs).to(device)))
         word_tokens, mask = policy.words([texts[i] for i in batch.text_id])
-    return policy.network.features(tokens, word_tokens, mask, torch.from_numpy(batch.state).to(device))
+    with torch.set_grad_enabled(words is None and torch.is_grad_enabled()):
+        similarity = policy.similarity(tokens, word_tokens)
+    return policy.network.features(tokens, word_tokens, mask, similarity, torch.from_numpy(batch.state).to(device))
 
 
 def cloning_loss(policy: ConcordPolicy, features: Tensor, batch: CloningBatch, accelerator: Accelerator) -> Tensor:

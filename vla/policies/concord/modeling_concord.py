@@ -17,10 +17,12 @@ from vla.models.clip import (
     IMAGE_STD,
     build_clip,
     load_clip,
+    patch_embeds,
     patch_tokens,
     resize_positions,
     text_features,
     tokenize,
+    word_embeds,
 )
 from vla.models.policy_network import PolicyNetwork
 from vla.policies.concord.configuration_concord import ConcordConfig
@@ -68,9 +70,6 @@ class ConcordPolicy(PreTrainedPolicy):
             flow_steps=config.flow_steps,
         )
         self.clip.requires_grad_(config.tune)
-        # The policy reads tokens before the joint space; what leads there gets no gradient.
-        for unread in (clip.visual_projection, clip.text_projection):
-            unread.requires_grad_(False)
         clip.logit_scale.requires_grad_(False)
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
@@ -151,7 +150,12 @@ class ConcordPolicy(PreTrainedPolicy):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tune):
             tokens = self.tokens(batch[camera])
             words, mask = self.words(texts)
-        return self.network.features(tokens, words, mask, batch[STATE_KEY])
+            similarity = self.similarity(tokens, words)
+        return self.network.features(tokens, words, mask, similarity, batch[STATE_KEY])
+
+    def similarity(self, tokens: Tensor, words: Tensor) -> Tensor:
+        """(b, n, w) patch tokens, (b, l, w) word tokens -> (b, l, n) cosines in the joint space."""
+        return word_embeds(self.clip, words) @ patch_embeds(self.clip, tokens).transpose(1, 2)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save_pretrained(save_directory, state_dict)

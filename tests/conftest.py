@@ -1,0 +1,61 @@
+"""Small real artefacts, made once in every test process: a data set, an aligned encoder, a policy."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from vla.config import AlignConfig, CollectConfig, PolicyTrainConfig
+from vla.config_io import load_config
+from vla.integrations.collect import collect
+from vla.training.align import train_align
+from vla.training.policy import train_policy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def debug(cls, stage: str, **changes):
+    """The debug configuration of a stage, with other fields."""
+    return replace(load_config(cls, ["--config_path", f"{ROOT}/configs/{stage}/debug.yaml"]), **changes)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """A tabletop data set of 24 episodes at 48 px."""
+    return collect(debug(CollectConfig, "collect", output=str(tmp_path_factory.mktemp("data") / "debug")))
+
+
+@pytest.fixture(scope="session")
+def align_config(data_root, tmp_path_factory) -> AlignConfig:
+    config = debug(AlignConfig, "align", output=str(tmp_path_factory.mktemp("align") / "run"))
+    config.data.root = str(data_root)
+    return config
+
+
+@pytest.fixture(scope="session")
+def encoder(align_config) -> Path:
+    """The clip/ folder of a short stage one."""
+    return train_align(align_config)
+
+
+@pytest.fixture(scope="session")
+def policy_config(data_root, encoder, tmp_path_factory) -> PolicyTrainConfig:
+    output = str(tmp_path_factory.mktemp("policy") / "run")
+    config = debug(PolicyTrainConfig, "policy", output=output, encoder=str(encoder))
+    config.data.root = str(data_root)
+    return config
+
+
+@pytest.fixture(scope="session")
+def policy_folder(policy_config) -> Path:
+    """The policy/ folder of a short stage two."""
+    return train_policy(policy_config)

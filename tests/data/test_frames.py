@@ -1,0 +1,91 @@
+"""The frame store is decoded once, and again when it is damaged."""
+
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from vla.data.augmentation import augment
+from vla.data.episodes import data_files, read_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import compute_norm_stats, normalize_quantile, unnormalize_quantile
+from vla.types import IMAGE_KEY, UserError
+
+
+def test_a_second_opening_decodes_nothing(data_root, tmp_path):
+    episodes = read_episodes(data_root)
+    first = open_frames(episodes, 32, str(tmp_path), workers=1)
+    stamp = next(tmp_path.glob("*.npy")).stat().st_mtime_ns
+    second = open_frames(episodes, 32, str(tmp_path), workers=1)
+    assert next(tmp_path.glob("*.npy")).stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(first, second)
+
+
+def test_a_truncated_store_is_built_again(data_root, tmp_path):
+    episodes = read_episodes(data_root)
+    whole = np.array(open_frames(episodes, 32, str(tmp_path), workers=1))
+    path = next(tmp_path.glob("*.npy"))
+    path.write_bytes(path.read_bytes()[:-100])
+    np.testing.assert_array_equal(open_frames(episodes, 32, str(tmp_path), workers=1), whole)
+
+
+def test_any_number_of_processes_builds_the_same_store(data_root, tmp_path):
+    episodes = read_episodes(data_root)
+    one = open_frames(episodes, 32, str(tmp_path / "one"), workers=1)
+    np.testing.assert_array_equal(open_frames(episodes, 32, str(tmp_path / "two"), workers=2), one)
+
+
+def test_a_picture_that_is_none_is_named(data_root, tmp_path):
+    root = shutil.copytree(data_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    path = data_files(root)[0]
+    table = pq.read_table(path)
+    pictures = table[IMAGE_KEY].to_pylist()
+    pictures[4]["bytes"] = b"nothing"
+    column = pq.read_schema(path).field(IMAGE_KEY).type
+    import pyarrow as pa
+
+    pq.write_table(table.set_column(table.column_names.index(IMAGE_KEY), IMAGE_KEY, pa.array(pictures, column)), path)
+    with pytest.raises(UserError, match=r"observation\.image of row 4 in row group 0 is not a picture"):
+        open_frames(read_episodes(root), 32, workers=1)
+    assert not list((root / ".concord").glob("*.npy"))
+
+
+def test_a_full_disk_is_one_line(data_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
+    with pytest.raises(UserError, match=r"disk full while building the frame store; set --data\.cache=FOLDER"):
+        open_frames(read_episodes(data_root), 32, str(tmp_path), workers=1)
+
+
+def test_normalisation_is_undone():
+    values = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    stats = compute_norm_stats(values)
+    np.testing.assert_allclose(unnormalize_quantile(normalize_quantile(values, stats), stats), values, atol=1e-5)
+
+
+def test_a_constant_dimension_stays_finite():
+    stats = compute_norm_stats(np.full((50, 2), 3.0))
+    assert np.abs(normalize_quantile(np.array([3.0, 3.001]), stats)).max() < 1
+
+
+def test_a_rare_command_stays_reachable():
+    commands = np.where(np.arange(1000) < 3, 1.0, -1.0)[:, None]
+    stats = compute_norm_stats(commands)
+    np.testing.assert_allclose(normalize_quantile(np.array([[1.0], [-1.0]]), stats), [[1.0], [-1.0]], atol=1e-6)
+
+
+def test_augmentation_shifts_by_at_most_the_given_pixels_and_never_flips():
+    picture = np.zeros((1, 32, 32, 3), np.uint8)
+    picture[0, 10:14, 4:6] = 255
+    for seed in range(30):
+        moved = augment(picture, np.random.default_rng(seed), 3, 0.0)[0, :, :, 0]
+        rows, columns = np.nonzero(moved)
+        assert abs(rows.min() - 10) <= 3
+        assert abs(columns.min() - 4) <= 3
+
+
+def test_augmentation_depends_on_its_generator_alone():
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    once, again = (augment(frames, np.random.default_rng(5), 4, 0.2) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    assert not np.array_equal(once, frames)

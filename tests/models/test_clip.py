@@ -1,0 +1,132 @@
+"""The aligned encoder is a native CLIPModel folder."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTextModel, CLIPVisionModel
+from transformers.utils import logging
+
+from vla.models.clip import (
+    build_clip,
+    load_clip,
+    patch_tokens,
+    pixel_values,
+    resize_positions,
+    save_clip,
+    text_features,
+    tokenize,
+    vision_features,
+)
+from vla.types import UserError
+
+TEXTS = ("push the red star to the left", "pick up the blue cross")
+SIZES = {
+    "image_size": 48,
+    "patch_size": 12,
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "text_width": 32,
+    "text_layers": 2,
+    "text_heads": 2,
+    "embed_dim": 16,
+    "vocab_size": 600,
+}
+
+
+@pytest.fixture
+def frames():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model, tokenizer = build_clip(TEXTS, **SIZES)
+    save_clip(tmp_path / "clip", model, tokenizer)
+    return tmp_path / "clip", model.eval(), tokenizer
+
+
+def test_plain_transformers_reproduces_the_features_exactly_and_without_a_warning(saved, frames, capfd):
+    folder, model, tokenizer = saved
+    logging.set_verbosity_warning()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, report = CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert "newly initialized" not in capfd.readouterr().err
+    ids, mask = tokenize(tokenizer, TEXTS)
+    with torch.no_grad():
+        pixels = pixel_values(frames)
+        assert torch.equal(patch_tokens(loaded.eval(), pixels), patch_tokens(model, pixels))
+        assert torch.equal(text_features(loaded, ids, mask)[1], text_features(model, ids, mask)[1])
+
+
+def test_each_tower_loads_alone(saved, frames):
+    folder, model, tokenizer = saved
+    vision, text = CLIPVisionModel.from_pretrained(folder).eval(), CLIPTextModel.from_pretrained(folder).eval()
+    ids, mask = tokenize(tokenizer, TEXTS)
+    with torch.no_grad():
+        pixels = pixel_values(frames)
+        assert torch.equal(vision(pixels).pooler_output, vision_features(model, pixels)[1])
+        assert torch.equal(text(ids, attention_mask=mask).pooler_output, text_features(model, ids, mask)[1])
+
+
+def test_the_saved_processor_prepares_pictures_and_texts_as_training_does(saved, frames):
+    folder, _, tokenizer = saved
+    processed = AutoProcessor.from_pretrained(folder)(
+        text=list(TEXTS), images=[f.numpy() for f in frames[:2]], padding=True, return_tensors="pt"
+    )
+    torch.testing.assert_close(processed["pixel_values"], pixel_values(frames[:2]), atol=1e-5, rtol=1e-5)
+    assert torch.equal(processed["input_ids"], tokenize(tokenizer, TEXTS)[0])
+
+
+def test_the_saved_tokenizer_is_the_trained_one(saved):
+    folder, _, tokenizer = saved
+    text = "grasp the ünknown thing"
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_text_is_pooled_at_its_own_end_whatever_the_padding(saved):
+    _, model, tokenizer = saved
+    alone, padded = tokenize(tokenizer, TEXTS[:1]), tokenize(tokenizer, (TEXTS[0], TEXTS[0] + " and then stop"))
+    with torch.no_grad():
+        a, b = text_features(model, *alone)[1][0], text_features(model, *padded)[1][0]
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_pooled_output_gives_the_last_patch_tokens_no_gradient_and_the_tap_does(saved, frames):
+    _, model, _ = saved
+    output = model.vision_model(pixel_values=pixel_values(frames))
+    output.last_hidden_state.retain_grad()
+    output.pooler_output.sum().backward()
+    assert output.last_hidden_state.grad[:, 1:].abs().max() == 0
+    weight = model.vision_model.encoder.layers[-1].mlp.fc2.weight
+    model.zero_grad()
+    (patch_tokens(model, pixel_values(frames)) ** 3).sum().backward()
+    assert weight.grad.abs().max() > 0
+
+
+def test_a_folder_with_missing_weights_is_refused(saved):
+    from safetensors.torch import load_file, save_file
+
+    folder, _, _ = saved
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"missing keys in the weights \(visual_projection\.weight\)"):
+        load_clip(folder)
+
+
+def test_a_missing_folder_names_the_command_that_makes_one():
+    with pytest.raises(UserError, match=r"no such encoder folder; run `python scripts/train_align\.py`"):
+        load_clip("outputs/nowhere/clip")
+
+
+def test_another_image_size_keeps_what_a_patch_is(saved):
+    _, model, _ = saved
+    resized = resize_positions(model, 96)
+    tokens = patch_tokens(resized, torch.zeros(1, 3, 96, 96))
+    assert tokens.shape == (1, 64, 32)

@@ -1,0 +1,37 @@
+"""Every shipped configuration loads, and the stages of one name fit together."""
+
+from pathlib import Path
+
+import pytest
+
+from vla.config import AlignConfig, CollectConfig, EvalConfig, PolicyTrainConfig
+from vla.config_io import load_config
+
+ROOT = Path(__file__).resolve().parent.parent / "configs"
+CLASSES = {"collect": CollectConfig, "align": AlignConfig, "policy": PolicyTrainConfig, "eval": EvalConfig}
+FILES = sorted(ROOT.glob("*/*.yaml"))
+
+
+def load(stage: str, name: str):
+    return load_config(CLASSES[stage], ["--config_path", str(ROOT / stage / f"{name}.yaml")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_loads(path):
+    load(path.parent.name, path.stem)
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in FILES}))
+def test_each_stage_reads_what_the_one_before_writes(name):
+    collect, align, policy, evaluation = (load(stage, name) for stage in CLASSES)
+    assert align.data.root == collect.output
+    assert policy.data.root == collect.output
+    assert policy.encoder == f"{align.output}/clip"
+    assert evaluation.policy == f"{policy.output}/policy"
+    assert evaluation.env == collect.env.name
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in FILES}))
+def test_evaluation_seeds_are_none_of_the_demonstrations(name):
+    collect, evaluation = load("collect", name), load("eval", name)
+    assert evaluation.seed >= collect.seed + collect.scenes

@@ -1,0 +1,68 @@
+"""Both stages, killed by SIGKILL at any moment and resumed, repeat the uninterrupted run exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vla.config_io import save_yaml
+from vla.training.align import train_align
+from vla.training.policy import train_policy
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TIMES = ("triplets_per_s", "data_wait", "samples_per_s", "seconds")
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def run_and_kill(script: str, config, folder: Path, at_step: int) -> None:
+    """Start a training and kill it as soon as it has logged `at_step`."""
+    path = folder.parent / f"{folder.name}.yaml"
+    save_yaml(config, path)
+    command = [sys.executable, str(ROOT / "scripts" / script), "--config_path", str(path)]
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and f'"step": {at_step},' in log.read_text():
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.001)
+    process.wait()
+    assert (folder / "checkpoints").exists() or at_step < config.save_every
+
+
+@pytest.mark.parametrize("at_step", [1, 3, 5])
+def test_stage_one_resumes_exactly(align_config, tmp_path, at_step):
+    config = replace(align_config, steps=8, eval_every=0, save_every=2, output=str(tmp_path / "whole"))
+    train_align(config)
+    broken = replace(config, output=str(tmp_path / "broken"))
+    run_and_kill("train_align.py", broken, tmp_path / "broken", at_step)
+    train_align(replace(broken, resume=True))
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "clip" / "model.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_stage_two_resumes_exactly(policy_config, tmp_path, tune):
+    config = replace(policy_config, steps=8, eval_every=4, save_every=2, tune=tune, output=str(tmp_path / "whole"))
+    train_policy(config)
+    broken = replace(config, output=str(tmp_path / "broken"))
+    run_and_kill("train_policy.py", broken, tmp_path / "broken", 5)
+    train_policy(replace(broken, resume=True))
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
