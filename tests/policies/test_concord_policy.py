@@ -1,0 +1,120 @@
+"""The policy folder: self-contained, strict, and deaf to nothing it is told."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
+from safetensors.torch import load_file, save_file
+
+from vla.policies.concord import ConcordPolicy
+from vla.policies.loading import load_chunk_policy
+from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
+
+TEXTS = ["push the red star to the left", "pick up the blue cross"]
+
+
+@pytest.fixture
+def copy(policy_folder, tmp_path):
+    return shutil.copytree(policy_folder, tmp_path / "policy")
+
+
+@pytest.fixture
+def observation():
+    torch.manual_seed(0)
+    return {IMAGE_KEY: torch.rand(2, 3, 48, 48), STATE_KEY: torch.rand(2, 4), TASK_KEY: list(TEXTS)}
+
+
+def test_lerobot_finds_the_class_by_the_type_in_the_folder(policy_folder):
+    config = PreTrainedConfig.from_pretrained(policy_folder)
+    assert config.type == "concord"
+    assert get_policy_class(config.type) is ConcordPolicy
+
+
+def test_a_moved_policy_needs_neither_the_encoder_nor_the_data(policy_folder, encoder, copy, observation, tmp_path):
+    expected = ConcordPolicy.from_pretrained(policy_folder).predict_action_chunk(observation)
+    hidden = encoder.rename(tmp_path / "hidden")
+    try:
+        assert torch.equal(ConcordPolicy.from_pretrained(copy).predict_action_chunk(observation), expected)
+    finally:
+        hidden.rename(encoder)
+
+
+def test_saved_again_it_is_the_same(policy_folder, observation, tmp_path):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    policy.save_pretrained(tmp_path / "again")
+    again = ConcordPolicy.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.predict_action_chunk(observation), policy.predict_action_chunk(observation))
+
+
+def test_the_queue_hands_out_the_chunk_and_looks_again_when_empty(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    chunk = policy.predict_action_chunk(observation)
+    policy.reset()
+    for timestep in range(policy.config.n_action_steps):
+        assert torch.equal(policy.select_action(observation), chunk[:, timestep])
+    changed = observation | {STATE_KEY: observation[STATE_KEY] + 1}
+    assert torch.equal(policy.select_action(changed), policy.predict_action_chunk(changed)[:, 0])
+
+
+def test_another_instruction_gives_another_chunk(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    told = policy.predict_action_chunk(observation)
+    swapped = policy.predict_action_chunk(observation | {TASK_KEY: TEXTS[::-1]})
+    assert not torch.allclose(told, swapped)
+
+
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    both = policy.predict_action_chunk(observation)
+    alone = policy.predict_action_chunk({k: v[:1] for k, v in observation.items()})
+    torch.testing.assert_close(alone, both[:1], atol=1e-5, rtol=1e-4)
+
+
+def test_forward_is_the_cloning_loss_and_reaches_only_the_network_when_frozen(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder).train()
+    loss, _ = policy.forward(observation | {ACTION_KEY: torch.zeros(2, 16, 3)})
+    loss.backward()
+    assert all(p.grad is None for p in policy.clip.parameters())
+    assert all(p.grad is not None for p in policy.network.parameters() if p is not policy.network.no_state)
+
+
+def test_a_batch_without_instruction_says_so(policy_folder, observation):
+    observation.pop(TASK_KEY)
+    with pytest.raises(ValueError, match="the batch lacks 'task'"):
+        ConcordPolicy.from_pretrained(policy_folder).predict_action_chunk(observation)
+
+
+def test_missing_weights_are_named(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights.pop("network.enter.weight")
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing keys \['network\.enter\.weight'\]"):
+        ConcordPolicy.from_pretrained(copy)
+
+
+def test_a_truncated_file_is_named(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a complete concord policy"):
+        ConcordPolicy.from_pretrained(copy)
+
+
+def test_driven_through_its_processors_actions_are_in_environment_units(policy_folder):
+    policy = load_chunk_policy(policy_folder)
+    images = np.zeros((2, 48, 48, 3), np.uint8)
+    actions = policy.act(images, np.zeros((2, 4), np.float32), TEXTS)
+    assert actions.shape == (2, policy.n_action_steps, 3)
+    assert np.isfinite(actions).all()
+
+
+def test_the_fine_tuned_policy_reads_and_trains_its_own_encoder(policy_folder, observation):
+    config = PreTrainedConfig.from_pretrained(policy_folder)
+    config.tune = True
+    policy = ConcordPolicy.from_pretrained(policy_folder, config=config).train()
+    loss, _ = policy.forward(observation | {ACTION_KEY: torch.zeros(2, 16, 3)})
+    loss.backward()
+    assert policy.clip.vision_model.embeddings.patch_embedding.weight.grad.abs().max() > 0
+    assert len(policy.get_optim_params()) == 2
