@@ -18,7 +18,8 @@ MAX_SPEED = 0.3  # m/s
 GRIPPER_RADIUS = 0.018  # m
 GRASP_TOLERANCE = 0.02  # m, from the gripper's centre to the object's
 GRIPPER_RANGE = TABLE_HALF - 0.01  # m
-CARRY_RANGE = TABLE_HALF - OBJECT_RADIUS  # m, a held object's centre stays within this, so none is put off the table
+# m, a held object's centre stays within this, so that even a star is put down clear of the walls
+CARRY_RANGE = TABLE_HALF - 1.2 * OBJECT_RADIUS - 0.003
 _FRICTION_DAMPING = 1e-7  # share of the speed left after a second: objects stop at once, as on felt
 # m of overlap that contacts leave alone. pymunk's default, 0.1, is meant for pixels and is wider than three objects here.
 _SLOP = 2e-4

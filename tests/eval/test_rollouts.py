@@ -72,7 +72,9 @@ def test_the_size_of_a_batch_changes_nothing():
 
 def test_two_processes_do_what_one_does(policy_folder):
     make_policy = partial(load_chunk_policy, policy_folder)
-    assert run_rollouts(make_policy, specs(), batch_size=3, workers=2) == run_rollouts(make_policy, specs(), batch_size=3)
+    assert run_rollouts(make_policy, specs(), batch_size=3, workers=2) == run_rollouts(
+        make_policy, specs(), batch_size=3
+    )
 
 
 def test_an_expert_succeeds_and_an_idle_policy_does_not():

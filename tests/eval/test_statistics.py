@@ -46,7 +46,10 @@ def test_the_diagonal_would_hide_a_perfect_model_and_several_positives_do_not():
     embeds = np.eye(10)[goals]
     same = goals[:, None] == goals[None, :]
     assert recall_at_k(embeds @ embeds.T, same, 1) == 1.0
-    assert recall_at_k(embeds @ embeds.T + 1e-9 * np.random.default_rng(0).random((500, 500)), np.eye(500, dtype=bool), 1) < 0.06
+    assert (
+        recall_at_k(embeds @ embeds.T + 1e-9 * np.random.default_rng(0).random((500, 500)), np.eye(500, dtype=bool), 1)
+        < 0.06
+    )
 
 
 def test_rank_me_counts_the_directions_in_use():

@@ -78,10 +78,13 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
         patches: (b, n, d) unit norm. words: (u, l, d) unit norm. words_mask: (u, l) true for words.
         sharpness: of the softmax over patches; infinite is the maximum.
     """
-    cosines = torch.einsum("bnd,uld->buln", patches, words)
-    best = ((sharpness * cosines).softmax(-1) * cosines).sum(-1)  # (b, u, l)
-    mask = words_mask.to(best.dtype)
-    return (best * mask).sum(-1) / mask.sum(-1)
+    real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
+    named = words.flatten(0, 1)[real]  # (w, d)
+    cosines = (named @ patches.flatten(0, 1).T).unflatten(-1, patches.shape[:2])  # (w, b, n)
+    best = ((sharpness * cosines).softmax(-1) * cosines).sum(-1)  # (w, b)
+    text = real // words_mask.shape[1]  # (w,)
+    share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
+    return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
 
 
 def other_scene(scene_of_row: Tensor, text_of_row: Tensor, texts: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,6 +22,7 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vla.types import UserError
 
@@ -93,6 +95,7 @@ def build_clip(
             "intermediate_size": 4 * width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
+            "hidden_act": "gelu",  # CLIP's quick_gelu takes three passes over memory instead of one
         },
         projection_dim=embed_dim,
     )
@@ -102,7 +105,35 @@ def build_clip(
         positions[1:] = sine_positions(image_size // patch_size, width)
         # CLIP starts these so small that untrained layers drown which word a token is.
         model.text_model.embeddings.token_embedding.weight *= 20
-    return model, tokenizer
+    return quick_attention(model), tokenizer
+
+
+def quick_attention(model: CLIPModel) -> CLIPModel:
+    """The model with an attention of the vision tower that is quick in bfloat16 on a CPU, too."""
+    if not torch.cuda.is_available():
+        AttentionInterface.register("sdpa_or_matmul", sdpa_or_matmul)
+        model.set_attn_implementation({"vision_config": "sdpa_or_matmul"})
+    return model
+
+
+def sdpa_or_matmul(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface, (b, h, n, d) -> (b, n, h, d): its fused kernel, save in reduced precision.
+
+    There, on a CPU and for some 60 patches, plain products are five times as fast, forward and backward.
+    """
+    if query.dtype == torch.float32:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    with torch.autocast(query.device.type, enabled=False):  # which would do the softmax in float32
+        weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(-1)  # a vision tower has no mask
+        return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def sine_positions(side: int, width: int) -> Tensor:
@@ -141,7 +172,7 @@ def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
         if report[kind]:
             some = ", ".join(sorted(str(key) for key in report[kind])[:3])
             raise UserError(f"{source}: {kind.replace('_', ' ')} in the weights ({some}); not a complete CLIPModel")
-    return model, tokenizer
+    return quick_attention(model), tokenizer
 
 
 def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
