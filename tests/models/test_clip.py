@@ -130,3 +130,14 @@ def test_another_image_size_keeps_what_a_patch_is(saved):
     resized = resize_positions(model, 96)
     tokens = patch_tokens(resized, torch.zeros(1, 3, 96, 96))
     assert tokens.shape == (1, 64, 32)
+
+
+@pytest.mark.parametrize("texts", [("go left", "push the red star to the left"), ("go left", "go right")])
+def test_attention_in_bfloat16_computes_what_the_fused_kernel_does(texts):
+    torch.manual_seed(0)
+    clip, tokenizer = build_clip(TEXTS, **SIZES)
+    ids, mask = tokenize(tokenizer, texts)
+    exact = text_features(clip, ids, mask)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quick = text_features(clip, ids, mask)[0]
+    torch.testing.assert_close(quick.float()[mask.bool()], exact[mask.bool()], atol=0.06, rtol=0)

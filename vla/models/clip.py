@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vla.types import UserError
 
@@ -109,10 +111,11 @@ def build_clip(
 
 
 def quick_attention(model: CLIPModel) -> CLIPModel:
-    """The model with an attention of the vision tower that is quick in bfloat16 on a CPU, too."""
+    """The model with an attention that is quick in bfloat16 on a CPU, too."""
     if not torch.cuda.is_available():
         AttentionInterface.register("sdpa_or_matmul", sdpa_or_matmul)
-        model.set_attn_implementation({"vision_config": "sdpa_or_matmul"})
+        AttentionMaskInterface.register("sdpa_or_matmul", sdpa_mask)
+        model.set_attn_implementation("sdpa_or_matmul")
     return model
 
 
@@ -127,12 +130,17 @@ def sdpa_or_matmul(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface, (b, h, n, d) -> (b, n, h, d): its fused kernel, save in reduced precision.
 
-    There, on a CPU and for some 60 patches, plain products are five times as fast, forward and backward.
+    There, on a CPU and for some 60 tokens, plain products are five times as fast, forward and backward.
     """
     if query.dtype == torch.float32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     with torch.autocast(query.device.type, enabled=False):  # which would do the softmax in float32
-        weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(-1)  # a vision tower has no mask
+        scores = (query * scaling) @ key.transpose(-1, -2)
+        if attention_mask is None and kwargs.get("is_causal"):
+            attention_mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        weights = scores.softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
