@@ -5,12 +5,14 @@ import warnings
 import numpy as np
 
 from envs.metaworld.env import MetaWorldEnv
+from envs.metaworld.gl import ensure_gl
 
 
 class ScriptedExpert:
     """Reads the full state of a `MetaWorldEnv`."""
 
     def __init__(self, env: MetaWorldEnv) -> None:
+        ensure_gl()  # before Meta-World imports MuJoCo
         from metaworld.policies import ENV_POLICY_MAP
 
         self.env = env

@@ -56,3 +56,9 @@ def test_rank_me_counts_the_directions_in_use():
     rng = np.random.default_rng(0)
     assert rank_me(rng.normal(size=(2000, 8))) == pytest.approx(8, abs=0.1)
     assert rank_me(np.outer(rng.normal(size=100), np.ones(8))) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("n", [3, 6, 100])
+def test_an_interval_contains_its_estimate_at_both_ends(n):
+    assert wilson(0, n)[0] == 0
+    assert wilson(n, n)[1] == 1

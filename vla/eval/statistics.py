@@ -12,7 +12,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     if n == 0:
         return 0.0, 1.0
     low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
-    return float(low), float(high)
+    # Exact at the ends, where rounding would leave the estimate outside its interval.
+    return 0.0 if successes == 0 else float(low), 1.0 if successes == n else float(high)
 
 
 def summarise(outcomes: Iterable[bool]) -> dict[str, Any]:

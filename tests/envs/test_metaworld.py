@@ -1,0 +1,68 @@
+"""Meta-World behind the interface of the tabletop, simulated and drawn for real, without a display."""
+
+import numpy as np
+import pytest
+
+from envs import make_env, make_expert
+
+BUTTON, DRAWER = "button-press-topdown-v3", "drawer-open-v3"
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = make_env("metaworld", tasks=(BUTTON, DRAWER), image_size=96)
+    yield env
+    env.close()
+
+
+@pytest.mark.parametrize("task", [BUTTON, DRAWER])
+def test_the_expert_succeeds(env, task):
+    expert = make_expert("metaworld", env)
+    _, info = env.reset(seed=3, options={"task": task})
+    done = False
+    while not done:
+        _, _, terminated, truncated, info = env.step(expert.act())
+        done = terminated or truncated
+    assert info["is_success"]
+
+
+def test_a_seed_fixes_pictures_states_and_task(env):
+    first, _ = env.reset(seed=11)
+    task = env.task
+    env.reset(seed=12)
+    env.step(np.ones(4, np.float32))
+    again, _ = env.reset(seed=11)
+    assert env.task == task
+    np.testing.assert_array_equal(first["pixels"], again["pixels"])
+    np.testing.assert_array_equal(first["agent_pos"], again["agent_pos"])
+
+
+def test_the_picture_shows_the_arm_move(env):
+    before, _ = env.reset(seed=1, options={"task": DRAWER})
+    for _ in range(20):
+        after, *_ = env.step(np.array([1, 0, 0, 0], np.float32))
+    assert before["pixels"].std() > 10
+    assert np.abs(before["pixels"].astype(int) - after["pixels"]).max() > 50
+
+
+def test_no_frame_is_drawn_while_nobody_looks(env):
+    env.reset(seed=1, options={"task": DRAWER})
+    env.render_observations = False
+    try:
+        shown = env.observe(fresh=False)["pixels"]
+        for _ in range(20):
+            unseen, *_ = env.step(np.array([1, 0, 0, 0], np.float32))
+        assert unseen["pixels"] is shown
+        assert (env.observe()["pixels"] != shown).any()
+    finally:
+        env.render_observations = True
+
+
+def test_an_instruction_replaces_the_tasks_own(env):
+    env.reset(seed=1, options={"task": DRAWER, "instruction": "pull"})
+    assert env.task_description == "pull"
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match="'fly-v3' is not one of"):
+        make_env("metaworld", tasks=("fly-v3",))

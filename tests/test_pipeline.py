@@ -1,0 +1,36 @@
+"""The four commands one after the other, as a user types them, on both environments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, config: str, folder: Path) -> subprocess.CompletedProcess:
+    """A script with its debug configuration, in an empty working directory."""
+    command = [sys.executable, str(ROOT / "scripts" / script), "--config_path", str(ROOT / "configs" / config)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.mark.parametrize("name", ["debug", "metaworld_debug"])
+def test_collect_align_clone_evaluate(name, tmp_path):
+    run("collect.py", f"collect/{name}.yaml", tmp_path)
+    run("train_align.py", f"align/{name}.yaml", tmp_path)
+    run("train_policy.py", f"policy/{name}.yaml", tmp_path)
+    run("evaluate.py", f"eval/{name}.yaml", tmp_path)
+    outputs = tmp_path / "outputs"
+    assert (outputs / "align" / name / "clip" / "model.safetensors").is_file()
+    assert (outputs / "policy" / name / "policy" / "config.json").is_file()
+    results = json.loads((outputs / "eval" / name / "eval.json").read_text())
+    low, high = results["interval"]
+    assert 0 <= low <= results["success_rate"] <= high <= 1
+    assert results["n"] == len([e for e in results["episodes"] if e["split"] == "train"])
+    page = (outputs / "eval" / name / "report.html").read_text()
+    assert "<video" in page
+    assert "src=\"http" not in page and "href=\"http" not in page
