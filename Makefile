@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a small venv that holds uv, then the locked environment in .venv.
-.PHONY: help demo test test-all lint bench setup clean
+.PHONY: help demo tabletop metaworld results test test-all lint bench setup clean
 
 # Three ways to find a Python 3.12; PYTHON=... names another.
 PYTHON ?= $(shell for p in python3.12 python3 python "$$HOME/.pyenv/versions/3.12"*/bin/python "$${PYENV_ROOT:-/nowhere}/versions/3.12"*/bin/python; do \
@@ -21,7 +21,7 @@ help:
 	@echo "make bench     throughput beside LeRobot's loader, policy latency"
 
 demo: .venv/ready
-	@$(RUN) scripts/demo.py
+	@$(RUN) scripts/pipeline.py --name=demo
 
 test: lint
 	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal

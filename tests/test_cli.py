@@ -15,7 +15,9 @@ def script(name: str, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("name", ["collect", "train_align", "train_policy", "evaluate", "doctor", "bench", "demo"])
+@pytest.mark.parametrize(
+    "name", ["collect", "train_align", "train_policy", "evaluate", "doctor", "bench", "pipeline", "results"]
+)
 def test_every_script_has_help(name):
     result = script(name, "--help")
     assert result.returncode == 0, result.stderr

@@ -33,4 +33,5 @@ def test_collect_align_clone_evaluate(name, tmp_path):
     assert results["n"] == len([e for e in results["episodes"] if e["split"] == "train"])
     page = (outputs / "eval" / name / "report.html").read_text()
     assert "<video" in page
-    assert "src=\"http" not in page and "href=\"http" not in page
+    assert 'src="http' not in page
+    assert 'href="http' not in page

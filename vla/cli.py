@@ -66,16 +66,24 @@ def bench(argv: list[str]) -> None:
     run(load_config(BenchConfig, argv))
 
 
-def demo(argv: list[str]) -> None:
-    """The whole pipeline on a small tabletop run."""
-    from vla.config import DemoConfig
-    from vla.demo import demo as run
+def pipeline(argv: list[str]) -> None:
+    """The four stages one after the other."""
+    from vla.config import PipelineConfig
+    from vla.pipeline import pipeline as run
 
-    run(load_config(DemoConfig, argv))
+    run(load_config(PipelineConfig, argv))
+
+
+def results(argv: list[str]) -> None:
+    """Write the tables of the documentation from result files."""
+    from vla.config import ResultsConfig
+    from vla.eval.results import results as run
+
+    run(load_config(ResultsConfig, argv))
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (collect, align, policy, evaluate, doctor, bench, demo)
+    function.__name__: function for function in (collect, align, policy, evaluate, doctor, bench, pipeline, results)
 }
 
 

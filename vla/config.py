@@ -203,8 +203,17 @@ class BenchConfig:
 
 
 @dataclass
-class DemoConfig:
-    """The whole pipeline on a small tabletop run: collect, align, train, evaluate. Run again, it goes on where it stopped."""
+class PipelineConfig:
+    """The four stages one after the other, by configs/*/NAME.yaml. Run again, it goes on where it stopped."""
 
-    fresh: bool = False  # delete what an earlier demo left, and begin anew
+    name: str = "demo"  # name of the configurations
+    fresh: bool = False  # delete what an earlier run left, and begin anew
     threads: int = number(2, 1)  # CPU threads and processes
+
+
+@dataclass
+class ResultsConfig:
+    """Write the tables of the documentation from result files; copies their summaries to docs/results first."""
+
+    runs: str = "outputs"  # folder with align/ and eval/, whose results are taken up
+    docs: str = "docs/results"  # folder of the summaries; the tables are written to FOLDER.md

@@ -1,0 +1,77 @@
+"""The four stages one after the other, by the configurations of one name."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
+from vla.config_io import load_config
+from vla.versions import versions
+
+
+def pipeline(config: PipelineConfig) -> Path:
+    """Run collect, align, policy and evaluate, skipping what is finished, and return the report."""
+    from vla.eval.evaluate import evaluate
+    from vla.integrations.collect import collect
+    from vla.training.align import train_align
+    from vla.training.policy import train_policy
+
+    def of_stage(cls: type, stage: str):
+        return load_config(cls, ["--config_path", f"configs/{stage}/{config.name}.yaml"])
+
+    data = replace(of_stage(CollectConfig, "collect"), workers=config.threads)
+    align = replace(of_stage(AlignConfig, "align"), threads=config.threads, resume=True)
+    policy = replace(of_stage(PolicyTrainConfig, "policy"), threads=config.threads, resume=True)
+    evaluation = replace(of_stage(EvalConfig, "eval"), workers=config.threads)
+    folders = [Path(stage.output) for stage in (data, align, policy, evaluation)]
+    if config.fresh:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    print(opening(config.name, data, align, policy, evaluation))
+    record = folders[-1] / "pipeline.json"
+    seconds = json.loads(record.read_text())["seconds"] if record.is_file() else {}
+
+    def stage(number: int, name: str, run: Callable[[], object]) -> None:
+        print(f"\n=== {number} of 4: {name} ===", flush=True)
+        started = time.perf_counter()
+        run()
+        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(
+            json.dumps({"name": config.name, "seconds": seconds, "versions": versions()}, indent=1) + "\n"
+        )
+
+    stage(1, "collect", lambda: collect(data))
+    if not (folders[1] / "report.html").is_file():
+        stage(2, "align", lambda: train_align(align))
+    if not (folders[2] / "policy").is_dir():
+        stage(3, "policy", lambda: train_policy(policy))
+    stage(4, "evaluate", lambda: evaluate(evaluation))
+
+    print(f"\nDone; the four stages took {sum(seconds.values()) / 60:.1f} minutes.")
+    print(f"  alignment report   {folders[1] / 'report.html'}")
+    print(f"  aligned encoder    {policy.encoder}  (CLIPModel.from_pretrained reads it)")
+    print(f"  policy             {evaluation.policy}  (lerobot-eval reads it)")
+    report = (folders[3] / "report.html").resolve()
+    print(f"  evaluation report  {report}  <- open this one")
+    return report
+
+
+def opening(
+    name: str, data: CollectConfig, align: AlignConfig, policy: PolicyTrainConfig, evaluation: EvalConfig
+) -> str:
+    """What is about to happen."""
+    tasks = ", ".join(data.env.tasks) or "all tasks"
+    encoder = "the encoder is fine-tuned" if policy.tune else "the encoder stays frozen"
+    return (
+        f"Concord, {name}: align, then act.\n\n"
+        f"  1. collect   scripted demonstrations on {data.env.name} ({tasks}) -> {data.output}\n"
+        f"  2. align     vision and language encoders on triplets by InfoNCE, {align.steps} steps -> {align.output}\n"
+        f"  3. policy    behaviour cloning of an action head, {policy.steps} steps; {encoder} -> {policy.output}\n"
+        f"  4. evaluate  {evaluation.episodes} episodes, then swapped, blank and wrong instructions -> {evaluation.output}\n\n"
+        "Interrupted, the same command goes on where it stopped."
+    )
