@@ -30,7 +30,9 @@ def test_collect_align_clone_evaluate(name, tmp_path):
     results = json.loads((outputs / "eval" / name / "eval.json").read_text())
     low, high = results["interval"]
     assert 0 <= low <= results["success_rate"] <= high <= 1
-    assert results["n"] == len([e for e in results["episodes"] if e["split"] == "train"])
+    plain = [e for e in results["episodes"] if e["split"] == "train" and e["kind"] == "success"]
+    assert results["n"] == len(plain)
+    assert results["success_rate"] == sum(e["success"] for e in plain) / len(plain)
     page = (outputs / "eval" / name / "report.html").read_text()
     assert "<video" in page
     assert 'src="http' not in page
