@@ -98,7 +98,7 @@ def triplets(root: Path, config: BenchConfig) -> float:
             text_of_episode=None,
             shuffle_actions=False,
         )
-        return len(batch.frames)
+        return len(batch.frame_of_row)
 
     return rate(one_batch, config.seconds)
 

@@ -32,15 +32,16 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class TripletBatch:
-    """Vision-language-action triplets, rows aligned.
+    """Vision-language-action triplets, rows aligned; goals of one scene share the picture they start from.
 
-    frames: (b, H, W, 3) uint8.
+    frames: (f, H, W, 3) uint8, distinct. frame_of_row: (b,) int64, which of them a row shows.
     state: (b, s) float32, normalised. action_chunk: (b, h, a) float32, normalised.
     action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
     """
 
     frames: np.ndarray
+    frame_of_row: np.ndarray
     state: np.ndarray
     action_chunk: np.ndarray
     action_is_pad: np.ndarray

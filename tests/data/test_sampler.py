@@ -49,6 +49,12 @@ def test_same_scene_one_always_brings_two_goals_of_one_scene():
         assert len(set(SCENES[drawn])) == 1
 
 
+def test_goals_of_one_scene_bring_the_frame_they_share():
+    for step in range(20):
+        rows = sampler(same_scene=1.0, goals=2, episodes=1).rows(step)
+        assert {int(START[e]) for e in episodes_of(rows)} <= set(rows.tolist())
+
+
 def test_a_batch_depends_on_seed_and_step_alone():
     one = sampler()
     one.rows(0)

@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from vla.losses.alignment import (
+    goal_positives,
     idle_chunks,
     mean_squared_distances,
     near_duplicates,
@@ -31,10 +32,10 @@ def test_mean_squared_distances_average_over_all_other_axes():
 def test_images_weigh_in_by_their_progress():
     vision = normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     language = normalize(vision + torch.tensor([[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), dim=-1)
-    goals = torch.tensor([0, 1])
+    positives = torch.eye(2, dtype=torch.bool)
     scale = torch.tensor(5.0)
-    first = vision_language_term(vision, language, scale, goals, goals, torch.tensor([1.0, 0.01]))
-    second = vision_language_term(vision, language, scale, goals, goals, torch.tensor([0.01, 1.0]))
+    first = vision_language_term(vision, language, scale, positives, torch.tensor([1.0, 0.01]))
+    second = vision_language_term(vision, language, scale, positives, torch.tensor([0.01, 1.0]))
     assert first.loss != second.loss
 
 
@@ -48,3 +49,8 @@ def test_a_row_of_weight_zero_stays_a_key_but_is_no_query():
     assert queries.grad[2].abs().max() > 0  # as a key of the backward direction
     alone = soft_term(queries, keys, torch.tensor(5.0), distances, 0.1, valid, torch.tensor([0.0, 0.0, 1.0]))
     assert alone.loss != term.loss
+
+
+def test_texts_of_every_goal_asked_of_a_shared_picture_are_its_positives():
+    positives = goal_positives(torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5]), torch.tensor([6, 5, 5]))
+    assert positives.tolist() == [[True, True, True], [False, True, True]]

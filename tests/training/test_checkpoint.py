@@ -9,13 +9,11 @@ import vla.training.checkpoint as checkpoint
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
     restore_rng,
     rng_tensors,
     save_checkpoint,
 )
-from vla.training.optim import adamw
+from vla.training.optim import make_optimizers
 from vla.types import UserError
 
 
@@ -79,7 +77,7 @@ def test_a_truncated_file_is_named(tmp_path):
 def trained(seed: int):
     torch.manual_seed(seed)
     model = torch.nn.Linear(4, 4)
-    return model, adamw([(model, 1e-2)], 0.05)
+    return model, make_optimizers([(model, 1e-2)], 0.05)
 
 
 def update(model, optimizer, step: int) -> None:
@@ -93,14 +91,14 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path):
     model, optimizer = trained(0)
     for step in range(3):
         update(model, optimizer, step)
-    tensors, meta = optimizer_tensors(optimizer)
+    tensors, meta = optimizer.tensors()
     path = save_checkpoint(tmp_path, 3, {"model": model.state_dict(), "optimizer": tensors}, {"optimizer": meta})
     update(model, optimizer, 3)
 
     other, other_optimizer = trained(1)
     loaded, state = load_checkpoint(path)
     other.load_state_dict(loaded["model"])
-    restore_optimizer(other_optimizer, loaded["optimizer"], state["optimizer"])
+    other_optimizer.restore(loaded["optimizer"], state["optimizer"])
     update(other, other_optimizer, 3)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -25,6 +25,7 @@ class TripletSource:
 
     def __init__(self, episodes: Episodes, frames: np.ndarray, stats: Normalizers, horizon: int) -> None:
         self.episodes, self.frames, self.stats, self.horizon = episodes, frames, stats, horizon
+        self.picture_of_row = shared_pictures(episodes, frames)
 
     def gather(self, rows: np.ndarray, text_of_episode: np.ndarray | None = None) -> TripletBatch:
         """(b,) rows -> triplets, not augmented; `text_of_episode` (e,) relabels episodes for the shuffled controls."""
@@ -32,8 +33,10 @@ class TripletSource:
         position = episodes.episode_of_row[rows]  # (b,)
         labels = position if text_of_episode is None else text_of_episode[position]
         action_chunk, action_is_pad = gather_chunks(episodes, rows, self.horizon)
+        pictures, frame_of_row = np.unique(self.picture_of_row[rows], return_inverse=True)
         return TripletBatch(
-            frames=episodes.gather_frames(self.frames, rows),
+            frames=episodes.gather_frames(self.frames, pictures),
+            frame_of_row=frame_of_row,
             state=normalize_quantile(episodes.state[rows], self.stats.state),
             action_chunk=normalize_quantile(action_chunk, self.stats.action),
             action_is_pad=action_is_pad,
@@ -44,6 +47,19 @@ class TripletSource:
             timestep=episodes.timestep[rows].astype(np.int64),
             progress=progress(episodes, rows),
         )
+
+
+def shared_pictures(episodes: Episodes, frames: np.ndarray) -> np.ndarray:
+    """(r,) for each row the first row with the same picture, as far as episodes of one scene start from the same."""
+    picture_of_row = np.arange(len(episodes.frame_row))
+    first_of_scene: dict[int, tuple[int, np.ndarray]] = {}
+    for row, scene in zip(episodes.start[:-1], episodes.scene_id, strict=True):
+        if scene >= 0:
+            picture = frames[episodes.frame_row[row]]
+            first, seen = first_of_scene.setdefault(int(scene), (int(row), picture))
+            if np.array_equal(picture, seen):
+                picture_of_row[row] = first
+    return picture_of_row
 
 
 def progress(episodes: Episodes, rows: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 class GoalSampler:
     """Draws rows such that every batch has positives (episodes of one goal) and hard negatives.
 
-    Hard negatives are other goals of the same scene, and other times of the same episode at least `gap` apart.
+    Hard negatives are other goals of the same scene, and other times of the same episode at least `gap` apart. Episodes
+    drawn as goals of one scene give their first frame too, which they share: one picture, many instructions.
     An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has.
     """
 
@@ -45,18 +46,21 @@ class GoalSampler:
     def rows(self, step: int) -> np.ndarray:
         """(b,) int64 rows of batch `step`, grouped by episode, in time order."""
         rng = np.random.default_rng([self.seed, step])
-        drawn: dict[int, None] = {}  # an ordered set of episodes
+        drawn: dict[int, bool] = {}  # episodes in order, and whether they give their first frame
         goals_seen: set[int] = set()
         while len(goals_seen) < min(self.goals, len(self.by_goal)):
-            for anchor in self._anchors(rng):
+            anchors = self._anchors(rng)
+            for anchor in anchors:
                 goal = int(self.goal_id[anchor])
                 if goal in goals_seen or len(goals_seen) == self.goals:
                     continue
                 goals_seen.add(goal)
                 others = self.by_goal[goal]
                 others = rng.permutation(others[others != anchor])[: self.episodes - 1]
-                drawn.update(dict.fromkeys([int(anchor), *others.tolist()]))
-        return np.concatenate([self._frames(rng, position) for position in drawn])
+                drawn[int(anchor)] = len(anchors) > 1
+                for other in others.tolist():
+                    drawn.setdefault(other, False)
+        return np.concatenate([self._frames(rng, position, first) for position, first in drawn.items()])
 
     def _anchors(self, rng: np.random.Generator) -> np.ndarray:
         """Episodes whose goals enter the batch together: all of one scene, or a single one."""
@@ -64,10 +68,12 @@ class GoalSampler:
             return rng.permutation(self.shared_scenes[rng.integers(len(self.shared_scenes))])
         return self.positions[rng.integers(len(self.positions), size=1)]
 
-    def _frames(self, rng: np.random.Generator, position: int) -> np.ndarray:
-        """Up to M sorted rows of one episode with random spacings of at least `gap`."""
+    def _frames(self, rng: np.random.Generator, position: int, first: bool) -> np.ndarray:
+        """Up to M sorted rows of one episode with random spacings of at least `gap`, from its first row on if asked for."""
         length = int(self.start[position + 1] - self.start[position])
         count = min(self.frames, 1 + (length - 1) // self.gap)
         slack = length - 1 - (count - 1) * self.gap
-        offsets = np.sort(rng.integers(0, slack + 1, size=count)) + self.gap * np.arange(count)
-        return self.start[position] + offsets
+        spare = np.sort(rng.integers(0, slack + 1, size=count))
+        if first:
+            spare[0] = 0
+        return self.start[position] + spare + self.gap * np.arange(count)

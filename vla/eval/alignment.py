@@ -10,7 +10,7 @@ from torch import Tensor
 from vla.data.batches import TripletSource
 from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance
 from vla.models.alignment import AlignmentModel, unit
-from vla.models.clip import pixel_values, text_features, vision_features
+from vla.models.clip import patch_embeds, pixel_values, text_features, vision_features, word_embeds
 from vla.types import TripletBatch
 
 MAX_ROWS = 1500
@@ -18,8 +18,8 @@ BATCH = 250
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Features of held-out rows; b rows, u texts of the data set, all numpy float32."""
+class Embedded:
+    """Features of some rows; b rows, u texts of the data set, all numpy float32."""
 
     batch: TripletBatch
     vision: np.ndarray  # (b, d)
@@ -35,24 +35,30 @@ class HeldOut:
 def measure_alignment(
     model: AlignmentModel,
     source: TripletSource,
+    train: np.ndarray,
     positions: np.ndarray,
     input_ids: Tensor,
     attention_mask: Tensor,
 ) -> dict[str, float]:
-    """All measures on the episodes at `positions`, each `NAME` with its `NAME/chance` where one exists."""
-    held_out = embed_rows(model, source, spread_rows(source, positions), input_ids, attention_mask)
+    """All measures on the episodes at `positions`, each `NAME` with its `NAME/chance` where one exists.
+
+    Probes are fitted on the episodes at `train`, evenly chosen.
+    """
+    held_out = embed_rows(model, source, spread_rows(source, positions, 12), input_ids, attention_mask)
+    seen = embed_rows(model, source, spread_rows(source, train, 4), input_ids, attention_mask)
     measures = retrieval_measures(held_out) | zero_shot_measures(held_out, source)
-    measures |= probe_measures(held_out, source)
+    measures |= probe_measures(seen, held_out, source)
     for name in ("vision", "context", "action"):
         measures[f"rank_me_{name}"] = rank_me(getattr(held_out, name))
     return measures
 
 
-def spread_rows(source: TripletSource, positions: np.ndarray) -> np.ndarray:
-    """Rows spread evenly over the episodes, first and last included, at most MAX_ROWS."""
+def spread_rows(source: TripletSource, positions: np.ndarray, most: int) -> np.ndarray:
+    """At most MAX_ROWS rows, spread over the episodes: up to `most` of each, at least two, first and last included."""
     start = source.episodes.start
-    per_episode = max(2, min(12, MAX_ROWS // max(1, len(positions))))
-    positions = positions[: MAX_ROWS // per_episode]
+    per_episode = max(2, min(most, MAX_ROWS // max(1, len(positions))))
+    count = min(len(positions), MAX_ROWS // per_episode)
+    positions = positions[np.linspace(0, len(positions) - 1, count).round().astype(int)]
     return np.concatenate(
         [np.unique(np.linspace(start[p], start[p + 1] - 1, per_episode).round().astype(int)) for p in positions]
     )
@@ -61,20 +67,24 @@ def spread_rows(source: TripletSource, positions: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def embed_rows(
     model: AlignmentModel, source: TripletSource, rows: np.ndarray, input_ids: Tensor, attention_mask: Tensor
-) -> HeldOut:
+) -> Embedded:
     """Embed (b,) rows, not augmented, in evaluation mode's float32."""
     device = input_ids.device
     words, text_pooled = text_features(model.clip, input_ids, attention_mask)
+    named = word_embeds(model.clip, words)
     language = unit(model.clip.text_projection(text_pooled))
     batch = source.gather(rows)
     columns: dict[str, list[Tensor]] = {}
     for first in range(0, len(rows), BATCH):
         part = slice(first, first + BATCH)
-        pixels = pixel_values(torch.from_numpy(batch.frames[part]).to(device))
+        pixels = pixel_values(torch.from_numpy(batch.frames[batch.frame_of_row[part]]).to(device))
         tokens, pooled = vision_features(model.clip, pixels)
         text_of_row = torch.from_numpy(batch.text_id[part]).to(device)
         scene = model.scene_features(tokens)
-        context = model.context_features(tokens, words, attention_mask, text_of_row)
+        row = torch.arange(len(tokens), device=device)
+        context = model.context_features(
+            tokens, patch_embeds(model.clip, tokens), words, named, attention_mask, row, text_of_row
+        )
         chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
         pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
         state = torch.from_numpy(batch.state[part]).to(device)
@@ -90,10 +100,10 @@ def embed_rows(
         for name, value in outputs.items():
             columns.setdefault(name, []).append(value.float().cpu())
     arrays = {name: torch.cat(values).numpy() for name, values in columns.items()}
-    return HeldOut(batch=batch, language=language.float().cpu().numpy(), **arrays)
+    return Embedded(batch=batch, language=language.float().cpu().numpy(), **arrays)
 
 
-def retrieval_measures(held_out: HeldOut) -> dict[str, float]:
+def retrieval_measures(held_out: Embedded) -> dict[str, float]:
     """Multi-positive R@1 and R@5: image -> instruction, instruction -> image, context -> action chunk.
 
     For actions a key is right if it is the row's own chunk or one at most 0.01 mean squared units away.
@@ -121,7 +131,7 @@ def retrieval_measures(held_out: HeldOut) -> dict[str, float]:
     return measures
 
 
-def zero_shot_measures(held_out: HeldOut, source: TripletSource) -> dict[str, float]:
+def zero_shot_measures(held_out: Embedded, source: TripletSource) -> dict[str, float]:
     """Is the episode's own instruction the most similar one among its scene's goals, in the second half of it?
 
     Where scenes are unknown or have one goal, the candidates are the instructions of all held-out goals.
@@ -150,30 +160,31 @@ def zero_shot_measures(held_out: HeldOut, source: TripletSource) -> dict[str, fl
     return {"zero_shot": float(np.mean(hits)), "zero_shot/chance": float(np.mean(chance))}
 
 
-def probe_measures(held_out: HeldOut, source: TripletSource) -> dict[str, float]:
-    """Ridge probes, fitted and scored on different episodes: R^2 for the proprio state, from the patch tokens pooled without a text,
-    and for the instructed object's position, from the text-conditioned context; the latter also without the right text.
+def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) -> dict[str, float]:
+    """R^2 on held-out episodes of ridge probes fitted on seen ones.
+
+    For the proprio state, from the patch tokens pooled without a text, and for the instructed object's position, from
+    the text-conditioned context; the latter also without the text.
     """
-    batch = held_out.batch
-    fit = batch.episode_id % 2 == 0
-    if fit.all() or not fit.any():
-        return {}
-    measures = {"state_probe_r2": ridge_r2(held_out.pooled_scene, batch.state, fit)}
+    measures = {
+        "state_probe_r2": ridge_r2(seen.pooled_scene, seen.batch.state, held_out.pooled_scene, held_out.batch.state)
+    }
     if source.episodes.target is not None:
-        target = source.episodes.target[source.episodes.start[batch.episode_id] + batch.timestep]
-        known = np.isfinite(target).all(1)
-        if known[fit].sum() > 20 and known[~fit].sum() > 20:
-            measures["target_probe_r2"] = ridge_r2(held_out.pooled_context[known], target[known], fit[known])
-            measures["target_probe_r2_no_text"] = ridge_r2(held_out.pooled_scene[known], target[known], fit[known])
+        targets = [
+            source.episodes.target[source.episodes.start[e.batch.episode_id] + e.batch.timestep]
+            for e in (seen, held_out)
+        ]
+        if np.isfinite(targets[0]).all() and np.isfinite(targets[1]).all():
+            for name, features in (("target_probe_r2", "pooled_context"), ("target_probe_r2_no_text", "pooled_scene")):
+                measures[name] = ridge_r2(getattr(seen, features), targets[0], getattr(held_out, features), targets[1])
     return measures
 
 
-def ridge_r2(features: np.ndarray, targets: np.ndarray, fit: np.ndarray) -> float:
-    """R^2, averaged over target dimensions that vary, of a ridge regression fitted on `fit` and scored on the rest."""
-    mean, std = features[fit].mean(0), features[fit].std(0) + 1e-6
-    standard = (features - mean) / std
-    model = Ridge(alpha=10.0).fit(standard[fit], targets[fit])
-    residual = ((targets[~fit] - model.predict(standard[~fit])) ** 2).sum(0)
-    total = ((targets[~fit] - targets[~fit].mean(0)) ** 2).sum(0)
+def ridge_r2(seen: np.ndarray, seen_targets: np.ndarray, features: np.ndarray, targets: np.ndarray) -> float:
+    """R^2, averaged over target dimensions that vary, of a ridge regression fitted on the seen rows."""
+    mean, std = seen.mean(0), seen.std(0) + 1e-6
+    model = Ridge(alpha=10.0).fit((seen - mean) / std, seen_targets)
+    residual = ((targets - model.predict((features - mean) / std)) ** 2).sum(0)
+    total = ((targets - targets.mean(0)) ** 2).sum(0)
     varies = total > 1e-8
     return float((1 - residual[varies] / total[varies]).mean()) if varies.any() else float("nan")

@@ -7,6 +7,7 @@ from vla.eval.report import Figure, Report, Section, Table, figure, percent, wri
 
 TITLES = {
     "context_action": "context -> action (text-conditioned patches against the action chunk)",
+    "word_patch": "words <-> patches (late interaction)",
     "vision_language": "vision <-> language (pooled image against the instruction)",
     "state": "scene <-> state (patches against proprio)",
 }

@@ -30,8 +30,7 @@ def vision_language_term(
     vision: Tensor,
     language: Tensor,
     scale: Tensor,
-    goal_of_row: Tensor,
-    goal_of_text: Tensor,
+    positives: Tensor,
     progress: Tensor,
 ) -> Term:
     """Symmetric multi-positive InfoNCE between images and the batch's distinct texts, positives by goal.
@@ -39,29 +38,25 @@ def vision_language_term(
     An early frame does not determine its instruction, so images weigh in by their progress.
 
     Args:
-        vision: (b, d) unit norm. language: (u, d) unit norm, one row a distinct text.
+        vision: (f, d) unit norm. language: (u, d) unit norm, one row a distinct text.
         scale: () exponentiated.
-        goal_of_row: (b,) ids. goal_of_text: (u,) ids; every id occurs in both.
-        progress: (b,) in (0, 1], share of the episode that has passed.
+        positives: (f, u) bool, see `goal_positives`.
+        progress: (f,) in (0, 1], share of the episode that has passed.
     """
-    positives = goal_of_row[:, None] == goal_of_text[None, :]  # (b, u)
     loss = info_nce(vision, language, scale, positives, weights=progress)
     back = info_nce(language, vision, scale, positives.T)
     chance = info_nce_chance(positives, weights=progress) + info_nce_chance(positives.T)
     return Term((loss + back) / 2, chance / 2, torch.zeros_like(loss))
 
 
-def word_patch_term(
-    similarity: Tensor, scale: Tensor, goal_of_row: Tensor, goal_of_text: Tensor, valid: Tensor
-) -> Term:
+def word_patch_term(similarity: Tensor, scale: Tensor, positives: Tensor, valid: Tensor) -> Term:
     """Symmetric multi-positive InfoNCE on the late interaction of images and texts (`late_interaction`).
 
     Args:
-        similarity: (b, u). scale: () exponentiated.
-        goal_of_row: (b,) ids. goal_of_text: (u,) ids; every id occurs in both.
-        valid: (b, u) bool, False where a text of another goal is true of the picture too.
+        similarity: (f, u). scale: () exponentiated.
+        positives: (f, u) bool, see `goal_positives`.
+        valid: (f, u) bool, False where a text of another goal is true of the picture too.
     """
-    positives = goal_of_row[:, None] == goal_of_text[None, :]  # (b, u)
     valid = valid | positives
     logits = scale * similarity.float()
     loss = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
@@ -91,6 +86,13 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
     text = real // words_mask.shape[1]  # (w,)
     share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
     return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
+
+
+def goal_positives(frame_of_row: Tensor, goal_of_row: Tensor, goal_of_text: Tensor) -> Tensor:
+    """(f, u) bool: texts of the goals of an image's rows. (b,) index of each row's image and goal, (u,) goal of each text."""
+    same = (goal_of_row[:, None] == goal_of_text[None, :]).float()  # (b, u)
+    frames = int(frame_of_row.max()) + 1
+    return same.new_zeros(frames, same.shape[1]).index_add_(0, frame_of_row, same) > 0
 
 
 def other_scene(scene_of_row: Tensor, text_of_row: Tensor, texts: int) -> Tensor:

@@ -17,16 +17,16 @@ PAIRS = ("vision_language", "word_patch", "context_action", "state")
 
 @dataclass(frozen=True)
 class AlignmentEmbeds:
-    """Unit-norm embeddings of a batch: images and rows (b, d), distinct texts (u, d), patches and words too."""
+    """Unit-norm embeddings of a batch of f distinct images, u distinct texts and b rows."""
 
-    vision: Tensor
-    language: Tensor
-    patches: Tensor  # (b, n, d)
+    vision: Tensor  # (f, d)
+    language: Tensor  # (u, d)
+    patches: Tensor  # (f, n, d)
     words: Tensor  # (u, l, d)
-    context: Tensor
-    action: Tensor
-    scene: Tensor | None  # None, like `state`, where the state term is off
-    state: Tensor | None
+    context: Tensor  # (b, d)
+    action: Tensor  # (b, d)
+    scene: Tensor | None  # (f, d); None, like `state`, where the state term is off
+    state: Tensor | None  # (f, d)
 
 
 class AlignmentModel(nn.Module):
@@ -85,6 +85,7 @@ class AlignmentModel(nn.Module):
     def forward(
         self,
         pixels: Tensor,
+        frame_of_row: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
         text_of_row: Tensor,
@@ -96,17 +97,20 @@ class AlignmentModel(nn.Module):
         """Embed a batch.
 
         Args:
-            pixels: (b, 3, H, W) normalised images.
+            pixels: (f, 3, H, W) normalised images.
+            frame_of_row: (b,) index of each row's image among them.
             input_ids, attention_mask: (u, l) of the distinct texts.
             text_of_row: (b,) index of each row's text among them.
             action_chunk, action_is_pad: (b, h, a) normalised and (b, h).
-            state: (b, s) normalised; None if it is not to be embedded.
+            state: (f, s) of the images, normalised; None if it is not to be embedded.
             text_gradient: share of the context term's gradient that reaches the words.
         """
-        tokens, pooled = vision_features(self.clip, pixels)  # (b, n, w), (b, w)
+        tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
         words, text_pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
         patches, named = patch_embeds(self.clip, tokens), word_embeds(self.clip, words)
-        context = self.context_features(tokens, words, attention_mask, text_of_row, text_gradient)
+        context = self.context_features(
+            tokens, patches, words, named, attention_mask, frame_of_row, text_of_row, text_gradient
+        )
         return AlignmentEmbeds(
             patches=patches,
             words=named,
@@ -119,12 +123,23 @@ class AlignmentModel(nn.Module):
         )
 
     def context_features(
-        self, tokens: Tensor, words: Tensor, mask: Tensor, text_of_row: Tensor, text_gradient: float = 1.0
+        self,
+        tokens: Tensor,
+        patches: Tensor,
+        words: Tensor,
+        named: Tensor,
+        mask: Tensor,
+        frame_of_row: Tensor,
+        text_of_row: Tensor,
+        text_gradient: float = 1.0,
     ) -> Tensor:
-        """(b, q * width): the patch tokens (b, n, w) pooled by each row's text among (u, l, w) words."""
-        words = text_gradient * words + (1 - text_gradient) * words.detach()
-        similarity = word_embeds(self.clip, words)[text_of_row] @ patch_embeds(self.clip, tokens).transpose(1, 2)
-        return self.pooler(tokens, words[text_of_row], mask[text_of_row], similarity).flatten(1)
+        """(b, q * width): each row's patch tokens, among (f, n, w), pooled by its text, among (u, l, w) words.
+
+        `patches` (f, n, d) and `named` (u, l, d) are their embeddings in the joint space.
+        """
+        words, named = (text_gradient * x + (1 - text_gradient) * x.detach() for x in (words, named))
+        similarity = named[text_of_row] @ patches[frame_of_row].transpose(1, 2)
+        return self.pooler(tokens[frame_of_row], words[text_of_row], mask[text_of_row], similarity).flatten(1)
 
     def scene_features(self, tokens: Tensor) -> Tensor:
         """(b, q * width): the patch tokens (b, n, w) pooled without a text."""

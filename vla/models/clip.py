@@ -107,6 +107,8 @@ def build_clip(
         positions[1:] = sine_positions(image_size // patch_size, width)
         # CLIP starts these so small that untrained layers drown which word a token is.
         model.text_model.embeddings.token_embedding.weight *= 20
+        for layer in model.vision_model.encoder.layers:
+            start_like_trained_attention(layer.self_attn)
     return quick_attention(model), tokenizer
 
 
@@ -154,6 +156,29 @@ def sine_positions(side: int, width: int) -> Tensor:
     angles = [axis.flatten()[:, None] * frequencies for axis in (rows, columns)]  # (n, w / 4) each
     waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1)
     return nn.functional.pad(0.5 * waves, (0, width - waves.shape[1]))
+
+
+def start_like_trained_attention(attention: nn.Module) -> None:
+    """Start a self-attention in place where trained ones end up (arXiv:2305.09828).
+
+    Queries and keys of one token resemble each other, so that it looks at its surroundings and its like; what it writes
+    opposes what it reads, as in trained vision transformers. This takes little data to learn from.
+    """
+    width, heads = attention.embed_dim, attention.num_heads
+    size = width // heads
+
+    def noise() -> Tensor:
+        return torch.randn(width, width) * width**-0.5
+
+    for head in range(heads):
+        rows = slice(head * size, (head + 1) * size)
+        u, s, vt = torch.linalg.svd(0.7 * noise() + 0.7 * torch.eye(width))
+        root = s[:size].sqrt()[:, None]
+        attention.q_proj.weight[rows] = root * u[:, :size].T
+        attention.k_proj.weight[rows] = root * vt[:size]
+    u, s, vt = torch.linalg.svd(0.4 * noise() - 0.4 * torch.eye(width))
+    attention.v_proj.weight.copy_(s.sqrt()[:, None] * u.T)
+    attention.out_proj.weight.copy_((s.sqrt()[:, None] * vt).T)
 
 
 def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
@@ -222,9 +247,9 @@ def resize_positions(model: CLIPModel, image_size: int) -> CLIPModel:
 
 def pixel_values(frames: Tensor) -> Tensor:
     """(b, H, W, 3) uint8 -> (b, 3, H, W) float32, ImageNet-normalised."""
-    mean = torch.tensor(IMAGE_MEAN, device=frames.device)
-    std = torch.tensor(IMAGE_STD, device=frames.device)
-    return ((frames.float() / 255.0 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    mean = torch.tensor(IMAGE_MEAN, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=frames.device).view(3, 1, 1)
+    return frames.permute(0, 3, 1, 2).contiguous().float().sub_(255 * mean).div_(255 * std)
 
 
 def vision_features(model: CLIPModel, pixels: Tensor) -> tuple[Tensor, Tensor]:

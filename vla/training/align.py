@@ -29,6 +29,7 @@ from vla.eval.alignment_report import write_alignment_report
 from vla.losses.alignment import (
     Term,
     batch_health,
+    goal_positives,
     idle_chunks,
     late_interaction,
     mean_squared_distances,
@@ -43,13 +44,11 @@ from vla.models.clip import build_clip, load_clip, pixel_values, resize_position
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
     restore_rng,
     rng_tensors,
     save_checkpoint,
 )
-from vla.training.optim import adamw, schedule, set_learning_rate
+from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.run import RunFolder
 from vla.types import TripletBatch, UserError
@@ -93,8 +92,9 @@ def train_align(config: AlignConfig) -> Path:
         learn_temperature=config.loss.learn_temperature,
     )
     tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
-    optimizer = adamw([(model.clip, tower_lr), (model, config.optimizer.lr)], config.optimizer.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = make_optimizers([(model.clip, tower_lr), (model, config.optimizer.lr)], config.optimizer.weight_decay)
+    model, *members = accelerator.prepare(model, *optimizer.members)
+    optimizer = Optimizers(tuple(members))
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), stats.action))
 
@@ -117,7 +117,7 @@ def train_align(config: AlignConfig) -> Path:
     bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0)
     for step, batch, waited in prefetch(make_batch, first, config.steps):
         begun = time.perf_counter()
-        set_learning_rate(optimizer, schedule(step, config.steps, config.optimizer.warmup))
+        optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         terms, health = batch_terms(
             model, batch, input_ids, attention_mask, rest, config.loss, config.batch.gap, accelerator
         )
@@ -127,14 +127,14 @@ def train_align(config: AlignConfig) -> Path:
         accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         accelerator.unwrap_model(model).clamp_scales()
 
         seconds = time.perf_counter() - begun
         window.append(
             step_metrics(terms, health, loss, grad_norm, accelerator.unwrap_model(model))
             | {
-                "triplets_per_s": len(batch.frames) / (seconds + waited),
+                "triplets_per_s": len(batch.frame_of_row) / (seconds + waited),
                 "data_wait": waited / (seconds + waited),
             }
         )
@@ -147,13 +147,13 @@ def train_align(config: AlignConfig) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", excess=f"{metrics['context_action/excess']:.3f}")
             window.clear()
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured = measure(model, source, validation, input_ids, attention_mask, accelerator)
+            measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
         if done % config.save_every == 0 or done == config.steps:
             checkpoint(run, done, accelerator.unwrap_model(model), optimizer)
     bar.close()
 
-    measured = measure(model, source, validation, input_ids, attention_mask, accelerator)
+    measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
     run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
     seconds = time.perf_counter() - started
     encoder = export(run.folder, config, episodes, accelerator.unwrap_model(model), tokenizer, measured, seconds)
@@ -177,8 +177,9 @@ def batch_terms(
     device = accelerator.device
     ids = {
         name: torch.from_numpy(getattr(batch, name)).to(device)
-        for name in ("text_id", "goal_id", "scene_id", "episode_id", "timestep", "progress")
+        for name in ("frame_of_row", "text_id", "goal_id", "scene_id", "episode_id", "timestep", "progress")
     }
+    shown = torch.from_numpy(np.unique(batch.frame_of_row, return_index=True)[1]).to(device)  # (f,) a row of each image
     action_chunk = torch.from_numpy(batch.action_chunk).to(device)
     action_is_pad = torch.from_numpy(batch.action_is_pad).to(device)
     state = torch.from_numpy(batch.state).to(device)
@@ -187,15 +188,17 @@ def batch_terms(
     with accelerator.autocast():
         embeds = model(
             pixel_values(torch.from_numpy(batch.frames).to(device)),
+            ids["frame_of_row"],
             input_ids[texts, :length],
             attention_mask[texts, :length],
             text_of_row,
             action_chunk,
             action_is_pad,
-            state if loss.state else None,
+            state[shown] if loss.state else None,
         )
     unwrapped = accelerator.unwrap_model(model)
     goal_of_text = torch.zeros_like(texts).index_copy_(0, text_of_row, ids["goal_id"])
+    positives = goal_positives(ids["frame_of_row"], ids["goal_id"], goal_of_text)
     valid = ~near_duplicates(ids["episode_id"], ids["timestep"], gap)
     idle = idle_chunks(action_chunk, action_is_pad, rest.to(device))
     moving = (~idle).float() if not idle.all() else torch.ones_like(idle, dtype=torch.float32)
@@ -215,27 +218,25 @@ def batch_terms(
             embeds.vision,
             embeds.language,
             unwrapped.scale("vision_language"),
-            ids["goal_id"],
-            goal_of_text,
-            ids["progress"],
+            positives,
+            ids["progress"][shown],
         )
     if loss.word_patch:
         terms["word_patch"] = word_patch_term(
             late_interaction(embeds.patches, embeds.words, attention_mask[texts, :length]),
             unwrapped.scale("word_patch"),
-            ids["goal_id"],
-            goal_of_text,
-            other_scene(ids["scene_id"], text_of_row, len(texts)),
+            positives,
+            other_scene(ids["scene_id"], text_of_row, len(texts))[shown],
         )
     if loss.state:
         terms["state"] = soft_term(
             embeds.scene,
             embeds.state,
             unwrapped.scale("state"),
-            mean_squared_distances(state),
+            mean_squared_distances(state[shown]),
             loss.state_beta,
-            valid,
-            torch.ones(len(state), device=device),
+            valid[shown][:, shown],
+            torch.ones(len(shown), device=device),
         )
     return terms, batch_health(ids["goal_id"], ids["scene_id"], idle)
 
@@ -270,6 +271,7 @@ def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
 def measure(
     model: AlignmentModel,
     source: TripletSource,
+    train: np.ndarray,
     validation: np.ndarray,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -278,7 +280,7 @@ def measure(
     """Alignment measures on the held-out episodes."""
     unwrapped = accelerator.unwrap_model(model)
     unwrapped.eval()
-    measured = measure_alignment(unwrapped, source, validation, input_ids, attention_mask)
+    measured = measure_alignment(unwrapped, source, train, validation, input_ids, attention_mask)
     unwrapped.train()
     return measured
 
@@ -294,9 +296,9 @@ def digest(batch: TripletBatch) -> str:
     return hashlib.sha256(ids + batch.frames[::17, ::7, ::7].tobytes()).hexdigest()[:16]
 
 
-def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: torch.optim.Optimizer) -> None:
+def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers) -> None:
     """Everything that step + 1 depends on."""
-    tensors, meta = optimizer_tensors(optimizer)
+    tensors, meta = optimizer.tensors()
     save_checkpoint(
         run.folder,
         step,
@@ -305,7 +307,7 @@ def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: torc
     )
 
 
-def restore(run: RunFolder, model: AlignmentModel, optimizer: torch.optim.Optimizer) -> int:
+def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> int:
     """Load the last checkpoint of the run, if any; returns the number of steps done."""
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -313,7 +315,7 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: torch.optim.Optimi
         return 0
     tensors, state = load_checkpoint(path)
     model.load_state_dict(tensors["model"], strict=True)
-    restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+    optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"]

@@ -1,29 +1,97 @@
-"""Optimiser groups and the learning-rate schedule that both stages share."""
+"""The optimiser and the learning-rate schedule that both stages share."""
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def adamw(groups: Iterable[tuple[nn.Module, float]], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over (module, learning rate) groups; matrices decay, vectors, scales and embeddings of one row do not.
+@dataclass(frozen=True)
+class Optimizers:
+    """Muon on the weights of linear layers (arXiv:2502.16982), AdamW on everything else, stepped as one."""
 
-    A parameter belongs to the first group that lists it. Each group keeps its peak rate as `peak_lr`.
+    members: tuple[torch.optim.Optimizer, ...]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def set_factor(self, factor: float) -> None:
+        """Scale every group's peak learning rate."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def tensors(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """The state as flat tensors `MEMBER.PARAMETER.NAME`, and the JSON rest of each member."""
+        tensors: dict[str, Tensor] = {}
+        rest = []
+        for number, member in enumerate(self.members):
+            state, scalars = member.state_dict(), {}
+            for index, entry in state["state"].items():
+                for name, value in entry.items():
+                    (tensors if isinstance(value, Tensor) else scalars)[f"{number}.{index}.{name}"] = value
+            rest.append({"param_groups": state["param_groups"], "scalars": scalars})
+        return tensors, rest
+
+    def restore(self, tensors: dict[str, Tensor], rest: list[dict[str, Any]]) -> None:
+        """Inverse of `tensors`."""
+        for number, (member, meta) in enumerate(zip(self.members, rest, strict=True)):
+            state: dict[int, dict[str, Any]] = {}
+            for key, value in {**tensors, **meta["scalars"]}.items():
+                owner, index, name = key.split(".", 2)
+                if int(owner) == number:
+                    state.setdefault(int(index), {})[name] = value
+            groups = [
+                {
+                    key: tuple(value) if isinstance(value, list) and key != "params" else value
+                    for key, value in g.items()
+                }
+                for g in meta["param_groups"]
+            ]
+            member.load_state_dict({"state": state, "param_groups": groups})
+
+
+def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: float) -> Optimizers:
+    """Optimisers over (module, peak learning rate) groups; matrices decay, vectors, scales and embeddings do not.
+
+    A parameter belongs to the first group that lists it. Muon's updates have AdamW's size, so one rate serves both.
     """
     seen: set[int] = set()
-    parameter_groups = []
+    linear_groups, other_groups = [], []
     for module, lr in groups:
+        linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
         fresh = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
         seen.update(id(p) for p in fresh)
+        rates = {"lr": lr, "peak_lr": lr}
+        matrices = [p for p in fresh if id(p) in linear]
+        if matrices:
+            linear_groups.append({"params": matrices, "weight_decay": weight_decay, **rates})
+        others = [p for p in fresh if id(p) not in linear]
         for decay, members in (
-            (weight_decay, [p for p in fresh if p.ndim > 1]),
-            (0.0, [p for p in fresh if p.ndim <= 1]),
+            (weight_decay, [p for p in others if p.ndim > 1]),
+            (0.0, [p for p in others if p.ndim <= 1]),
         ):
             if members:
-                parameter_groups.append({"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay})
-    return torch.optim.AdamW(parameter_groups, betas=(0.9, 0.98), eps=1e-6)
+                other_groups.append({"params": members, "weight_decay": decay, **rates})
+    return Optimizers(
+        (
+            torch.optim.Muon(linear_groups, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6),
+        )
+    )
 
 
 def schedule(step: int, total: int, warmup: int, final: float = 0.01) -> float:
@@ -33,9 +101,3 @@ def schedule(step: int, total: int, warmup: int, final: float = 0.01) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale every group's peak rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor

@@ -35,13 +35,11 @@ from vla.training.align import make_encoders
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
     restore_rng,
     rng_tensors,
     save_checkpoint,
 )
-from vla.training.optim import adamw, schedule, set_learning_rate
+from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.run import RunFolder
 from vla.training.tokens import open_tokens
@@ -84,11 +82,12 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     }
 
     policy = make_policy(config, episodes)
-    optimizer = adamw(
+    optimizer = make_optimizers(
         [(policy.network, config.optimizer.lr), (policy.clip, config.optimizer.lr * config.encoder_lr_scale)],
         config.optimizer.weight_decay,
     )
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    policy, *members = accelerator.prepare(policy, *optimizer.members)
+    optimizer = Optimizers(tuple(members))
     unwrapped: ConcordPolicy = accelerator.unwrap_model(policy)
     tokens = None
     if not config.tune:
@@ -118,7 +117,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     started = time.perf_counter()
     for step, batch, waited in prefetch(make_batch, first, config.steps):
         begun = time.perf_counter()
-        set_learning_rate(optimizer, schedule(step, config.steps, config.optimizer.warmup))
+        optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         with accelerator.autocast():
             features = embed(unwrapped, batch, words, episodes.texts, config.head.token_noise)
         loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
@@ -127,7 +126,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(unwrapped.parameters(), config.optimizer.clip_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         update_average(averaged, trained_parameters(unwrapped), min(config.ema, (step + 1) / (step + 10)))
 
         seconds = time.perf_counter() - begun + waited
@@ -355,14 +354,16 @@ class averaged_weights:
             p.copy_(values[name])
 
 
-def checkpoint(run: RunFolder, step: int, policy: ConcordPolicy, optimizer, averaged: dict[str, Tensor]) -> None:
+def checkpoint(
+    run: RunFolder, step: int, policy: ConcordPolicy, optimizer: Optimizers, averaged: dict[str, Tensor]
+) -> None:
     """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated."""
-    tensors, meta = optimizer_tensors(optimizer)
+    tensors, meta = optimizer.tensors()
     groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
     save_checkpoint(run.folder, step, groups, {"step": step, "optimizer": meta})
 
 
-def restore(run: RunFolder, policy: ConcordPolicy, optimizer, averaged: dict[str, Tensor]) -> int:
+def restore(run: RunFolder, policy: ConcordPolicy, optimizer: Optimizers, averaged: dict[str, Tensor]) -> int:
     """Load the last checkpoint of the run, if any; returns the number of steps done."""
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -373,7 +374,7 @@ def restore(run: RunFolder, policy: ConcordPolicy, optimizer, averaged: dict[str
         for name, p in trained_parameters(policy).items():
             p.copy_(tensors["model"][name])
             averaged[name].copy_(tensors["averaged"][name])
-    restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+    optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"]

@@ -1,0 +1,30 @@
+"""Triplets on a real data set: what rows share, and that sharing changes no pixel."""
+
+import numpy as np
+import pytest
+
+from vla.data.batches import Normalizers, TripletSource
+from vla.data.episodes import read_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import compute_norm_stats
+
+
+@pytest.fixture(scope="module")
+def source(data_root):
+    episodes = read_episodes(data_root)
+    frames = open_frames(episodes, 48, workers=1)
+    stats = Normalizers(compute_norm_stats(episodes.action), compute_norm_stats(episodes.state))
+    return TripletSource(episodes, frames, stats, horizon=4)
+
+
+def test_every_row_shows_its_own_picture(source):
+    rows = np.arange(len(source.episodes.state))
+    batch = source.gather(rows)
+    np.testing.assert_array_equal(batch.frames[batch.frame_of_row], source.episodes.gather_frames(source.frames, rows))
+
+
+def test_goals_of_one_scene_share_the_picture_they_start_from(source):
+    starts = source.episodes.start[:-1]
+    batch = source.gather(starts)
+    scenes = np.unique(source.episodes.scene_id)
+    assert len(batch.frames) == len(scenes) < len(starts)
