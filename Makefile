@@ -19,9 +19,21 @@ help:
 	@echo "make test-all  all tests, long ones too"
 	@echo "make lint      formatting and static checks"
 	@echo "make bench     throughput beside LeRobot's loader, policy latency"
+	@echo "make tabletop  all six tabletop tasks, from collection to report"
+	@echo "make metaworld five Meta-World tasks, the same"
+	@echo "make results   the tables in docs/results.md from finished runs"
 
 demo: .venv/ready
 	@$(RUN) scripts/pipeline.py --name=demo
+
+tabletop: .venv/ready
+	@$(RUN) scripts/pipeline.py --name=tabletop
+
+metaworld: .venv/ready
+	@$(RUN) scripts/pipeline.py --name=metaworld_five
+
+results: .venv/ready
+	@$(RUN) scripts/results.py
 
 test: lint
 	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.config import ResultsConfig
+from vla.eval.pictures import tabletop_picture
 from vla.types import UserError
 
 HEAD = """\
@@ -37,7 +38,8 @@ def results(config: ResultsConfig) -> Path:
         raise UserError(f"{config.runs}: no eval/*/eval.json; run `make tabletop` first")
     page = folder.with_suffix(".md")
     page.write_text("\n".join([HEAD, overview(records), *(section(name, r) for name, r in records.items())]))
-    print(f"wrote {page} from {len(records)} results")
+    picture = tabletop_picture(folder.parent / "pictures" / "tabletop.png")
+    print(f"wrote {page} from {len(records)} results, and {picture}")
     return page
 
 
