@@ -86,12 +86,12 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
         ):
             if members:
                 other_groups.append({"params": members, "weight_decay": decay, **rates})
-    return Optimizers(
-        (
-            torch.optim.Muon(linear_groups, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6),
-        )
-    )
+    members: list[torch.optim.Optimizer] = []
+    if linear_groups:
+        members.append(torch.optim.Muon(linear_groups, adjust_lr_fn="match_rms_adamw"))
+    if other_groups:
+        members.append(torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6))
+    return Optimizers(tuple(members))
 
 
 def schedule(step: int, total: int, warmup: int, final: float = 0.01) -> float:

@@ -1,0 +1,69 @@
+"""Which parameters the optimisers change, how, and the schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from vla.training.optim import make_optimizers, schedule
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.linear = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def names(model, groups):
+    of_id = {id(p): name for name, p in model.named_parameters()}
+    return {of_id[id(p)] for group in groups for p in group["params"]}
+
+
+def test_muon_has_the_linear_weights_and_adamw_the_rest():
+    model = Net()
+    muon, adamw = make_optimizers([(model, 1e-3)], 0.1).members
+    assert names(model, muon.param_groups) == {"linear.weight"}
+    assert names(model, adamw.param_groups) == {"embedding.weight", "linear.bias", "scale"}
+
+
+def test_vectors_and_scales_do_not_decay():
+    model = Net()
+    groups = make_optimizers([(model, 1e-3)], 0.1).param_groups
+    assert names(model, [g for g in groups if g["weight_decay"] == 0]) == {"linear.bias", "scale"}
+
+
+def test_a_parameter_belongs_to_the_first_group_that_lists_it():
+    model = Net()
+    optimizers = make_optimizers([(model.linear, 1e-4), (model, 1e-3)], 0.1)
+    slow = [g for g in optimizers.param_groups if g["peak_lr"] == 1e-4]
+    assert names(model, slow) == {"linear.weight", "linear.bias"}
+    assert sum(len(g["params"]) for g in optimizers.param_groups) == 4
+
+
+def test_what_is_frozen_is_not_optimised():
+    model = Net()
+    model.linear.requires_grad_(False)
+    optimizers = make_optimizers([(model, 1e-3)], 0.1)
+    assert names(model, optimizers.param_groups) == {"embedding.weight", "scale"}
+
+
+def test_muon_moves_a_matrix_by_the_rate_whatever_the_size_of_the_gradient():
+    moved = []
+    for size in (1e-3, 1e3):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64, bias=False)
+        before = model.weight.detach().clone()
+        optimizers = make_optimizers([(model, 1e-2)], 0.0)
+        (size * model(torch.randn(128, 64)).square().sum()).backward()
+        optimizers.step()
+        moved.append((model.weight - before).square().mean().sqrt().item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.02)
+    assert moved[0] == pytest.approx(0.2 * 1e-2, rel=0.3)  # AdamW's usual step at this rate
+
+
+def test_the_rate_warms_up_then_falls_to_a_hundredth():
+    factors = [schedule(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == 1.0
+    assert factors[-1] < 0.012
