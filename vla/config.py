@@ -78,20 +78,20 @@ class LossConfig:
 
 @dataclass
 class BatchConfig:
-    goals: int = number(12, 2)  # P: goals (or scenes' goals) in a batch
-    episodes: int = number(2, 1)  # K: episodes of each goal
-    frames: int = number(8, 1)  # M: frames of each episode
+    goals: int = number(96, 2)  # P: goals (or scenes' goals) in a batch
+    episodes: int = number(1, 1)  # K: episodes of each goal
+    frames: int = number(2, 1)  # M: frames of each episode
     gap: int = number(3, 1)  # frames of one episode are at least this many timesteps apart
     same_scene: float = number(
-        0.5, 0, 1
+        0.8, 0, 1
     )  # probability that a draw brings all goals of one scene instead of one episode's
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = number(5e-4, 0)  # peak learning rate, after warm-up, then cosine to 1 %
+    lr: float = number(3e-3, 0)  # peak learning rate of Muon and AdamW, after warm-up, then cosine to 1 %
     pretrained_lr: float = number(1e-5, 0)  # learning rate of pretrained towers
-    weight_decay: float = number(0.05, 0)  # AdamW weight decay on matrices
+    weight_decay: float = number(0.05, 0)  # decoupled weight decay on matrices
     warmup: int = number(200, 0)  # steps of linear warm-up
     clip_norm: float = number(1.0, 1e-6)  # gradient norm is clipped to this
 

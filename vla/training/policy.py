@@ -193,8 +193,6 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         state_dropout=head.state_dropout,
         flow_steps=head.flow_steps,
         image_size=config.data.image_size,
-        optimizer_lr=config.optimizer.lr,
-        optimizer_weight_decay=config.optimizer.weight_decay,
     )
     policy = ConcordPolicy(policy_config, clip=clip, tokenizer=tokenizer)
     if config.aligned_pooler:

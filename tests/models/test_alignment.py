@@ -1,0 +1,81 @@
+"""The stage-one model: shared pictures, scales, what the exported CLIP holds."""
+
+import math
+
+import pytest
+import torch
+
+from vla.models.alignment import MAX_LOGIT_SCALE, AlignmentModel
+from vla.models.clip import build_clip, tokenize
+
+TEXTS = ("push the red star left", "reach the blue circle", "pick up the green cross")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    clip, tokenizer = build_clip(
+        TEXTS,
+        image_size=24,
+        patch_size=12,
+        width=32,
+        layers=1,
+        heads=2,
+        text_width=32,
+        text_layers=1,
+        text_heads=2,
+        embed_dim=16,
+        vocab_size=600,
+    )
+    model = AlignmentModel(
+        clip,
+        horizon=4,
+        action_dim=3,
+        state_dim=2,
+        pooler_width=32,
+        queries=2,
+        temperature=0.07,
+        learn_temperature=True,
+    ).eval()
+    return model, tokenize(tokenizer, TEXTS)
+
+
+def test_a_shared_picture_embeds_like_its_copies(model):
+    model, (ids, mask) = model
+    pixels = torch.randn(2, 3, 24, 24)
+    frame_of_row = torch.tensor([0, 1, 0])
+    rows = (torch.tensor([0, 1, 2]), torch.randn(3, 4, 3), torch.zeros(3, 4, dtype=torch.bool), None)
+    shared = model(pixels, frame_of_row, ids, mask, *rows)
+    copied = model(pixels[frame_of_row], torch.arange(3), ids, mask, *rows)
+    torch.testing.assert_close(shared.context, copied.context)
+    torch.testing.assert_close(shared.vision[frame_of_row], copied.vision)
+
+
+def test_scales_start_at_the_temperature_and_stop_at_a_hundred(model):
+    model, _ = model
+    assert model.scale("word_patch").item() == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        model.logit_scales["word_patch"].fill_(9.0)
+    model.clamp_scales()
+    assert model.logit_scales["word_patch"].item() == pytest.approx(MAX_LOGIT_SCALE)
+    assert model.scale("word_patch").item() == pytest.approx(100.0)
+
+
+def test_the_exported_clip_holds_the_trained_scale(model):
+    model, _ = model
+    with torch.no_grad():
+        model.logit_scales["vision_language"].fill_(math.log(33.0))
+    assert model.exported_clip().logit_scale.exp().item() == pytest.approx(33.0)
+
+
+def test_the_words_get_a_share_of_the_context_gradient(model):
+    model, (ids, mask) = model
+    table = model.clip.text_model.embeddings.token_embedding.weight
+    rows = (torch.tensor([0, 1, 2]), torch.randn(3, 4, 3), torch.zeros(3, 4, dtype=torch.bool), None)
+    pixels = torch.randn(3, 3, 24, 24)
+
+    def gradient(share: float) -> torch.Tensor:
+        embeds = model(pixels, torch.arange(3), ids, mask, *rows, text_gradient=share)
+        return torch.autograd.grad(embeds.context[:, 0].sum(), table)[0]
+
+    torch.testing.assert_close(gradient(0.1), 0.1 * gradient(1.0))
