@@ -35,3 +35,9 @@ def test_each_stage_reads_what_the_one_before_writes(name):
 def test_evaluation_seeds_are_none_of_the_demonstrations(name):
     collect, evaluation = load("collect", name), load("eval", name)
     assert evaluation.seed >= collect.seed + collect.scenes
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in FILES}))
+def test_every_stage_says_where_it_writes(name):
+    for stage, configuration in zip(("data", "align", "policy", "eval"), CLASSES, strict=True):
+        assert load(configuration, name).output == f"outputs/{stage}/{name}"
