@@ -17,6 +17,7 @@ help:
 	@echo "make demo      collect, align, train, evaluate on a small tabletop run; ends with a report"
 	@echo "make test      lint and the fast tests"
 	@echo "make test-all  all tests, long ones too"
+	@echo "make setup     only the environment, in .venv"
 	@echo "make lint      formatting and static checks"
 	@echo "make bench     throughput beside LeRobot's loader, policy latency"
 	@echo "make tabletop  all six tabletop tasks, from collection to report"

@@ -46,7 +46,7 @@ def test_a_repeated_key_is_refused(tmp_path):
 
 
 def test_a_choice_lists_what_it_can_be():
-    with pytest.raises(ConfigError, match="precision must be one of no, bf16, fp16, got 'fp8'"):
+    with pytest.raises(ConfigError, match="precision must be one of no, bf16, got 'fp8'"):
         load_config(AlignConfig, ["--precision=fp8"])
 
 

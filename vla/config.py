@@ -66,14 +66,14 @@ class LossConfig:
     word_patch: float = number(0.3, 0)  # weight: words <-> patches, late interaction, multi-positive by goal
     vision_language: float = number(0.2, 0)  # weight: pooled image <-> instruction, multi-positive by goal
     state: float = number(0.25, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
-    temperature: float = number(0.07, 0.001)  # initial temperature of every pair
+    temperature: float = number(0.07, 0.01)  # initial temperature of every pair
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
     action_beta: float = number(
         0.05, 1e-6
     )  # width of the soft targets over action chunks, mean squared normalised units
     state_beta: float = number(0.02, 1e-6)  # width of the soft targets over states, mean squared normalised units
     queries: int = number(6, 1)  # text-conditioned queries of the pooler
-    pooler_width: int = number(128, 1)  # width of the pooler
+    pooler_width: int = number(128, 4)  # width of the pooler
 
 
 @dataclass
@@ -90,7 +90,7 @@ class BatchConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = number(3e-3, 0)  # peak learning rate of Muon and AdamW, after warm-up, then cosine to 1 %
-    pretrained_lr: float = number(1e-5, 0)  # learning rate of pretrained towers
+    pretrained_lr: float = number(1e-5, 0)  # learning rate of pretrained towers in stage one
     weight_decay: float = number(0.05, 0)  # decoupled weight decay on matrices
     warmup: int = number(200, 0)  # steps of linear warm-up
     clip_norm: float = number(1.0, 1e-6)  # gradient norm is clipped to this
@@ -109,7 +109,7 @@ class AlignConfig:
     horizon: int = number(16, 1)  # timesteps of an action chunk
     steps: int = number(6000, 1)  # optimiser updates
     seed: int = number(0, 0)  # of initialisation, sampling and augmentation
-    precision: Literal["no", "bf16", "fp16"] = "bf16"  # of the towers; losses are always float32
+    precision: Literal["no", "bf16"] = "bf16"  # of the towers; losses are always float32
     shuffle: Literal["none", "language", "action", "all"] = "none"  # control: permute this part of the triplets
     threads: int = number(2, 1)  # CPU threads
     log_every: int = number(20, 1)  # steps between log lines
@@ -137,23 +137,23 @@ class PolicyTrainConfig:
     """Stage two: train the action head on the aligned encoder by behaviour cloning; writes a run folder and policy/."""
 
     output: str = "outputs/policy/tabletop"  # run folder
-    encoder: str = (
-        "outputs/align/tabletop/clip"  # aligned encoder (a CLIPModel folder); "random" for an untrained tower
-    )
+    encoder: str = "outputs/align/tabletop/clip"  # aligned encoder, a CLIPModel folder; or "random", untrained
     data: DataConfig = field(default_factory=DataConfig)
     tower: TowerConfig = field(default_factory=TowerConfig)  # used only with encoder=random
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tune: bool = False  # fine-tune the encoder; False keeps it frozen and trains on cached tokens
     encoder_lr_scale: float = number(0.1, 0)  # learning rate of the encoder relative to the head's, when tuned
-    aligned_pooler: bool = False  # start the policy's pooler from the aligned one
+    aligned_pooler: bool = False  # start the policy's pooler from the aligned one (an untrained encoder has none)
     failures: bool = False  # clone failed episodes too
-    cached_shifts: int = number(2, 1)  # copies of each frame in the token cache, the first plain, the others augmented
+    cached_shifts: int = number(
+        2, 1
+    )  # frozen: copies of each frame in the token cache, the first plain, the others augmented
     batch_size: int = number(256, 1)  # samples an update
     steps: int = number(20000, 1)  # optimiser updates
     ema: float = number(0.999, 0, 1)  # decay of the averaged weights, which are the ones exported
     seed: int = number(0, 0)  # of initialisation, sampling and augmentation
-    precision: Literal["no", "bf16", "fp16"] = "bf16"  # of the towers
+    precision: Literal["no", "bf16"] = "bf16"  # of the towers
     threads: int = number(2, 1)  # CPU threads
     log_every: int = number(50, 1)  # steps between log lines
     eval_every: int = number(2000, 0)  # steps between validation losses
@@ -169,7 +169,7 @@ class EvalConfig:
 
     policy: str = "outputs/policy/tabletop/policy"  # LeRobot policy folder
     output: str | None = None  # default: outputs/eval/ENV/NAME of the policy's run
-    env: str = "tabletop"  # environment: tabletop or metaworld
+    env: str | None = None  # environment: tabletop or metaworld; default: the one the policy was trained on
     tasks: tuple[str, ...] = ()  # task names; empty means the ones the policy was trained on, or all
     episodes: int = number(200, 1)  # in-distribution episodes, spread evenly over the tasks
     seed: int = number(1000000, 0)  # seed of the first episode; never a training seed
@@ -186,6 +186,7 @@ class DoctorConfig:
     """Check the machine, and what is named of a data set, an encoder and a policy; one line a check, with its remedy."""
 
     data: str | None = None  # LeRobotDataset root
+    camera: str | None = None  # its image key; the only camera if not given
     encoder: str | None = None  # aligned encoder (a CLIPModel folder)
     policy: str | None = None  # LeRobot policy folder
 

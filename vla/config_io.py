@@ -1,6 +1,7 @@
 """Strict loading of the configuration dataclasses: default < YAML < flag, and the same checks for all three."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -180,6 +181,8 @@ def _checked(value: Any, hint: Any) -> Any:
         return None if value is None else _checked(value, inner)
     origin = get_origin(hint)
     if origin is Literal:
+        if value is False and "no" in get_args(hint):  # YAML reads no as false
+            return "no"
         if value not in get_args(hint) or isinstance(value, bool):
             raise ValueError("one of " + ", ".join(map(str, get_args(hint))))
         return value
@@ -189,6 +192,9 @@ def _checked(value: Any, hint: Any) -> Any:
         return tuple(_checked(item, get_args(hint)[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 3e-3 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
     names = {int: "an int", float: "a number", str: "a string", bool: "true or false"}
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise TypeError(names[hint])

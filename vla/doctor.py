@@ -49,7 +49,7 @@ def checks(config: DoctorConfig) -> Iterator[Check]:
     yield attempt("lerobot", plugin_found, "reinstall: uv sync --frozen --all-extras")
     yield attempt("rendering", rendering_found, "only Meta-World needs OpenGL; the tabletop does not", optional=True)
     if config.data:
-        yield from data_checks(Path(config.data))
+        yield from data_checks(Path(config.data), config.camera)
     if config.encoder:
         yield attempt("encoder", lambda: encoder_found(Path(config.encoder)))
     if config.policy:
@@ -110,7 +110,7 @@ def rendering_found() -> str:
     return f"Meta-World draws through MUJOCO_GL={os.environ.get('MUJOCO_GL', 'default')}"
 
 
-def data_checks(root: Path) -> Iterator[Check]:
+def data_checks(root: Path, camera: str | None) -> Iterator[Check]:
     """Every problem of a data set."""
     from vla.data.validation import validate
 
@@ -120,7 +120,7 @@ def data_checks(root: Path) -> Iterator[Check]:
     if not problems:
         from vla.data.episodes import read_episodes
 
-        yield attempt("data", lambda: _described(read_episodes(root)))
+        yield attempt("data", lambda: _described(read_episodes(root, camera)))
 
 
 def _described(episodes) -> str:

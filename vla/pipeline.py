@@ -9,13 +9,14 @@ from pathlib import Path
 
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
+from vla.types import UserError
 from vla.versions import versions
 
 
 def pipeline(config: PipelineConfig) -> Path:
-    """Run collect, align, policy and evaluate, skipping what is finished, and return the report."""
+    """Run collect, align, policy and evaluate and return the report; a stage that is finished says so and does nothing."""
     from vla.eval.evaluate import evaluate
-    from vla.integrations.collect import collect
+    from vla.integrations.collect import collect, parts_folder
     from vla.training.align import train_align
     from vla.training.policy import train_policy
 
@@ -28,8 +29,12 @@ def pipeline(config: PipelineConfig) -> Path:
     evaluation = replace(of_stage(EvalConfig, "eval"), workers=config.threads)
     folders = [Path(stage.output) for stage in (data, align, policy, evaluation)]
     if config.fresh:
-        for folder in folders:
+        for folder in [*folders, parts_folder(folders[0])]:
             shutil.rmtree(folder, ignore_errors=True)
+    if align.precision != policy.precision:
+        raise UserError(
+            f"config error: configs/policy/{config.name}.yaml: precision must be stage one's, {align.precision}"
+        )
 
     print(opening(config.name, data, align, policy, evaluation))
     record = folders[-1] / "pipeline.json"
@@ -38,18 +43,18 @@ def pipeline(config: PipelineConfig) -> Path:
     def stage(number: int, name: str, run: Callable[[], object]) -> None:
         print(f"\n=== {number} of 4: {name} ===", flush=True)
         started = time.perf_counter()
-        run()
-        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(
-            json.dumps({"name": config.name, "seconds": seconds, "versions": versions()}, indent=1) + "\n"
-        )
+        try:
+            run()
+        finally:  # an interrupted stage took its time, too
+            seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(
+                json.dumps({"name": config.name, "seconds": seconds, "versions": versions()}, indent=1) + "\n"
+            )
 
     stage(1, "collect", lambda: collect(data))
-    if not (folders[1] / "report.html").is_file():
-        stage(2, "align", lambda: train_align(align))
-    if not (folders[2] / "policy").is_dir():
-        stage(3, "policy", lambda: train_policy(policy))
+    stage(2, "align", lambda: train_align(align))
+    stage(3, "policy", lambda: train_policy(policy))
     stage(4, "evaluate", lambda: evaluate(evaluation))
 
     print(f"\nDone; the four stages took {sum(seconds.values()) / 60:.1f} minutes.")

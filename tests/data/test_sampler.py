@@ -43,6 +43,19 @@ def test_more_goals_than_there_are_gives_all_of_them():
     assert set(GOALS[episodes_of(sampler(goals=99).rows(0))]) == {0, 1, 2, 3}
 
 
+def test_few_goals_bring_more_episodes_so_that_the_batch_stays_large():
+    goals = np.zeros(30, int)
+    start = np.arange(0, 31 * 20, 20)
+    rows = GoalSampler(
+        start, goals, goals - 1, np.arange(30), goals=24, episodes=1, frames=2, gap=3, same_scene=0.5, seed=0
+    ).rows(0)
+    assert len(rows) == 48
+
+
+def test_same_scene_one_ends_although_some_goals_share_no_scene():
+    assert set(GOALS[episodes_of(sampler(same_scene=1.0, goals=4).rows(0))]) == {0, 1, 2, 3}
+
+
 def test_same_scene_one_always_brings_two_goals_of_one_scene():
     for step in range(20):
         drawn = np.unique(episodes_of(sampler(same_scene=1.0, goals=2, episodes=1).rows(step)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from envs import make_env, make_expert
+from envs.metaworld.language import INSTRUCTIONS
 from vla.eval.grounding import BLANK, SWAP, WRONG, grounding_specs, grounding_summary
 from vla.eval.rollouts import EpisodeSpec, run_rollouts
 from vla.policies.loading import load_chunk_policy
@@ -141,6 +142,19 @@ def test_blank_text_is_empty_and_wrong_text_is_of_another_scene():
     planned = grounding_specs(specs())
     assert all(s.instruction == "" for s in planned if s.kind == BLANK)
     assert all(s.instruction for s in planned if s.kind == WRONG)
+
+
+def test_wrong_text_is_never_the_right_one_on_metaworld():
+    tasks = ("reach-v3", "drawer-open-v3")
+    base = [EpisodeSpec(env="metaworld", task=tasks[i % 2], seed=i, tasks=tasks, image_size=32) for i in range(4)]
+    wrong = [s for s in grounding_specs(base) if s.kind == WRONG]
+    assert len(wrong) == 4
+    assert all(INSTRUCTIONS[s.goal] != s.instruction for s in wrong)
+
+
+def test_without_another_instruction_there_is_no_wrong_text():
+    base = [EpisodeSpec(env="metaworld", task="reach-v3", seed=i, tasks=("reach-v3",), image_size=32) for i in (0, 1)]
+    assert not [s for s in grounding_specs(base) if s.kind == WRONG]
 
 
 def test_an_expert_that_hears_the_swapped_goal_follows_it():

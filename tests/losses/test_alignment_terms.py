@@ -52,5 +52,12 @@ def test_a_row_of_weight_zero_stays_a_key_but_is_no_query():
 
 
 def test_texts_of_every_goal_asked_of_a_shared_picture_are_its_positives():
-    positives = goal_positives(torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5]), torch.tensor([6, 5, 5]))
+    positives = goal_positives(
+        torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5]), torch.tensor([1, 0, 2]), torch.tensor([6, 5, 5])
+    )
     assert positives.tolist() == [[True, True, True], [False, True, True]]
+
+
+def test_a_text_asked_with_two_goals_is_right_for_both():
+    positives = goal_positives(torch.tensor([0, 1]), torch.tensor([5, 6]), torch.tensor([0, 0]), torch.tensor([6]))
+    assert positives.all()

@@ -27,10 +27,10 @@ def test_muon_has_the_linear_weights_and_adamw_the_rest():
     assert names(model, adamw.param_groups) == {"embedding.weight", "linear.bias", "scale"}
 
 
-def test_vectors_and_scales_do_not_decay():
+def test_vectors_scales_and_embeddings_do_not_decay():
     model = Net()
     groups = make_optimizers([(model, 1e-3)], 0.1).param_groups
-    assert names(model, [g for g in groups if g["weight_decay"] == 0]) == {"linear.bias", "scale"}
+    assert names(model, [g for g in groups if g["weight_decay"] == 0]) == {"embedding.weight", "linear.bias", "scale"}
 
 
 def test_a_parameter_belongs_to_the_first_group_that_lists_it():

@@ -84,6 +84,6 @@ def training_batch(
     rng = np.random.default_rng([sampler.seed, step, 1])
     changes: dict[str, np.ndarray] = {"frames": augment(batch.frames, rng, shift_px, color_jitter)}
     if shuffle_actions:
-        order = rng.permutation(len(batch.frames))
+        order = rng.permutation(len(batch.frame_of_row))
         changes |= {"action_chunk": batch.action_chunk[order], "action_is_pad": batch.action_is_pad[order]}
     return batch.replace(**changes)

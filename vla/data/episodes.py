@@ -187,10 +187,12 @@ def choose_camera(root: Path, features: dict, camera: str | None) -> str:
         for key, feature in features.items()
         if feature["dtype"] in ("image", "video") and (key == IMAGE_KEY or key.startswith(IMAGES_PREFIX))
     ]
-    listed = ", ".join(cameras) or "none"
+    listed = ", ".join(cameras)
+    if not cameras:
+        raise UserError(f"{root}: has no image feature, {IMAGE_KEY} or {IMAGES_PREFIX}NAME")
     if camera is None:
         if len(cameras) != 1:
-            raise UserError(f"{root}: name one of its cameras with --data.camera=KEY ({listed})")
+            raise UserError(f"{root}: name one of its cameras, {listed}, with --data.camera=KEY (doctor: --camera=KEY)")
         return cameras[0]
     if camera not in cameras:
         raise UserError(f"{root}: data.camera {camera!r} is not one of its cameras ({listed})")

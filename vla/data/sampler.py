@@ -13,7 +13,8 @@ class GoalSampler:
 
     Hard negatives are other goals of the same scene, and other times of the same episode at least `gap` apart. Episodes
     drawn as goals of one scene give their first frame too, which they share: one picture, many instructions.
-    An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has.
+    An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has, and where there
+    are fewer than P goals, K is raised accordingly.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class GoalSampler:
         seed: int,
     ) -> None:
         self.start, self.goal_id = start, goal_id
-        self.goals, self.episodes, self.frames, self.gap = goals, episodes, frames, gap
+        self.goals, self.frames, self.gap = goals, frames, gap
         self.same_scene, self.seed = same_scene, seed
         by_goal: dict[int, list[int]] = defaultdict(list)
         by_scene: dict[int, list[int]] = defaultdict(list)
@@ -40,16 +41,21 @@ class GoalSampler:
             if scene_id[position] >= 0:
                 by_scene[int(scene_id[position])].append(int(position))
         self.by_goal = {goal: np.array(members) for goal, members in by_goal.items()}
+        # Where there are fewer goals than asked for, more episodes of each keep the batch as large.
+        self.episodes = max(episodes, -(-goals * episodes // len(self.by_goal)))
         self.positions = np.asarray(positions)
         self.shared_scenes = [np.array(m) for m in by_scene.values() if len({int(goal_id[p]) for p in m}) > 1]
 
     def rows(self, step: int) -> np.ndarray:
         """(b,) int64 rows of batch `step`, grouped by episode, in time order."""
         rng = np.random.default_rng([self.seed, step])
+        scenes = iter(rng.permutation(len(self.shared_scenes)))
+        singles = iter(rng.permutation(self.positions))
         drawn: dict[int, bool] = {}  # episodes in order, and whether they give their first frame
         goals_seen: set[int] = set()
         while len(goals_seen) < min(self.goals, len(self.by_goal)):
-            anchors = self._anchors(rng)
+            scene = next(scenes, None) if rng.random() < self.same_scene else None
+            anchors = [next(singles)] if scene is None else rng.permutation(self.shared_scenes[scene])
             for anchor in anchors:
                 goal = int(self.goal_id[anchor])
                 if goal in goals_seen or len(goals_seen) == self.goals:
@@ -61,12 +67,6 @@ class GoalSampler:
                 for other in others.tolist():
                     drawn.setdefault(other, False)
         return np.concatenate([self._frames(rng, position, first) for position, first in drawn.items()])
-
-    def _anchors(self, rng: np.random.Generator) -> np.ndarray:
-        """Episodes whose goals enter the batch together: all of one scene, or a single one."""
-        if self.shared_scenes and rng.random() < self.same_scene:
-            return rng.permutation(self.shared_scenes[rng.integers(len(self.shared_scenes))])
-        return self.positions[rng.integers(len(self.positions), size=1)]
 
     def _frames(self, rng: np.random.Generator, position: int, first: bool) -> np.ndarray:
         """Up to M sorted rows of one episode with random spacings of at least `gap`, from its first row on if asked for."""

@@ -24,7 +24,19 @@ def validate(root: Path | str) -> list[str]:
     except json.JSONDecodeError as error:
         return [f"{info_path}: not valid JSON ({error})"]
     if info.get("codebase_version") != "v3.0":
-        return [f"{info_path}: codebase_version is {info.get('codebase_version')}, must be v3.0"]
+        return [
+            f"{info_path}: codebase_version is {info.get('codebase_version')}, must be v3.0; "
+            "LeRobot converts older ones: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=..."
+        ]
+    missing = [key for key in ("features", "fps", "total_frames", "total_episodes") if key not in info]
+    if missing:
+        return [f"{info_path}: no {missing[0]!r}"]
+    try:
+        json.loads((root / "meta" / "concord.json").read_text())
+    except FileNotFoundError:
+        pass
+    except json.JSONDecodeError as error:
+        return [f"{root / 'meta' / 'concord.json'}: not valid JSON ({error})"]
     features = info.get("features", {})
     problems = [f"{info_path}: no feature {key!r}" for key in NUMERIC if key not in features]
     if not (root / "meta" / "stats.json").is_file():

@@ -26,8 +26,6 @@ class Embedded:
     language: np.ndarray  # (u, d)
     context: np.ndarray  # (b, d)
     action: np.ndarray  # (b, d)
-    scene: np.ndarray  # (b, d)
-    state: np.ndarray  # (b, d)
     pooled_context: np.ndarray  # (b, q * width), before the projection
     pooled_scene: np.ndarray  # (b, q * width), pooled without a text
 
@@ -87,13 +85,10 @@ def embed_rows(
         )
         chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
         pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
-        state = torch.from_numpy(batch.state[part]).to(device)
         outputs = {
             "vision": unit(model.clip.visual_projection(pooled)),
             "context": model.context_projection(context),
             "action": model.action_projection(model.action_encoder(chunk, pad)),
-            "scene": model.scene_projection(scene),
-            "state": model.state_projection(model.state_encoder(state)),
             "pooled_context": context,
             "pooled_scene": scene,
         }

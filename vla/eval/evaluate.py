@@ -2,17 +2,16 @@
 
 import csv
 import json
-import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 
-from envs import env_class
+from envs import env_class, make_env
 from vla.config import EvalConfig
 from vla.config_io import to_dict
 from vla.eval.evaluation_report import evaluation_report
@@ -20,7 +19,7 @@ from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, run_rollouts
 from vla.eval.statistics import summarise
-from vla.policies.loading import load_chunk_policy
+from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
 from vla.types import UserError
 from vla.versions import versions
 
@@ -33,12 +32,16 @@ def evaluate(config: EvalConfig) -> Path:
     """
     cv2.setNumThreads(1)
     policy_folder = Path(config.policy)
-    load_chunk_policy(policy_folder)  # fails early, before anything is simulated
+    policy = load_chunk_policy(policy_folder)  # fails early, before anything is simulated
     trained = trained_on(policy_folder)
+    config = replace(config, env=config.env or trained.get("env") or "tabletop")
     tasks, splits = checked(config, trained)
+    check_sizes(config.env, tasks, policy)
     output = Path(config.output) if config.output else default_output(config, policy_folder)
     output.mkdir(parents=True, exist_ok=True)
-    begin(output, config)
+    if not begin(output, config):
+        print(f"{output}: already complete")
+        return output
 
     image_size = trained.get("image_size", 96)
     base = plan(config, tasks, "train", 1, config.episodes, image_size)
@@ -102,22 +105,44 @@ def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...
     return tasks, [(name, level) for name in names for level in known[name]]
 
 
+def check_sizes(env: str, tasks: tuple[str, ...], policy: LeRobotChunkPolicy) -> None:
+    """Refuse a policy of another robot."""
+    environment = make_env(env, tasks=tasks)
+    features = policy.policy.config
+    for name, feature, space in (
+        ("state", features.robot_state_feature, environment.observation_space["agent_pos"]),
+        ("action", features.action_feature, environment.action_space),
+    ):
+        if feature is not None and tuple(feature.shape) != space.shape:
+            raise UserError(
+                f"config error: env: {env} has {space.shape[0]} {name} dimensions, the policy {feature.shape[0]}; "
+                "it was trained on another environment"
+            )
+    environment.close()
+
+
 def default_output(config: EvalConfig, policy_folder: Path) -> Path:
     """outputs/eval/ENV/NAME, NAME being the training run's folder."""
     name = policy_folder.resolve().parent.name if policy_folder.name == "policy" else policy_folder.name
     return Path("outputs") / "eval" / config.env / name
 
 
-def begin(output: Path, config: EvalConfig) -> None:
-    """Start afresh, unless an evaluation of the same policy and configuration was interrupted here."""
+def begin(output: Path, config: EvalConfig) -> bool:
+    """Whether there is something left to do; an interrupted evaluation of the same policy and configuration goes on.
+
+    Raises:
+        UserError: `output` holds an evaluation of another policy or configuration.
+    """
     weights = Path(config.policy) / "model.safetensors"
-    stamp = {"config": to_dict(config), "weights": [weights.stat().st_size, weights.stat().st_mtime_ns]}
+    comparable = {k: v for k, v in to_dict(config).items() if k not in ("workers", "batch_size")}
+    stamp = {"config": comparable, "weights": [weights.stat().st_size, weights.stat().st_mtime_ns]}
     path = output / "begun.json"
-    if not path.is_file() or json.loads(path.read_text()) != stamp or (output / "eval.json").is_file():
-        for name in ("episodes.jsonl", "eval.json", "report.html", "episodes.csv"):
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / "videos", ignore_errors=True)
-        path.write_text(json.dumps(stamp))
+    if path.is_file() and json.loads(path.read_text()) != stamp:
+        raise UserError(
+            f"{output}: holds an evaluation of another policy or configuration; delete it or choose another --output"
+        )
+    path.write_text(json.dumps(stamp))
+    return not (output / "report.html").is_file()
 
 
 def plan(

@@ -1,7 +1,8 @@
 """Does the policy obey the instruction? Swapped, blank and wrong texts on the identical initial state.
 
 Swap: the scene of a seed, told another of its goals that concerns another object. Follows the new: the told goal is
-achieved. Does the old: not that, but the goal the seed would have given. Neither: the rest.
+achieved. Does the old: not that, but the goal the seed would have given. Neither: the rest. Chance of the new: how often
+the swapped goal gets done in the plain episode, where it is not told.
 Blank and wrong text: the seed's own goal is scored while the policy is told nothing, or an instruction of another
 scene. Their chance level is measured, not assumed: how often the seed's own goal gets done in the swapped episodes,
 where the policy is told something else of the same scene.
@@ -37,10 +38,19 @@ def grounding_specs(base: Sequence[EpisodeSpec]) -> list[EpisodeSpec]:
         other = swapped_goal(own, goals, spec.seed)
         if other is not None:
             specs.append(replace(spec, kind=SWAP, goal=other.goal_id, task=other.task))
-        foreign = scenes[(number + len(base) // 2 + 1) % len(base)][1]
         specs.append(replace(spec, kind=BLANK, goal=own, instruction=""))
-        specs.append(replace(spec, kind=WRONG, goal=own, instruction=foreign))
+        foreign = foreign_text(scenes, number)
+        if foreign is not None:
+            specs.append(replace(spec, kind=WRONG, goal=own, instruction=foreign))
     return specs
+
+
+def foreign_text(scenes: Sequence[tuple[str, str, Any]], number: int) -> str | None:
+    """The text of another (goal, text, goals) scene, about half the list away, that asks for something else."""
+    _, text, goals = scenes[number]
+    here = {goal.goal_id for goal in goals}
+    order = [(number + len(scenes) // 2 + offset) % len(scenes) for offset in range(len(scenes))]
+    return next((scenes[i][1] for i in order if scenes[i][0] not in here and scenes[i][1] != text), None)
 
 
 def swapped_goal(own: str, goals: Sequence[Any], seed: int) -> Any | None:
@@ -58,6 +68,7 @@ def swapped_goal(own: str, goals: Sequence[Any], seed: int) -> Any | None:
 def grounding_summary(records: Sequence[EpisodeRecord], base: Sequence[EpisodeRecord]) -> dict[str, Any]:
     """The grounding measures; `base` holds the records of the plain episodes on the same scenes."""
     own = {record.seed: record.goal for record in base}
+    untold = {record.seed: set(record.achieved) for record in base}
     swapped = [r for r in records if r.kind == SWAP]
     summary: dict[str, Any] = {}
     if swapped:
@@ -66,6 +77,7 @@ def grounding_summary(records: Sequence[EpisodeRecord], base: Sequence[EpisodeRe
             "follows_new": summarise(r.success for r in swapped),
             "does_old": summarise(old),
             "neither": summarise(not r.success and not o for r, o in zip(swapped, old, strict=True)),
+            "chance_of_new": summarise(r.goal in untold[r.seed] for r in swapped),
         }
         summary["chance"] = summarise(own[r.seed] in r.achieved for r in swapped)
     for kind in (BLANK, WRONG):

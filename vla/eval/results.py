@@ -28,14 +28,14 @@ def results(config: ResultsConfig) -> Path:
         UserError: there is no result at all.
     """
     folder = Path(config.docs)
-    for path in sorted(Path(config.runs).glob("eval/*/eval.json")):
-        name = path.parent.name
+    for path in sorted((Path(config.runs) / "eval").rglob("eval.json")):
+        name = "-".join(path.relative_to(Path(config.runs) / "eval").parent.parts)
         if "debug" not in name:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(take_up(Path(config.runs), name), indent=1) + "\n")
+            (folder / f"{name}.json").write_text(json.dumps(take_up(path), indent=1) + "\n")
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not records:
-        raise UserError(f"{config.runs}: no eval/*/eval.json; run `make tabletop` first")
+        raise UserError(f"{config.runs}: no eval/**/eval.json; run `make tabletop` first")
     page = folder.with_suffix(".md")
     page.write_text("\n".join([HEAD, overview(records), *(section(name, r) for name, r in records.items())]))
     picture = tabletop_picture(folder.parent / "pictures" / "tabletop.png")
@@ -43,11 +43,11 @@ def results(config: ResultsConfig) -> Path:
     return page
 
 
-def take_up(runs: Path, name: str) -> dict[str, Any]:
-    """The summary of one run, without its episodes."""
-    record = json.loads((runs / "eval" / name / "eval.json").read_text())
+def take_up(path: Path) -> dict[str, Any]:
+    """The summary of one evaluation, without its episodes."""
+    record = json.loads(path.read_text())
     del record["episodes"]
-    times = runs / "eval" / name / "pipeline.json"
+    times = path.parent / "pipeline.json"
     if times.is_file():
         record["seconds"] = json.loads(times.read_text())["seconds"]
     alignment = Path(record["policy"].get("encoder", "random")).parent / "alignment.json"
@@ -83,7 +83,7 @@ def section(name: str, r: dict[str, Any]) -> str:
         f"`{r['command']}`, first seed {r['config']['seed']}; encoder `{encoder}`"
         f"{' (fine-tuned)' if policy.get('tune') else ' (frozen)'}, {policy.get('steps', '-')} steps, "
         f"training seed {policy.get('seed', '-')}. {versions['processor']}, {versions['cores']} cores, "
-        f"torch {versions['torch']}, lerobot {versions['lerobot']}, commit {versions['commit']}.\n",
+        f"torch {versions['torch']}, lerobot {versions['lerobot']}, commit {versions.get('commit', 'unknown')}.\n",
     ]
     if "seconds" in r:
         parts.append(table([["stage", "minutes"], *([k, f"{v / 60:.1f}"] for k, v in r["seconds"].items())]))

@@ -76,7 +76,7 @@ def collect(config: CollectConfig) -> Path:
         raise UserError(f"{root}: exists and is not a data set of this program; choose another --output")
 
     shards = plan_shards(config, tasks)
-    parts = root.with_name(root.name + ".parts")
+    parts = parts_folder(root)
     parts.mkdir(parents=True, exist_ok=True)
     check_same_plan(parts, wanted)
     todo = [number for number in range(len(shards)) if not shard_path(parts, number).with_suffix(".json").is_file()]
@@ -175,6 +175,11 @@ def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tupl
     temporary.write_text(json.dumps({"fps": env.metadata["render_fps"], "features": features, "episodes": records}))
     os.replace(temporary, marker)
     return len(jobs)
+
+
+def parts_folder(root: Path) -> Path:
+    """Where the shards of an unfinished collection are."""
+    return root.with_name(root.name + ".parts")
 
 
 def shard_path(parts: Path, number: int) -> Path:

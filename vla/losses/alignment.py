@@ -88,9 +88,15 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
     return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
 
 
-def goal_positives(frame_of_row: Tensor, goal_of_row: Tensor, goal_of_text: Tensor) -> Tensor:
-    """(f, u) bool: texts of the goals of an image's rows. (b,) index of each row's image and goal, (u,) goal of each text."""
-    same = (goal_of_row[:, None] == goal_of_text[None, :]).float()  # (b, u)
+def goal_positives(frame_of_row: Tensor, goal_of_row: Tensor, text_of_row: Tensor, goal_of_text: Tensor) -> Tensor:
+    """(f, u) bool: the texts of an image's rows, and all others of their goals.
+
+    Args:
+        frame_of_row, goal_of_row, text_of_row: (b,) image index, goal id and text index of each row.
+        goal_of_text: (u,) goal id of each text.
+    """
+    own = torch.nn.functional.one_hot(text_of_row, len(goal_of_text)).bool()
+    same = (own | (goal_of_row[:, None] == goal_of_text[None, :])).float()  # (b, u)
     frames = int(frame_of_row.max()) + 1
     return same.new_zeros(frames, same.shape[1]).index_add_(0, frame_of_row, same) > 0
 

@@ -77,6 +77,9 @@ def build_clip(
     """A small CLIP with random weights (the caller seeds torch) and a tokenizer trained on `texts`."""
     if image_size % patch_size:
         raise UserError(f"config error: tower.patch_size {patch_size} does not divide data.image_size {image_size}")
+    for name, size, parts in (("heads", width, heads), ("text_heads", text_width, text_heads)):
+        if size % parts:
+            raise UserError(f"config error: tower.{name} {parts} does not divide its width {size}")
     tokenizer = train_tokenizer(texts, vocab_size)
     config = CLIPConfig(
         text_config={
@@ -189,8 +192,11 @@ def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     """
     folder = Path(source)
     local = folder.is_dir()
-    if not local and (folder.is_absolute() or str(source).startswith(("outputs", ".", "~"))):
+    hub_id = len(folder.parts) <= 2 and folder.name != "clip" and not str(source).startswith((".", "~", "/"))
+    if not local and not hub_id:
         raise UserError(f"{source}: no such encoder folder; run `python scripts/train_align.py` to make one")
+    if (folder / "clip" / "config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{source}: not an encoder folder; did you mean {folder / 'clip'}?")
     try:
         config = CLIPConfig.from_pretrained(source)
         model, report = CLIPModel.from_pretrained(

@@ -20,6 +20,8 @@ class TextConditionedPooler(nn.Module):
         self, token_width: int, text_width: int, *, n_patches: int, width: int, queries: int, layers: int = 2
     ) -> None:
         super().__init__()
+        if width % 4:
+            raise ValueError(f"pooler width {width} is not a multiple of its 4 heads")
         side = round(n_patches**0.5)
         if side * side != n_patches:
             raise ValueError(f"n_patches {n_patches} is not a square number")

@@ -37,6 +37,8 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         UserError: no such folder, files missing or damaged, or a policy that reads several cameras.
     """
     folder = Path(folder)
+    if (folder / "policy" / "config.json").is_file():
+        raise UserError(f"{folder}: not a policy folder; did you mean {folder / 'policy'}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a policy folder (no config.json); run `python scripts/train_policy.py`")
     try:

@@ -67,6 +67,9 @@ def train_align(config: AlignConfig) -> Path:
         raise UserError("stage one gathers no negatives across processes; start it with one process")
     torch.manual_seed(config.seed)
     run = RunFolder(Path(config.output), config, resume=config.resume)
+    if (run.folder / "report.html").is_file():
+        say(accelerator, f"{run.folder}: finished already")
+        return run.folder / "clip"
 
     episodes = read_episodes(config.data.root, config.data.camera)
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
@@ -98,8 +101,8 @@ def train_align(config: AlignConfig) -> Path:
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), stats.action))
 
-    first = restore(run, model, optimizer) if config.resume else 0
-    say(accelerator, describe(config, episodes, train, validation, model, first))
+    first, before = restore(run, model, optimizer) if config.resume else (0, 0.0)
+    say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
     def make_batch(step: int) -> TripletBatch:
         return training_batch(
@@ -122,10 +125,10 @@ def train_align(config: AlignConfig) -> Path:
             model, batch, input_ids, attention_mask, rest, config.loss, config.batch.gap, accelerator
         )
         loss = torch.stack([weight_of(config.loss, name) * term.loss for name, term in terms.items()]).sum()
-        if not torch.isfinite(loss):
-            stop_on_nonfinite(run.folder, step, batch, terms)
         accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        if not torch.isfinite(loss + grad_norm):
+            stop_on_nonfinite(run.folder, step, batch, terms)
         optimizer.step()
         optimizer.zero_grad()
         accelerator.unwrap_model(model).clamp_scales()
@@ -140,22 +143,24 @@ def train_align(config: AlignConfig) -> Path:
         )
         bar.update()
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        saves = done % config.save_every == 0 or done == config.steps
+        if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
             metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
             run.log(done, metrics | {"samples": digest(batch)})
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", excess=f"{metrics['context_action/excess']:.3f}")
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
             measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
-        if done % config.save_every == 0 or done == config.steps:
-            checkpoint(run, done, accelerator.unwrap_model(model), optimizer)
+        if saves:
+            elapsed = before + time.perf_counter() - started
+            checkpoint(run, done, accelerator.unwrap_model(model), optimizer, elapsed)
     bar.close()
 
     measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
     run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
-    seconds = time.perf_counter() - started
+    seconds = before + time.perf_counter() - started
     encoder = export(run.folder, config, episodes, accelerator.unwrap_model(model), tokenizer, measured, seconds)
     write_alignment_report(run.folder)
     run.close()
@@ -198,7 +203,7 @@ def batch_terms(
         )
     unwrapped = accelerator.unwrap_model(model)
     goal_of_text = torch.zeros_like(texts).index_copy_(0, text_of_row, ids["goal_id"])
-    positives = goal_positives(ids["frame_of_row"], ids["goal_id"], goal_of_text)
+    positives = goal_positives(ids["frame_of_row"], ids["goal_id"], text_of_row, goal_of_text)
     valid = ~near_duplicates(ids["episode_id"], ids["timestep"], gap)
     idle = idle_chunks(action_chunk, action_is_pad, rest.to(device))
     moving = (~idle).float() if not idle.all() else torch.ones_like(idle, dtype=torch.float32)
@@ -296,29 +301,29 @@ def digest(batch: TripletBatch) -> str:
     return hashlib.sha256(ids + batch.frames[::17, ::7, ::7].tobytes()).hexdigest()[:16]
 
 
-def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers) -> None:
-    """Everything that step + 1 depends on."""
+def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers, seconds: float) -> None:
+    """Everything that step + 1 depends on, and the seconds spent so far."""
     tensors, meta = optimizer.tensors()
     save_checkpoint(
         run.folder,
         step,
         {"model": model.state_dict(), "optimizer": tensors, "rng": rng_tensors()},
-        {"step": step, "optimizer": meta},
+        {"step": step, "optimizer": meta, "seconds": seconds},
     )
 
 
-def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> int:
-    """Load the last checkpoint of the run, if any; returns the number of steps done."""
+def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> tuple[int, float]:
+    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took."""
     path = latest_checkpoint(run.folder)
     if path is None:
         run.truncate(0)
-        return 0
+        return 0, 0.0
     tensors, state = load_checkpoint(path)
     model.load_state_dict(tensors["model"], strict=True)
     optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
-    return state["step"]
+    return state["step"], state["seconds"]
 
 
 def export(
@@ -351,12 +356,12 @@ def export(
 
 def stop_on_nonfinite(folder: Path, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:
     """Save the batch that broke the loss, then stop."""
-    bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)]
+    bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
     path = folder / f"nonfinite_step_{step:06d}.safetensors"
     save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in vars(batch).items()}, path)
     raise UserError(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}; "
-        "lower --optimizer.lr or use --precision=no, then run again with --resume=true"
+        "try a lower --optimizer.lr or --precision=no with another --output"
     )
 
 
@@ -366,17 +371,18 @@ def describe(
     train: np.ndarray,
     validation: np.ndarray,
     model: AlignmentModel,
+    sampler: GoalSampler,
     first: int,
 ) -> str:
     """What the run is about to do, in a few lines."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     goals = len(np.unique(episodes.goal_id[train]))
     resumed = f", resumed at step {first}" if first else ""
+    alone = "" if goals > 1 else "\nthere is one goal only: the language terms teach nothing"
     return (
         f"stage one: {len(train)} episodes ({len(validation)} held out), {goals} goals, "
         f"{len(episodes.texts)} instructions, {parameters:.1f} M parameters\n"
-        f"{config.steps} steps of up to {config.batch.goals * config.batch.episodes * config.batch.frames} triplets"
-        f"{resumed}; run folder {config.output}"
+        f"{config.steps} steps of about {len(sampler.rows(first))} triplets{resumed}; run folder {config.output}{alone}"
     )
 
 

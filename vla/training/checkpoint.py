@@ -71,7 +71,8 @@ def point_last(folder: Path, name: str) -> None:
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(p.parent for p in (run_dir / "checkpoints").glob(f"step_*/{MARKER}"))
+    found = [p.parent for p in (run_dir / "checkpoints").glob(f"step_*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

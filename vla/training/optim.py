@@ -73,6 +73,7 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
     linear_groups, other_groups = [], []
     for module, lr in groups:
         linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         fresh = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
         seen.update(id(p) for p in fresh)
         rates = {"lr": lr, "peak_lr": lr}
@@ -81,8 +82,8 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
             linear_groups.append({"params": matrices, "weight_decay": weight_decay, **rates})
         others = [p for p in fresh if id(p) not in linear]
         for decay, members in (
-            (weight_decay, [p for p in others if p.ndim > 1]),
-            (0.0, [p for p in others if p.ndim <= 1]),
+            (weight_decay, [p for p in others if p.ndim > 1 and id(p) not in embeddings]),
+            (0.0, [p for p in others if p.ndim <= 1 or id(p) in embeddings]),
         ):
             if members:
                 other_groups.append({"params": members, "weight_decay": decay, **rates})

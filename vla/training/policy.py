@@ -67,10 +67,24 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     """
     torch.set_num_threads(config.threads)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise UserError("stage two runs in one process here; for several, `lerobot-train --policy.type=concord`")
+    if config.head.n_action_steps > config.head.horizon:
+        raise UserError(
+            f"config error: head.n_action_steps must be at most head.horizon, got {config.head.n_action_steps} "
+            f"and {config.head.horizon}"
+        )
     torch.manual_seed(config.seed)
     run = RunFolder(Path(config.output), config, resume=config.resume)
+    if (run.folder / "policy").is_dir():
+        accelerator.print(f"{run.folder}: finished already")
+        return run.folder / "policy"
 
     everything = read_episodes(config.data.root, config.data.camera)
+    if config.rollouts_every and "env" not in (everything.extra or {}):
+        raise UserError(f"{everything.root}: names no environment (meta/concord.json); leave out --rollouts_every")
+    if not config.failures and not everything.success.any():
+        raise UserError(f"{everything.root}: no episode succeeded; clone failures with --failures=true")
     frames = open_frames(everything, config.data.image_size, config.data.cache, config.data.workers)
     episodes = everything if config.failures else select(everything, np.flatnonzero(everything.success))
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
@@ -103,7 +117,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         )
     words = frozen_words(unwrapped, episodes.texts) if tokens is not None else None
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
-    first = restore(run, unwrapped, optimizer, averaged) if config.resume else 0
+    first, before = restore(run, unwrapped, optimizer, averaged) if config.resume else (0, 0.0)
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
     def make_batch(step: int) -> CloningBatch:
@@ -121,10 +135,10 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         with accelerator.autocast():
             features = embed(unwrapped, batch, words, episodes.texts, config.head.token_noise)
         loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
-        if not torch.isfinite(loss):
-            stop_on_nonfinite(run.folder, step, batch)
         accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(unwrapped.parameters(), config.optimizer.clip_norm)
+        if not torch.isfinite(loss + grad_norm):
+            stop_on_nonfinite(run.folder, step, batch)
         optimizer.step()
         optimizer.zero_grad()
         update_average(averaged, trained_parameters(unwrapped), min(config.ema, (step + 1) / (step + 10)))
@@ -140,7 +154,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         )
         bar.update()
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        saves = done % config.save_every == 0 or done == config.steps
+        if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
             metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
             metrics["lr"] = optimizer.param_groups[0]["lr"]
             run.log(done, metrics | {"samples": digest(batch)})
@@ -153,16 +168,16 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             with averaged_weights(unwrapped, averaged):
                 folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes)
             run.log(done, rollouts(config, episodes, folder))
-        if done % config.save_every == 0 or done == config.steps:
-            checkpoint(run, done, unwrapped, optimizer, averaged)
+        if saves:
+            checkpoint(run, done, unwrapped, optimizer, averaged, before + time.perf_counter() - started)
     bar.close()
 
     with averaged_weights(unwrapped, averaged):
         folder = export(run.folder / "policy", config, unwrapped, stats, episodes)
-    run.log(config.steps, {"seconds": time.perf_counter() - started})
+    run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     run.close()
-    env = (episodes.extra or {}).get("env", "tabletop")
-    accelerator.print(f"policy: {folder}\nnext: python scripts/evaluate.py --policy={folder} --env={env}")
+    simulated = "env" in (episodes.extra or {})
+    accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
 
 
@@ -195,7 +210,7 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         image_size=config.data.image_size,
     )
     policy = ConcordPolicy(policy_config, clip=clip, tokenizer=tokenizer)
-    if config.aligned_pooler:
+    if config.aligned_pooler and config.encoder != "random":
         load_pooler(policy, Path(config.encoder).parent / "alignment.safetensors")
     return policy
 
@@ -308,12 +323,16 @@ def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dic
     from vla.eval.rollouts import EpisodeSpec, run_rollouts
     from vla.policies.loading import load_chunk_policy
 
-    extra = episodes.extra or {}
-    if "env" not in extra:
-        raise UserError(f"{episodes.root}: names no environment (meta/concord.json); set --rollouts_every=0")
+    extra = episodes.extra
     tasks = extra["tasks"]
     specs = [
-        EpisodeSpec(env=extra["env"], task=tasks[i % len(tasks)], seed=500_000 + i, tasks=tuple(tasks))
+        EpisodeSpec(
+            env=extra["env"],
+            task=tasks[i % len(tasks)],
+            seed=500_000 + i,
+            tasks=tuple(tasks),
+            image_size=config.data.image_size,
+        )
         for i in range(config.rollouts)
     ]
     records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs), workers=1)
@@ -353,20 +372,27 @@ class averaged_weights:
 
 
 def checkpoint(
-    run: RunFolder, step: int, policy: ConcordPolicy, optimizer: Optimizers, averaged: dict[str, Tensor]
+    run: RunFolder,
+    step: int,
+    policy: ConcordPolicy,
+    optimizer: Optimizers,
+    averaged: dict[str, Tensor],
+    seconds: float,
 ) -> None:
     """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated."""
     tensors, meta = optimizer.tensors()
     groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
-    save_checkpoint(run.folder, step, groups, {"step": step, "optimizer": meta})
+    save_checkpoint(run.folder, step, groups, {"step": step, "optimizer": meta, "seconds": seconds})
 
 
-def restore(run: RunFolder, policy: ConcordPolicy, optimizer: Optimizers, averaged: dict[str, Tensor]) -> int:
-    """Load the last checkpoint of the run, if any; returns the number of steps done."""
+def restore(
+    run: RunFolder, policy: ConcordPolicy, optimizer: Optimizers, averaged: dict[str, Tensor]
+) -> tuple[int, float]:
+    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took."""
     path = latest_checkpoint(run.folder)
     if path is None:
         run.truncate(0)
-        return 0
+        return 0, 0.0
     tensors, state = load_checkpoint(path)
     with torch.no_grad():
         for name, p in trained_parameters(policy).items():
@@ -375,7 +401,7 @@ def restore(run: RunFolder, policy: ConcordPolicy, optimizer: Optimizers, averag
     optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
-    return state["step"]
+    return state["step"], state["seconds"]
 
 
 def export(
@@ -419,7 +445,7 @@ def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
     save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in vars(batch).items()}, path)
     raise UserError(
         f"loss is not finite at step {step}; the batch is in {path}; "
-        "lower --optimizer.lr or use --precision=no, then run again with --resume=true"
+        "try a lower --optimizer.lr or --precision=no with another --output"
     )
 
 

@@ -15,7 +15,18 @@ from vla.types import UserError
 from vla.versions import versions
 
 # Changing these does not change what a run computes.
-FREE_FIELDS = ("resume", "threads", "log_every", "save_every", "output", "workers", "cache")
+FREE_FIELDS = (
+    "resume",
+    "threads",
+    "log_every",
+    "save_every",
+    "output",
+    "workers",
+    "cache",
+    "eval_every",
+    "rollouts_every",
+    "rollouts",
+)
 
 
 class RunFolder:
@@ -27,7 +38,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, config: Any, *, resume: bool) -> None:
         self.folder = folder
-        begun = (folder / "config.yaml").is_file()
+        begun = (folder / "metrics.jsonl").is_file()  # a run that ended before its first step may be started anew
         if begun and not resume:
             raise UserError(
                 f"{folder}: holds a run already; add --resume=true to continue it, or choose another --output"

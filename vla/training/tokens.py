@@ -1,6 +1,7 @@
 """Token cache: a frozen encoder's patch tokens of every frame, as memory-mapped fp16, several augmented copies each."""
 
 import errno
+import fcntl
 import hashlib
 import shutil
 from pathlib import Path
@@ -49,15 +50,35 @@ def open_tokens(
     progress = folder / f"tokens_{key}.rows"
     if path.is_file():
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    size = int(np.prod(shape)) * 2
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"tokens_{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run of the same encoder waits, then reads
+        if not path.is_file():
+            build(path, partial, progress, shape, clip, episodes, frames, shift_px, color_jitter, accelerator)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def build(
+    path: Path,
+    partial: Path,
+    progress: Path,
+    shape: tuple[int, ...],
+    clip: CLIPModel,
+    episodes: Episodes,
+    frames: np.ndarray,
+    shift_px: int,
+    color_jitter: float,
+    accelerator: Accelerator,
+) -> None:
+    """Compute a cache of `shape`, or go on with an interrupted one, and move it to `path`."""
+    folder, size = path.parent, int(np.prod(shape)) * 2
     first = int(progress.read_text()) if progress.is_file() and partial.is_file() else 0
     try:
         if first == 0:
             if shutil.disk_usage(folder).free < size + (256 << 20):
                 raise OSError(errno.ENOSPC, "not enough space", str(folder))
             np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
-        print(f"token cache: {shape[1]} frames x {copies} copies, {size / 1e9:.1f} GB in {folder}")
+        print(f"token cache: {shape[1]} frames x {shape[0]} copies, {size / 1e9:.1f} GB in {folder}")
         store = np.lib.format.open_memmap(partial, mode="r+")
         fill(store, clip, episodes, frames, first, shift_px, color_jitter, progress, accelerator)
         store.flush()
@@ -67,7 +88,6 @@ def open_tokens(
         raise
     partial.rename(path)
     progress.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @torch.inference_mode()

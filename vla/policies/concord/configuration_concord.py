@@ -42,7 +42,7 @@ class ConcordConfig(PreTrainedConfig):
     push_to_hub: bool = False
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
-            # Images are normalised inside the policy, with the encoder's own statistics.
+            # Images are normalised inside the policy, with ImageNet's statistics, as in stage one.
             "VISUAL": NormalizationMode.IDENTITY,
             "STATE": NormalizationMode.QUANTILES,
             "ACTION": NormalizationMode.QUANTILES,

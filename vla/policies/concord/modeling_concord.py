@@ -89,8 +89,9 @@ class ConcordPolicy(PreTrainedPolicy):
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
 
     def train(self, mode: bool = True) -> Self:
-        """As usual; remembered word tokens may be stale after training."""
-        self._words.clear()
+        """As usual; training makes remembered word tokens stale."""
+        if mode:
+            self._words.clear()
         return super().train(mode)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
@@ -126,7 +127,7 @@ class ConcordPolicy(PreTrainedPolicy):
     def words(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> word tokens (b, l, w) and mask (b, l); each distinct text is encoded once, and kept while evaluating."""
         distinct = list(dict.fromkeys(texts))
-        keep = not self.training and not self.config.tune
+        keep = not self.training
         missing = [text for text in distinct if text not in self._words] if keep else distinct
         encoded = dict(self._words) if keep else {}
         if missing:

@@ -1,0 +1,51 @@
+"""Stage one on a real small data set: controls, restarts, what a finished run does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from vla.training.align import train_align
+from vla.types import UserError
+
+
+@pytest.mark.parametrize("shuffle", ["language", "action", "all"])
+def test_every_control_trains(align_config, tmp_path, shuffle):
+    config = replace(align_config, shuffle=shuffle, steps=2, eval_every=0, output=str(tmp_path / shuffle))
+    record = json.loads((train_align(config).parent / "alignment.json").read_text())
+    assert record["shuffle"] == shuffle
+
+
+def test_a_term_of_weight_zero_is_off(align_config, tmp_path):
+    loss = replace(align_config.loss, state=0.0, word_patch=0.0)
+    config = replace(align_config, loss=loss, steps=1, output=str(tmp_path / "run"))
+    train_align(config)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert "context_action/loss" in line
+    assert "state/loss" not in line
+    assert "word_patch/loss" not in line
+
+
+def test_a_run_that_found_no_data_may_be_started_again(align_config, tmp_path):
+    output = str(tmp_path / "run")
+    with pytest.raises(UserError, match=r"collect\.py"):
+        train_align(replace(align_config, data=replace(align_config.data, root="nowhere"), output=output))
+    assert train_align(replace(align_config, steps=1, output=output)).is_dir()
+
+
+def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(align_config, tmp_path):
+    config = replace(align_config, steps=1, output=str(tmp_path / "run"))
+    clip = train_align(config)
+    with pytest.raises(UserError, match="--resume=true"):
+        train_align(config)
+    before = (clip / "model.safetensors").stat().st_mtime_ns
+    assert train_align(replace(config, resume=True)) == clip
+    assert (clip / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(align_config, tmp_path):
+    broken = replace(align_config.optimizer, lr=1e30, warmup=0)
+    config = replace(align_config, optimizer=broken, steps=20, output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="not finite at step"):
+        train_align(config)
+    assert list((tmp_path / "run").glob("nonfinite_step_*.safetensors"))
