@@ -50,9 +50,9 @@ class DataConfig:
 class TowerConfig:
     pretrained: str | None = None  # CLIP model to start from: hub id or local folder; the sizes below are then ignored
     patch_size: int = number(12, 1)  # px
-    width: int = number(192, 1)  # vision transformer width
-    layers: int = number(6, 1)  # vision transformer layers
-    heads: int = number(3, 1)  # vision transformer attention heads
+    width: int = number(128, 1)  # vision transformer width
+    layers: int = number(4, 1)  # vision transformer layers
+    heads: int = number(4, 1)  # vision transformer attention heads
     text_width: int = number(128, 1)  # text transformer width
     text_layers: int = number(3, 1)  # text transformer layers
     text_heads: int = number(4, 1)  # text transformer attention heads

@@ -31,9 +31,9 @@ class ConcordConfig(PreTrainedConfig):
     flow_steps: int = 8
     image_size: int = 96  # px; other sizes are resized to the encoder's
     patch_size: int = 12  # of an untrained tower, like the next four
-    tower_width: int = 192
-    tower_layers: int = 6
-    tower_heads: int = 3
+    tower_width: int = 128
+    tower_layers: int = 4
+    tower_heads: int = 4
     text_width: int = 128
     optimizer_lr: float = 5e-4
     optimizer_weight_decay: float = 0.05
