@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3.12 python3 python "$$HOME/.pyenv/versions/3.1
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
 
 export UV_PYTHON_DOWNLOADS = never
+# The machine's own certificates, as behind a proxy.
+export UV_SYSTEM_CERTS = true
 export HF_HUB_OFFLINE = 1
 unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
