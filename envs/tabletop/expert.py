@@ -13,6 +13,8 @@ from envs.tabletop.tasks import APART, NEXT_TO, ZONE_HALF
 GAIN = 0.6  # share of the remaining way that one action covers
 OPEN, CLOSE = -1.0, 1.0
 ALIGNED = 0.008  # m
+BESIDE = 0.07  # m between centres where "next to" is put down, in the middle of what touches neither nor counts as far
+WELL_APART = 0.2  # m between centres where "separate" is put down, clear of the least distance that counts
 
 
 class ScriptedExpert:
@@ -50,8 +52,8 @@ class ScriptedExpert:
         other = world.position(goal.other)
         gap = float(np.linalg.norm(here - other))
         if goal.task == "next_to":
-            return None if down and gap <= NEXT_TO - 0.003 else self._free_spot(other, 0.075, here)
-        return None if down and gap >= APART + 0.003 else self._free_spot(other, APART + 0.02, here)
+            return None if down and gap <= NEXT_TO - 0.003 else self._free_spot(other, BESIDE, here)
+        return None if down and gap >= APART + 0.003 else self._free_spot(other, WELL_APART, here)
 
     def _free_spot(self, centre: np.ndarray, distance: float, near: np.ndarray) -> np.ndarray:
         """The spot at `distance` (m) from `centre` that is free, on the table and nearest to `near`."""

@@ -61,7 +61,7 @@ def sample_scene(rng: np.random.Generator, must_have: tuple[tuple[str, str], ...
 
 
 def add_distractors(scene: Scene, rng: np.random.Generator, count: int) -> Scene:
-    """The same scene with up to `count` grey and black hexagons where there is room, none in the middle of a zone."""
+    """The same scene with up to `count` pink and brown hexagons where there is room, none in the middle of a zone."""
     taken = [(t.x, t.y) for t in scene.objects]
     added = []
     for _ in range(200):
@@ -70,7 +70,7 @@ def add_distractors(scene: Scene, rng: np.random.Generator, count: int) -> Scene
         x, y = rng.uniform(-0.21, 0.21, size=2)
         blocks_zone = any(np.hypot(x - z.x, y - z.y) < CLEARANCE for z in scene.zones)
         if not blocks_zone and all(np.hypot(x - a, y - b) > CLEARANCE for a, b in taken):
-            added.append(Thing("grey" if len(added) % 2 else "black", "hexagon", float(x), float(y)))
+            added.append(Thing("pink" if len(added) % 2 else "brown", "hexagon", float(x), float(y)))
             taken.append((x, y))
     return replace(scene, distractors=tuple(added))
 
@@ -133,13 +133,12 @@ def _sample_zones(rng: np.random.Generator) -> tuple[Thing, ...]:
 
 
 def _sample_places(rng: np.random.Generator, count: int, zones: tuple[Thing, ...]) -> np.ndarray | None:
-    """(count, 2) object centres outside the zones; in half of the scenes the first two are adjacent."""
+    """(count, 2) object centres outside the zones; the first two are adjacent."""
     places: list[np.ndarray] = []
-    adjacent = rng.random() < 0.5
     for _ in range(400):
         if len(places) == count:
             return np.array(places)
-        if adjacent and len(places) == 1:
+        if len(places) == 1:
             angle = rng.uniform(-np.pi, np.pi)
             place = places[0] + ADJACENT * np.array([np.cos(angle), np.sin(angle)])
             clear = 0.0

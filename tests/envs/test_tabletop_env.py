@@ -41,7 +41,7 @@ def test_wrong_constructor_argument_is_named_with_its_alternatives(arguments, me
 
 def test_goal_of_another_scene_is_refused():
     with pytest.raises(ValueError, match="not valid in scene 3"):
-        make_env("tabletop").reset(seed=3, options={"goal": "pick/grey/hexagon"})
+        make_env("tabletop").reset(seed=3, options={"goal": "pick/pink/hexagon"})
 
 
 def test_every_goal_of_a_scene_starts_from_the_same_picture_and_state():
