@@ -13,13 +13,24 @@ ALLOWED = {
     "vla/versions.py": set(),
     "vla/config.py": set(),
     "vla/config_io.py": {"vla.types"},
+    "vla/locks.py": {"vla.types"},
     "vla/losses": set(),
     "vla/data": TYPES,
     "vla/models": TYPES | {"vla.losses"},
     "vla/policies": TYPES | {"vla.models", "vla.losses"},
-    "vla/eval": TYPES | {"vla.config_io", "vla.versions", "vla.data", "vla.models", "vla.policies", "envs"},
+    "vla/eval": TYPES
+    | {"vla.config_io", "vla.versions", "vla.locks", "vla.data", "vla.models", "vla.policies", "envs"},
     "vla/training": TYPES
-    | {"vla.config_io", "vla.versions", "vla.data", "vla.models", "vla.losses", "vla.policies", "vla.eval"},
+    | {
+        "vla.config_io",
+        "vla.versions",
+        "vla.locks",
+        "vla.data",
+        "vla.models",
+        "vla.losses",
+        "vla.policies",
+        "vla.eval",
+    },
     "envs": set(),
     "scripts": {"vla.cli"},
 }

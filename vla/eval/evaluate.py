@@ -19,6 +19,7 @@ from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, run_rollouts
 from vla.eval.statistics import summarise
+from vla.locks import lock_folder
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
 from vla.types import UserError
 from vla.versions import versions
@@ -38,7 +39,7 @@ def evaluate(config: EvalConfig) -> Path:
     tasks, splits = checked(config, trained)
     check_sizes(config.env, tasks, policy)
     output = Path(config.output) if config.output else default_output(config, policy_folder)
-    output.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(output)
     if not begin(output, config):
         print(f"{output}: already complete")
         return output
@@ -69,6 +70,7 @@ def evaluate(config: EvalConfig) -> Path:
     }
     write(output, result, records)
     write_report(output / "report.html", evaluation_report(result, output, films))
+    lock.close()
     print(table(result))
     print(f"wrote {output / 'eval.json'} and {output / 'report.html'}")
     return output

@@ -23,6 +23,7 @@ from envs import env_class, make_env, make_expert
 from vla.config import CollectConfig
 from vla.data.episodes import read_episodes
 from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
+from vla.locks import lock_folder
 from vla.types import (
     ACTION_KEY,
     GOAL_KEY,
@@ -77,7 +78,7 @@ def collect(config: CollectConfig) -> Path:
 
     shards = plan_shards(config, tasks)
     parts = parts_folder(root)
-    parts.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(parts)
     check_same_plan(parts, wanted)
     todo = [number for number in range(len(shards)) if not shard_path(parts, number).with_suffix(".json").is_file()]
     total = sum(len(shard) for shard in shards)
@@ -94,6 +95,7 @@ def collect(config: CollectConfig) -> Path:
                     bar.update(done)
     merge(config, tasks, parts, len(shards), root, wanted)
     shutil.rmtree(parts)
+    lock.close()
     print(summary(root))
     return root
 

@@ -10,6 +10,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from vla.config_io import save_yaml, to_dict
+from vla.locks import lock_folder
 from vla.training.checkpoint import latest_checkpoint
 from vla.types import UserError
 from vla.versions import versions
@@ -33,7 +34,8 @@ class RunFolder:
     """`outputs/STAGE/NAME/` of one training run.
 
     Raises:
-        UserError: the folder holds a run and `resume` is off, or the run was begun with another configuration.
+        UserError: the folder holds a run and `resume` is off, the run was begun with another configuration, or another
+            process is at it.
     """
 
     def __init__(self, folder: Path, config: Any, *, resume: bool) -> None:
@@ -45,7 +47,7 @@ class RunFolder:
             )
         if begun:
             self._refuse_other_config(config)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(folder)
         save_yaml(config, folder / "config.yaml")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         with (folder / "log.txt").open("a") as log:
