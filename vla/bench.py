@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 
+from envs import env_class, make_env, make_expert
 from vla.config import BatchConfig, BenchConfig, CollectConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import read_episodes
@@ -23,6 +24,7 @@ from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
 from vla.versions import versions
 
 SMALL_SCENES = 100
+NOISE = 0.3  # std of the noise on the expert's executed velocity, as in collection
 
 
 def bench(config: BenchConfig) -> Path:
@@ -39,6 +41,8 @@ def bench(config: BenchConfig) -> Path:
     peer = lerobot_samples(root, config)  # first: the page cache is warm for both, since reading fingerprints the files
     ours = triplets(root, config)
     latency = policy_latency(config)
+    simulator = tabletop_steps(config)
+    experts = {"plain": expert_episodes(config.expert_seeds, 0.0), "noisy": expert_episodes(config.expert_seeds, NOISE)}
     result = {
         "data": str(root),
         "threads": config.threads,
@@ -47,6 +51,8 @@ def bench(config: BenchConfig) -> Path:
         "triplets_per_s": ours,
         "lerobot_samples_per_s": peer,
         "policy_latency_ms": latency,
+        "tabletop": simulator,
+        "expert": experts,
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
         "versions": versions(),
     }
@@ -55,6 +61,14 @@ def bench(config: BenchConfig) -> Path:
     print(f"  triplets with {config.horizon}-step chunks, augmented, warm frame store   {ours:10,.0f} /s")
     print(f"  LeRobotDataset with delta_timestamps, not augmented            {peer:10,.0f} /s")
     print(f"  one action, default tower, batch 1: p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms")
+    print(
+        f"  tabletop, 96 px, rendered every step {simulator['steps_per_s']:,.0f} steps/s, reset {simulator['reset_ms']:.1f} ms"
+    )
+    for task, row in experts["plain"].items():
+        noisy = experts["noisy"][task]
+        print(
+            f"  expert, {task:9} {row['successes']} of {row['n']} seeds, with noise {noisy['successes']} of {noisy['n']}"
+        )
     print(f"{config.threads} thread(s); wrote {path}")
     return path
 
@@ -146,6 +160,53 @@ def policy_latency(config: BenchConfig) -> dict[str, float]:
         times.append(1000 * (time.perf_counter() - begun))
     p50, p95 = np.percentile(times[20:], [50, 95])
     return {"p50": round(float(p50), 2), "p95": round(float(p95), 2)}
+
+
+def tabletop_steps(config: BenchConfig) -> dict[str, float]:
+    """Steps a second with a 96 px picture each, and milliseconds of a reset, of one environment."""
+    env = make_env("tabletop", image_size=96, end_on_success=False)
+    seeds, rng = itertools.count(), np.random.default_rng(0)
+    env.reset(seed=0)
+    ended = False
+
+    def one_step() -> int:
+        nonlocal ended
+        if ended:
+            env.reset(seed=next(seeds))
+        _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 3).astype(np.float32))
+        ended = terminated or truncated
+        return 1
+
+    def one_reset() -> int:
+        env.reset(seed=next(seeds))
+        return 1
+
+    return {
+        "steps_per_s": rate(one_step, config.seconds),
+        "reset_ms": 1000 / rate(one_reset, config.seconds),
+    }
+
+
+def expert_episodes(seeds: int, noise: float) -> dict[str, dict[str, float]]:
+    """{task: {"successes", "n", "timesteps"}} of the tabletop's expert; `timesteps` is the mean to success."""
+    rows = {}
+    for task in env_class("tabletop").TASKS:
+        env = make_env("tabletop", tasks=(task,), end_on_success=True)
+        env.render_observations = False
+        lengths = []
+        for seed in range(seeds):
+            _, info = env.reset(seed=seed)
+            expert, rng = make_expert("tabletop", env), np.random.default_rng([seed, 5])
+            truncated, timesteps = False, 0
+            while not (truncated or info["is_success"]):
+                action = expert.act()
+                action[:-1] += noise * rng.standard_normal(len(action) - 1).astype(np.float32)
+                _, _, _, truncated, info = env.step(np.clip(action, -1, 1))
+                timesteps += 1
+            if info["is_success"]:
+                lengths.append(timesteps)
+        rows[task] = {"successes": len(lengths), "n": seeds, "timesteps": round(float(np.mean(lengths)), 1)}
+    return rows
 
 
 def rate(work: Callable[[], int], seconds: float) -> float:

@@ -201,6 +201,7 @@ class BenchConfig:
     horizon: int = number(16, 1)  # timesteps of an action chunk
     seconds: float = number(10.0, 0.01)  # of each measurement
     threads: int = number(1, 1)  # CPU threads
+    expert_seeds: int = number(200, 1)  # scenes of each task that the tabletop's expert is tried on
 
 
 @dataclass

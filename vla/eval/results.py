@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vla.config import ResultsConfig
 from vla.eval.pictures import tabletop_picture
 from vla.types import UserError
@@ -36,11 +38,45 @@ def results(config: ResultsConfig) -> Path:
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not records:
         raise UserError(f"{config.runs}: no eval/**/eval.json; run `make tabletop` first")
+    for name, taken in (("bench", bench_file(Path(config.runs))), ("towers", towers(Path(config.runs)))):
+        if taken:
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"{name}.json").write_text(json.dumps(taken, indent=1) + "\n")
     page = folder.with_suffix(".md")
-    page.write_text("\n".join([HEAD, overview(records), *(section(name, r) for name, r in records.items())]))
+    parts = [HEAD, overview(records), *(section(name, r) for name, r in records.items())]
+    for name, of_file in (("bench", bench_section), ("towers", towers_section)):
+        path = folder / name / f"{name}.json"
+        if path.is_file():
+            parts.append(of_file(json.loads(path.read_text())))
+    page.write_text("\n".join(parts))
     picture = tabletop_picture(folder.parent / "pictures" / "tabletop.png")
     print(f"wrote {page} from {len(records)} results, and {picture}")
     return page
+
+
+def bench_file(runs: Path) -> dict[str, Any] | None:
+    """What `make bench` measured, if it was run."""
+    path = runs / "bench" / "bench.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def towers(runs: Path) -> dict[str, Any]:
+    """The alignments named tower_*, of vision towers to choose from."""
+    taken = {}
+    for path in sorted(runs.glob("align/tower_*/alignment.json")):
+        config = yaml.safe_load((path.parent / "config.yaml").read_text())
+        taken[path.parent.name] = json.loads(path.read_text()) | {"tower": config["tower"]}
+    return taken
+
+
+def data_wait(run: Path) -> float | None:
+    """Mean share of a training step spent waiting for data."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    waits = [line["data_wait"] for line in lines if "data_wait" in line]
+    return sum(waits) / len(waits) if waits else None
 
 
 def take_up(path: Path) -> dict[str, Any]:
@@ -50,7 +86,10 @@ def take_up(path: Path) -> dict[str, Any]:
     times = path.parent / "pipeline.json"
     if times.is_file():
         record["seconds"] = json.loads(times.read_text())["seconds"]
-    alignment = Path(record["policy"].get("encoder", "random")).parent / "alignment.json"
+    aligned, cloned = Path(record["policy"].get("encoder", "random")).parent, Path(record["config"]["policy"]).parent
+    waits = {"align": data_wait(aligned), "policy": data_wait(cloned)}
+    record["data_wait"] = {stage: share for stage, share in waits.items() if share is not None}
+    alignment = aligned / "alignment.json"
     if alignment.is_file():
         record["alignment"] = json.loads(alignment.read_text())
     return record
@@ -86,7 +125,9 @@ def section(name: str, r: dict[str, Any]) -> str:
         f"torch {versions['torch']}, lerobot {versions['lerobot']}, commit {versions.get('commit', 'unknown')}.\n",
     ]
     if "seconds" in r:
-        parts.append(table([["stage", "minutes"], *([k, f"{v / 60:.1f}"] for k, v in r["seconds"].items())]))
+        waits = {k: f"{100 * v:.1f} %" for k, v in r.get("data_wait", {}).items()}
+        rows = [[k, f"{v / 60:.1f}", waits.get(k, "-")] for k, v in r["seconds"].items()]
+        parts.append(table([["stage", "minutes", "waiting for data"], *rows]))
     parts.append(table([["task", "success", "n"], *([k, rate(v), str(v["n"])] for k, v in r["tasks"].items())]))
     parts.append(table([["split", "success", "n"], *([k, rate(v), str(v["n"])] for k, v in r["splits"].items())]))
     if r.get("grounding"):
@@ -103,6 +144,51 @@ def section(name: str, r: dict[str, Any]) -> str:
         ]
         parts.append(table([["alignment, held-out episodes", "value", "chance"], *rows]))
     return "\n".join(parts)
+
+
+def bench_section(r: dict[str, Any]) -> str:
+    """Throughput, latency and the tabletop's expert."""
+    latency, simulator, versions = r["policy_latency_ms"], r["tabletop"], r["versions"]
+    speeds = [
+        ["", "measured"],
+        [f"triplets with {r['horizon']}-step chunks, augmented, warm frame store", f"{r['triplets_per_s']:,.0f} /s"],
+        ["LeRobotDataset with `delta_timestamps`, not augmented", f"{r['lerobot_samples_per_s']:,.0f} /s"],
+        ["one action, default tower, batch 1", f"p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms"],
+        ["tabletop at 96 px, rendered every step", f"{simulator['steps_per_s']:,.0f} steps/s"],
+        ["tabletop, reset", f"{simulator['reset_ms']:.1f} ms"],
+    ]
+    expert = [["expert", "success", "timesteps", "with noise", "timesteps with noise"]]
+    for task, plain in r["expert"]["plain"].items():
+        noisy = r["expert"]["noisy"][task]
+        expert.append(
+            [task]
+            + [text for e in (plain, noisy) for text in (f"{e['successes']} of {e['n']}", f"{e['timesteps']:.1f}")]
+        )
+    return "\n".join(
+        [
+            "## bench\n",
+            f"`make bench`, {r['threads']} thread(s). {versions['processor']}, {versions['cores']} cores.\n",
+            table(speeds),
+            table(expert),
+        ]
+    )
+
+
+def towers_section(r: dict[str, Any]) -> str:
+    """Vision towers after the same minutes of stage one on the same data."""
+    names = ("target_probe_r2", "state_probe_r2", "context_to_action_r1", "image_to_text_r1")
+    rows = [["patch / width / layers", "steps", "minutes", *(name.replace("_", " ") for name in names)]]
+    for run in r.values():
+        tower, metrics = run["tower"], run["metrics"]
+        rows.append(
+            [
+                f"{tower['patch_size']} / {tower['width']} / {tower['layers']}",
+                str(run["steps"]),
+                f"{run['seconds'] / 60:.0f}",
+                *(f"{metrics[name]:.3f}" for name in names),
+            ]
+        )
+    return "\n".join(["## towers\n", "Stage one alone, one thread each, held-out episodes.\n", table(rows)])
 
 
 def rate(summary: dict[str, Any] | None) -> str:
