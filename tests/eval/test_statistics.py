@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance
-from vla.eval.statistics import paired_p_value, summarise, wilson
+from vla.eval.statistics import (
+    crossed_interval,
+    episodes_needed,
+    holm,
+    paired_p_value,
+    summarise,
+    visible_difference,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,3 +70,69 @@ def test_rank_me_counts_the_directions_in_use():
 def test_an_interval_contains_its_estimate_at_both_ends(n):
     assert wilson(0, n)[0] == 0
     assert wilson(n, n)[1] == 1
+
+
+def test_wilsons_coverage_averaged_over_rates_is_nominal():
+    rng = np.random.default_rng(0)
+    rates = rng.random(4000)
+    intervals = np.array([wilson(int(k), 50) for k in rng.binomial(50, rates)])
+    covered = (intervals[:, 0] <= rates) & (rates <= intervals[:, 1])
+    assert covered.mean() == pytest.approx(0.95, abs=0.01)
+
+
+def simulated_coverage(seeds: int, seed_std: float, base: float, trials: int = 1500) -> float:
+    """How often the interval holds the true rate: logits with effects of training seeds, of episodes, and of both."""
+    rng = np.random.default_rng([seeds, int(10 * seed_std), int(10 * base)])
+    task = np.repeat(np.arange(6), 15)
+
+    def logits(shape: tuple[int, int, int]) -> np.ndarray:
+        n, s, e = shape
+        of_seed, of_episode = rng.normal(size=(n, s, 1)), rng.normal(size=(n, 1, e))
+        return base + seed_std * of_seed + 1.5 * of_episode + 0.5 * rng.normal(size=shape)
+
+    truth = float((1 / (1 + np.exp(-logits((100_000, 1, 1))))).mean())
+    outcomes = rng.random((trials, seeds, 90)) < 1 / (1 + np.exp(-logits((trials, seeds, 90))))
+    estimates = [crossed_interval(o, task) for o in outcomes]
+    return float(np.mean([e.low <= truth <= e.high for e in estimates]))
+
+
+@pytest.mark.parametrize("seeds", [3, 4, 5])
+@pytest.mark.parametrize(("seed_std", "base"), [(0.0, 0.0), (0.2, 1.5), (0.5, 0.0), (0.5, 1.5)])
+def test_crossed_intervals_cover_at_least_nominal_minus_three_points(seeds, seed_std, base):
+    assert simulated_coverage(seeds, seed_std, base) >= 0.92
+
+
+def test_a_crossed_interval_is_wider_than_wilsons_when_training_seeds_differ():
+    rng = np.random.default_rng(0)
+    outcomes = rng.random((3, 100)) < np.array([[0.5], [0.7], [0.9]])
+    estimate = crossed_interval(outcomes, np.zeros(100))
+    low, high = wilson(int(outcomes.sum()), 300)
+    assert estimate.high - estimate.low > 2 * (high - low)
+
+
+def test_equal_arms_do_not_differ_and_one_sided_arms_do():
+    rng = np.random.default_rng(0)
+    first = rng.random((3, 200)) < 0.8
+    assert crossed_interval(first.astype(float) - first, np.zeros(200)).p_value == 1.0
+    second = rng.random((3, 200)) < 0.5
+    assert crossed_interval(first.astype(float) - second, np.zeros(200)).low > 0
+
+
+def test_tasks_are_fixed_so_their_difference_does_not_widen_the_interval():
+    task = np.repeat([0, 1], 100)
+    outcomes = np.stack([task == 1] * 3)
+    assert crossed_interval(outcomes, task).high == crossed_interval(outcomes, task).low == 0.5
+
+
+def test_holm_corrects_for_the_number_of_arms():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+@pytest.mark.parametrize(("first", "second", "n"), [(0.5, 0.7, 93), (0.7, 0.8, 293), (0.9, 0.95, 434)])
+def test_power_equals_published_numbers(first, second, n):
+    assert episodes_needed(first, second) == pytest.approx(n, rel=0.02)
+
+
+def test_the_visible_difference_is_the_smallest_that_the_episodes_suffice_for():
+    difference = visible_difference(300, around=0.7)
+    assert episodes_needed(0.7, 0.7 - difference) <= 300 < episodes_needed(0.7, 0.71 - difference)

@@ -1,10 +1,19 @@
-"""Intervals and summaries of success rates."""
+"""Intervals, tests and power of success rates.
+
+One policy: Wilson. Two policies on the same episodes: McNemar. Arms of several training seeds on the same episodes: the
+crossed interval, whose coverage the tests check by simulation.
+"""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -34,3 +43,79 @@ def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     neither = len(first) - both - only_first - only_second
     return float(mcnemar([[both, only_first], [only_second, neither]], exact=True).pvalue)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over training seeds and episodes, with its interval and the p-value of "it is zero"."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    seeds: int
+    episodes: int
+
+
+def crossed_interval(outcomes: np.ndarray, strata: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """Mean of outcomes whose training seeds and episodes are both samples, the tasks fixed.
+
+    Two-way random effects, seeds crossed with the episodes within each task: the variance of the mean is
+    (MS_seed + MS_episode - MS_residual) / N, its degrees of freedom Satterthwaite's (Satterthwaite 1946; Snedecor and
+    Cochran, "Statistical Methods", two-way mixed models). It is never taken smaller than what the episodes or the seeds alone give. With
+    one training seed the interval is over episodes alone, and says nothing of other seeds.
+
+    Args:
+        outcomes: (s, e) success of every training seed on every episode, or the difference of two arms.
+        strata: (e,) the task of each episode.
+        confidence: of the interval.
+    Raises:
+        ValueError: fewer than two episodes in a task, or shapes that do not match.
+    """
+    outcomes = np.asarray(outcomes, float)
+    seeds, episodes = outcomes.shape
+    if strata.shape != (episodes,):
+        raise ValueError(f"strata must be ({episodes},), got {strata.shape}")
+    tasks, task = np.unique(strata, return_inverse=True)
+    if np.bincount(task).min() < 2:
+        raise ValueError("every task needs at least two episodes")
+    of_task = np.stack([outcomes[:, task == t].mean(axis=1) for t in range(len(tasks))], axis=1)  # (s, t)
+    of_episode = outcomes.mean(axis=0)  # (e,)
+    value = float(outcomes.mean())
+    episode_freedom = episodes - len(tasks)
+    ms_episode = seeds * float(((of_episode - of_task.mean(axis=0)[task]) ** 2).sum()) / episode_freedom
+    if seeds == 1:
+        mean_squares, freedoms = [ms_episode], [episode_freedom]
+        variance = ms_episode / episodes
+    else:
+        ms_seed = episodes * float(((outcomes.mean(axis=1) - value) ** 2).sum()) / (seeds - 1)
+        residual = outcomes - of_task[:, task] - of_episode[None] + of_task.mean(axis=0)[task][None]
+        ms_residual = float((residual**2).sum()) / ((seeds - 1) * episode_freedom)
+        mean_squares = [ms_seed, ms_episode, -ms_residual]
+        freedoms = [seeds - 1, episode_freedom, (seeds - 1) * episode_freedom]
+        variance = max(sum(mean_squares), ms_seed, ms_episode) / outcomes.size
+    total = variance * outcomes.size
+    squares = sum(m**2 / f for m, f in zip(mean_squares, freedoms, strict=True))
+    freedom = max(total**2 / squares, min(freedoms)) if squares > 0 else 1.0
+    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * variance**0.5
+    p_value = float(2 * stats.t.sf(abs(value) / variance**0.5, freedom)) if variance > 0 else float(value == 0)
+    return Estimate(value, value - half, value + half, p_value, seeds, episodes)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number (Holm 1979)."""
+    return multipletests(list(p_values), method="holm")[1].tolist() if len(p_values) else []
+
+
+def episodes_needed(first: float, second: float, power: float = 0.8) -> int:
+    """Episodes an arm at which two success rates are told apart with this power at the 5 % level, two-sided, unpaired."""
+    effect = abs(proportion_effectsize(first, second))
+    return int(np.ceil(NormalIndPower().solve_power(effect, power=power, alpha=0.05)))
+
+
+def visible_difference(episodes: int, around: float = 0.7, power: float = 0.8) -> float:
+    """The smallest difference below the rate `around` that `episodes` an arm tell apart with this power."""
+    for points in range(1, round(100 * around)):
+        if episodes_needed(around, around - points / 100, power) <= episodes:
+            return points / 100
+    return 1.0
