@@ -12,8 +12,7 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import NormalIndPower
-from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
+from statsmodels.stats.proportion import proportion_confint, samplesize_proportions_2indep_onetail
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -109,8 +108,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def episodes_needed(first: float, second: float, power: float = 0.8) -> int:
     """Episodes an arm at which two success rates are told apart with this power at the 5 % level, two-sided, unpaired."""
-    effect = abs(proportion_effectsize(first, second))
-    return int(np.ceil(NormalIndPower().solve_power(effect, power=power, alpha=0.05)))
+    exact = samplesize_proportions_2indep_onetail(second - first, first, power, alpha=0.05)  # halves alpha itself
+    return int(np.ceil(exact))
 
 
 def visible_difference(episodes: int, around: float = 0.7, power: float = 0.8) -> float:
