@@ -40,7 +40,7 @@ class DataConfig:
     image_size: int = number(96, 16)  # frames are stored at this side, px
     cache: str | None = None  # folder of the frame store; default: ROOT/.concord
     holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
-    episodes_per_goal: int | None = None  # use at most this many training episodes of each task text or goal
+    episodes_per_task: int | None = None  # use at most this many training episodes of each task
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
     color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
     workers: int = number(2, 1)  # processes that build the frame store
@@ -143,8 +143,10 @@ class PolicyTrainConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tune: bool = False  # fine-tune the encoder; False keeps it frozen and trains on cached tokens
+    tuned_part: Literal["all", "vision", "last_block"] = "all"  # what of the encoder is fine-tuned
     encoder_lr_scale: float = number(0.1, 0)  # learning rate of the encoder relative to the head's, when tuned
     aligned_pooler: bool = False  # start the policy's pooler from the aligned one (an untrained encoder has none)
+    hide: Literal["none", "language", "vision"] = "none"  # control: the policy never gets this
     failures: bool = False  # clone failed episodes too
     cached_shifts: int = number(
         2, 1

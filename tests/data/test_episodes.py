@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from vla.data.episodes import data_files, limit_per_goal, read_episodes, rows_of, select, split_episodes
+from vla.data.episodes import (
+    data_files,
+    limit_per_task,
+    read_episodes,
+    rows_of,
+    select,
+    split_episodes,
+    task_of_episode,
+)
 from vla.data.frames import open_frames
 from vla.data.triplets import gather_chunks
 from vla.data.validation import validate
@@ -90,10 +99,19 @@ def test_scenes_are_never_on_both_sides_of_the_split(data_root):
     assert sorted([*train, *validation]) == list(range(len(episodes.goal_id)))
 
 
-def test_at_most_so_many_episodes_of_a_goal_are_kept(data_root):
+def test_at_most_so_many_episodes_of_a_task_are_kept(data_root):
     episodes = read_episodes(data_root)
-    kept = limit_per_goal(episodes, np.arange(len(episodes.goal_id)), 1, seed=0)
-    assert len(kept) == len(np.unique(episodes.goal_id))
+    everything = np.arange(len(episodes.goal_id))
+    kept = limit_per_task(episodes, everything, 2, seed=0)
+    tasks, counts = np.unique(task_of_episode(episodes)[kept], return_counts=True)
+    assert set(tasks) == set(task_of_episode(episodes))
+    assert counts.max() == 2
+    assert set(limit_per_task(episodes, everything, 1, seed=0)) < set(kept)
+
+
+def test_without_named_tasks_every_goal_is_one(data_root):
+    episodes = replace(read_episodes(data_root), extra=None)
+    assert task_of_episode(episodes).tolist() == [episodes.goals[g] for g in episodes.goal_id]
 
 
 def test_selected_episodes_keep_their_rows(data_root):

@@ -4,10 +4,15 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
+from vla.models.clip import load_clip
+from vla.policies.concord import ConcordPolicy
+from vla.policies.loading import load_chunk_policy
 from vla.training.policy import train_policy
 from vla.types import UserError
 
@@ -41,3 +46,34 @@ def test_an_untrained_encoder_is_a_baseline(policy_config, tmp_path):
     config = replace(policy_config, encoder="random", steps=1, output=str(tmp_path / "run"))
     config.tower.width, config.tower.heads, config.tower.layers = 32, 2, 1
     assert (train_policy(config) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("vision", {"vision_model", "visual_projection"}),
+        ("last_block", {"vision_model"}),
+        ("all", {"vision_model", "visual_projection", "text_model", "text_projection"}),
+    ],
+)
+def test_only_the_named_part_of_the_encoder_is_tuned(policy_config, tmp_path, part, changed):
+    config = replace(policy_config, tune=True, tuned_part=part, steps=2, ema=0.0, output=str(tmp_path / "run"))
+    tuned = ConcordPolicy.from_pretrained(train_policy(config)).clip.state_dict()
+    before = load_clip(config.encoder)[0].state_dict()
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], tuned[name])} == changed
+
+
+@pytest.mark.parametrize("hide", ["language", "vision"])
+def test_a_control_is_blind_to_what_is_hidden_from_it_and_to_nothing_else(policy_config, tmp_path, hide):
+    config = replace(policy_config, hide=hide, output=str(tmp_path / "run"))
+    policy = load_chunk_policy(train_policy(config))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (2, 48, 48, 3), dtype=np.uint8)
+    state = np.zeros((2, 4), np.float32)
+
+    def actions(image: int, text: str) -> np.ndarray:
+        return policy.act(images[image : image + 1], state[:1], [text])
+
+    told_other = np.array_equal(actions(0, "reach the red star"), actions(0, "push the blue cross up"))
+    shown_other = np.array_equal(actions(0, "reach the red star"), actions(1, "reach the red star"))
+    assert (told_other, shown_other) == (hide == "language", hide == "vision")

@@ -169,14 +169,20 @@ def split_episodes(episodes: Episodes, holdout: float, seed: int) -> tuple[np.nd
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def limit_per_goal(episodes: Episodes, positions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """At most `count` of the chosen episodes for each goal, drawn by seed, in their order."""
+def task_of_episode(episodes: Episodes) -> np.ndarray:
+    """(e,) name of each episode's task: what meta/concord.json says, else its goal."""
+    names = (episodes.extra or {}).get("task_of_goal", {})
+    return np.array([names.get(goal, goal) for goal in episodes.goals])[episodes.goal_id]
+
+
+def limit_per_task(episodes: Episodes, positions: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """At most `count` of the chosen episodes for each task, drawn by seed, in their order; fewer are a part of more."""
     if count is None:
         return positions
     shuffled = np.random.default_rng(seed).permutation(positions)
-    goal = episodes.goal_id[shuffled]
-    order = np.argsort(goal, kind="stable")
-    rank = np.arange(len(goal)) - np.searchsorted(goal[order], goal[order])
+    task = task_of_episode(episodes)[shuffled]
+    order = np.argsort(task, kind="stable")
+    rank = np.arange(len(task)) - np.searchsorted(task[order], task[order])
     return np.sort(shuffled[order][rank < count])
 
 

@@ -26,8 +26,10 @@ class PolicyNetwork(nn.Module):
         layers: int,
         state_dropout: float,
         flow_steps: int,
+        hide: str = "none",
     ) -> None:
         super().__init__()
+        self.hide = hide  # a control's blind spot: "language" or "vision"
         self.pooler = TextConditionedPooler(token_width, text_width, n_patches=n_patches, width=width, queries=queries)
         self.state_encoder = nn.Sequential(nn.Linear(state_dim, 128), nn.GELU(), nn.Linear(128, 128))
         self.no_state = nn.Parameter(torch.zeros(128))
@@ -42,6 +44,11 @@ class PolicyNetwork(nn.Module):
 
     def features(self, tokens: Tensor, words: Tensor, words_mask: Tensor, similarity: Tensor, state: Tensor) -> Tensor:
         """(b, n, w), (b, l, w), (b, l), (b, l, n), (b, s) -> (b, hidden)."""
+        if self.hide == "language":
+            words, words_mask = torch.zeros_like(words[:, :1]), torch.ones_like(words_mask[:, :1])
+            similarity = torch.zeros_like(similarity[:, :1])
+        elif self.hide == "vision":
+            tokens, similarity = torch.zeros_like(tokens), torch.zeros_like(similarity)
         pooled = self.pooler(tokens, words, words_mask, similarity).flatten(1)
         proprio = self.state_encoder(state)
         if self.training and self.state_dropout:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
-from vla.data.episodes import Episodes, limit_per_goal, read_episodes, rows_of, split_episodes
+from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler
@@ -73,7 +73,7 @@ def train_align(config: AlignConfig) -> Path:
 
     episodes = read_episodes(config.data.root, config.data.camera)
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
-    train = limit_per_goal(episodes, train, config.data.episodes_per_goal, config.seed)
+    train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
     frames = open_frames(episodes, config.data.image_size, config.data.cache, config.data.workers)
     rows = rows_of(episodes, train)
     stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augment
-from vla.data.episodes import Episodes, limit_per_goal, read_episodes, rows_of, select, split_episodes
+from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, select, split_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
 from vla.data.triplets import gather_chunks
@@ -88,7 +88,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     frames = open_frames(everything, config.data.image_size, config.data.cache, config.data.workers)
     episodes = everything if config.failures else select(everything, np.flatnonzero(everything.success))
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
-    train = limit_per_goal(episodes, train, config.data.episodes_per_goal, config.seed)
+    train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
     rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
     stats = {
         STATE_KEY: compute_norm_stats(episodes.state[rows]),
@@ -197,6 +197,8 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         },
         output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (episodes.action.shape[1],))},
         tune=config.tune,
+        tuned_part=config.tuned_part,
+        hide=config.hide,
         encoder_lr_scale=config.encoder_lr_scale,
         kind=head.kind,
         horizon=head.horizon,

@@ -19,6 +19,8 @@ class ConcordConfig(PreTrainedConfig):
 
     encoder: str | None = None
     tune: bool = False  # train the encoder too
+    tuned_part: str = "all"  # what of it: all, vision or last_block (of the vision tower)
+    hide: str = "none"  # a control that never gets the "language" or the "vision"
     encoder_lr_scale: float = 0.1  # learning rate of the encoder relative to the rest
     kind: str = "l1"  # action head: l1 or flow
     horizon: int = 16  # timesteps predicted
@@ -53,6 +55,9 @@ class ConcordConfig(PreTrainedConfig):
         super().__post_init__()
         if not 1 <= self.n_action_steps <= self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must be between 1 and horizon {self.horizon}")
+        for name, known in (("tuned_part", ("all", "vision", "last_block")), ("hide", ("none", "language", "vision"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
 
     @property
     def observation_delta_indices(self) -> None:

@@ -68,9 +68,9 @@ class ConcordPolicy(PreTrainedPolicy):
             layers=config.layers,
             state_dropout=config.state_dropout,
             flow_steps=config.flow_steps,
+            hide=config.hide,
         )
-        self.clip.requires_grad_(config.tune)
-        clip.logit_scale.requires_grad_(False)
+        choose_trained(clip, config.tune, config.tuned_part)
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
         self._words: dict[str, Tensor] = {}
@@ -196,6 +196,19 @@ class ConcordPolicy(PreTrainedPolicy):
             raise UserError(f"{folder / WEIGHTS}: missing keys {missing[:3]}, unexpected keys {surplus[:3]}")
         policy.load_state_dict(state, strict=strict)
         return policy.to(config.device).eval()
+
+
+def choose_trained(clip: CLIPModel, tune: bool, part: str) -> None:
+    """Switch gradients on for what of the encoder is fine-tuned, and off for the rest."""
+    clip.requires_grad_(tune and part == "all")
+    clip.logit_scale.requires_grad_(False)
+    vision = clip.vision_model
+    if tune and part == "vision":
+        vision.requires_grad_(True)
+        clip.visual_projection.requires_grad_(True)
+    elif tune and part == "last_block":
+        vision.encoder.layers[-1].requires_grad_(True)
+        vision.post_layernorm.requires_grad_(True)
 
 
 def new_encoder(config: ConcordConfig, texts: list[str]) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
