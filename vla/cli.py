@@ -50,6 +50,16 @@ def evaluate(argv: list[str]) -> None:
     run(config)
 
 
+def compare(argv: list[str]) -> None:
+    """The matched comparison of arms, encoders and policies."""
+    from vla.config import CompareConfig
+
+    config = load_config(CompareConfig, argv)
+    from vla.comparison.compare import compare as run
+
+    run(config)
+
+
 def doctor(argv: list[str]) -> None:
     """Check the machine, a data set and checkpoints."""
     from vla.config import DoctorConfig
@@ -83,7 +93,8 @@ def results(argv: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (collect, align, policy, evaluate, doctor, bench, pipeline, results)
+    function.__name__: function
+    for function in (collect, align, policy, evaluate, compare, doctor, bench, pipeline, results)
 }
 
 

@@ -183,6 +183,37 @@ class EvalConfig:
     videos: int = number(6, 0)  # videos of successes and of failures, each
 
 
+def _compared_policy() -> PolicyTrainConfig:
+    return PolicyTrainConfig(aligned_pooler=True)
+
+
+@dataclass
+class CompareConfig:
+    """Compare arms on the same head, data, text features and episodes; writes comparison.json and report.html."""
+
+    output: str = "outputs/compare/tabletop"  # folder of everything the comparison makes
+    arms: tuple[str, ...] = (
+        "scratch",
+        "random-frozen",
+        "cloning-pretrained-frozen",
+        "aligned-frozen",
+        "aligned-tuned",
+        "shuffle-all",
+    )  # arms to compare; --help of the documentation lists them all
+    encoders: tuple[str, ...] = ()  # further frozen arms, NAME=FOLDER of a CLIPModel each
+    policies: tuple[str, ...] = ()  # LeRobot policy folders to evaluate beside the arms, NAME=FOLDER each
+    demonstrations: tuple[int, ...] = (5, 25, 0)  # demonstrations of each task that the policies clone; 0 means all
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
+    tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
+    scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together
+    cloning_steps: int = number(1500, 1)  # steps of the cloning that pretrains: as long as the alignment
+    collect: CollectConfig = field(default_factory=CollectConfig)  # the demonstrations
+    align: AlignConfig = field(default_factory=AlignConfig)  # stage one
+    policy: PolicyTrainConfig = field(default_factory=_compared_policy)  # stage two; its steps are the frozen arms'
+    eval: EvalConfig = field(default_factory=EvalConfig)  # the evaluation
+    dry_run: bool = False  # print what would run, how long it takes and what it can show, then stop
+
+
 @dataclass
 class DoctorConfig:
     """Check the machine, and what is named of a data set, an encoder and a policy; one line a check, with its remedy."""

@@ -120,8 +120,12 @@ def test_equal_arms_do_not_differ_and_one_sided_arms_do():
 
 def test_tasks_are_fixed_so_their_difference_does_not_widen_the_interval():
     task = np.repeat([0, 1], 100)
-    outcomes = np.stack([task == 1] * 3)
-    assert crossed_interval(outcomes, task).high == crossed_interval(outcomes, task).low == 0.5
+    estimate = crossed_interval(np.stack([task == 1] * 3), task)
+    assert (estimate.low, estimate.high) == pytest.approx((0.495, 0.505))
+
+
+def test_no_failure_at_all_is_not_certainty():
+    assert crossed_interval(np.ones((3, 100)), np.zeros(100)).low == pytest.approx(0.99)
 
 
 def test_holm_corrects_for_the_number_of_arms():

@@ -46,6 +46,8 @@ def measure_alignment(
     seen = embed_rows(model, source, spread_rows(source, train, 4), input_ids, attention_mask)
     measures = retrieval_measures(held_out) | zero_shot_measures(held_out, source)
     measures |= probe_measures(seen, held_out, source)
+    texts = np.unique(held_out.batch.text_id)
+    measures["modality_gap"] = float(np.linalg.norm(held_out.vision.mean(0) - held_out.language[texts].mean(0)))
     for name in ("vision", "context", "action"):
         measures[f"rank_me_{name}"] = rank_me(getattr(held_out, name))
     return measures

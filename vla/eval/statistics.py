@@ -96,7 +96,8 @@ def crossed_interval(outcomes: np.ndarray, strata: np.ndarray, confidence: float
     total = variance * outcomes.size
     squares = sum(m**2 / f for m, f in zip(mean_squares, freedoms, strict=True))
     freedom = max(total**2 / squares, min(freedoms)) if squares > 0 else 1.0
-    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * variance**0.5
+    # Where all outcomes agree, the rule of three (Hanley and Lippman-Hand 1983).
+    half = max(float(stats.t.ppf(0.5 + confidence / 2, freedom)) * variance**0.5, 3 / outcomes.size)
     p_value = float(2 * stats.t.sf(abs(value) / variance**0.5, freedom)) if variance > 0 else float(value == 0)
     return Estimate(value, value - half, value + half, p_value, seeds, episodes)
 

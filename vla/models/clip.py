@@ -227,6 +227,13 @@ def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerBase
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
+def with_text_of(model: CLIPModel, other: CLIPModel) -> CLIPModel:
+    """Replace the text tower and its projection in place by those of `other`, which must have the same sizes."""
+    model.text_model.load_state_dict(other.text_model.state_dict(), strict=True)
+    model.text_projection.load_state_dict(other.text_projection.state_dict(), strict=True)
+    return model
+
+
 def resize_positions(model: CLIPModel, image_size: int) -> CLIPModel:
     """Adapt the vision tower in place to another image size by bicubic interpolation of its position embeddings."""
     vision = model.config.vision_config

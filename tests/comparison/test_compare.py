@@ -1,0 +1,135 @@
+"""A whole small comparison, shared by two processes, with an encoder and a policy of the user's."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import debug
+from vla.comparison.compare import compare
+from vla.comparison.jobs import Job, run_jobs
+from vla.config import CompareConfig
+from vla.models.clip import load_clip
+from vla.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
+    """The folder of a comparison that `accelerate launch` ran with two processes."""
+    folder = tmp_path_factory.mktemp("compare")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "scripts" / "compare.py")]
+    command += ["--config_path", "configs/compare/debug.yaml", f"--align.data.root={data_root}"]
+    command += [f"--output={folder}", f"--encoders=[mine={encoder}]", f"--policies=[theirs={policy_folder}]"]
+    command += ["--arms=[random-frozen,cloning-pretrained-frozen,aligned-frozen,shuffle-all,no-vision]"]
+    command += ["--demonstrations=[1]"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_every_arm_encoder_and_policy_is_in_the_result(finished):
+    result = json.loads((finished / "comparison.json").read_text())
+    arms = {row["arm"] for row in result["success"]}
+    assert arms == {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "shuffle-all", "no-vision"} | {
+        "mine",
+        "theirs",
+    }
+    assert {row["group"] for row in result["success"]} == {"plain", "perturbed", "swapped instructions"}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in result["success"])
+
+
+def test_differences_are_of_the_same_seeds_and_corrected(finished):
+    rows = json.loads((finished / "comparison.json").read_text())["contrasts"]
+    pairs = {(row["first"], row["second"]) for row in rows}
+    assert ("aligned-frozen", "shuffle-all") in pairs
+    assert ("aligned-tuned", "scratch") not in pairs  # not run
+    assert all(row["holm_p"] >= row["p_value"] and row["seeds"] == 2 for row in rows)
+
+
+def test_table_and_report_are_beside_the_json(finished):
+    with (finished / "comparison.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(json.loads((finished / "comparison.json").read_text())["success"])
+    page = (finished / "report.html").read_text()
+    assert "aligned-frozen - shuffle-all" in page
+    assert "src=\"http" not in page
+
+
+def test_arms_share_the_text_tower_and_differ_in_vision(finished):
+    aligned, random = (load_clip(finished / "encoders" / s / "0" / "clip")[0].state_dict() for s in ("none", "random"))
+    differ = {name.split(".")[0] for name in aligned if not aligned[name].equal(random[name])}
+    assert differ == {"vision_model", "visual_projection", "logit_scale"} - (
+        {"logit_scale"} if aligned["logit_scale"].equal(random["logit_scale"]) else set()
+    )
+
+
+def test_token_caches_are_gone(finished):
+    assert not list((finished / "cache").iterdir())
+
+
+def test_every_job_was_run_once(finished):
+    for log in (finished / "jobs").glob("policy-*/log.txt"):
+        assert log.read_text().count("stage two:") == 1
+
+
+def test_again_it_has_nothing_to_do(finished, data_root, encoder, capsys):
+    config = debug(CompareConfig, "compare", output=str(finished), demonstrations=(1,), arms=("aligned-frozen",))
+    config.align.data.root = str(data_root)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("eval.json")}
+    compare(config)
+    assert "0 left" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("eval.json")}
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
+    config = debug(CompareConfig, "compare", output=str(finished))
+    config.align.data.root = str(data_root)
+    config.policy = replace(config.policy, steps=3)
+    with pytest.raises(UserError, match="holds a comparison with another policy"):
+        compare(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
+        ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
+        ("seeds", (0, 0), "repeats a value"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(field, value, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        compare(replace(debug(CompareConfig, "compare", output=str(tmp_path)), **{field: value}))
+
+
+def test_a_dry_run_says_cost_and_power_and_writes_nothing(tmp_path, capsys):
+    compare(debug(CompareConfig, "compare", output=str(tmp_path / "run"), dry_run=True))
+    out = capsys.readouterr().out
+    assert "jobs" in out
+    assert "80 % power" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_waits_for_what_it_needs(tmp_path):
+    order = []
+
+    def make(name: str):
+        def run() -> None:
+            order.append(name)
+            (tmp_path / name).write_text("")
+
+        return run
+
+    jobs = [
+        Job("second", tmp_path / "second", make("second"), ("first",)),
+        Job("first", tmp_path / "first", make("first")),
+    ]
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None)
+    assert order == ["first", "second"]

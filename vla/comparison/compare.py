@@ -1,0 +1,176 @@
+"""The matched comparison: same head, data, text features and episodes for every arm."""
+
+import csv
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vla.comparison.jobs import Job, duration, run_jobs
+from vla.comparison.plan import chosen_arms, plan_jobs, write_json
+from vla.comparison.report import comparison_report, demonstrations, interval
+from vla.comparison.summary import summarise_comparison
+from vla.config import CompareConfig
+from vla.config_io import to_dict
+from vla.eval.report import write_report
+from vla.eval.statistics import visible_difference
+from vla.locks import lock_folder
+from vla.models.clip import patch_tokens
+from vla.training.align import make_encoders
+from vla.types import UserError
+from vla.versions import versions
+
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TYPICAL_EPISODE = 60  # timesteps, for the estimate alone
+FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size")  # changing these changes no result
+
+
+def compare(config: CompareConfig) -> Path | None:
+    """Run what is left of the comparison, alone or together with other processes, and return the report.
+
+    Raises:
+        UserError: unusable configuration, or the folder holds a comparison with another one.
+    """
+    torch.set_num_threads(config.policy.threads)
+    for name in LAUNCHER:  # every job is a run of one process; `accelerate launch` only starts several of us
+        os.environ.pop(name, None)
+    folder = Path(config.output)
+    jobs = with_estimates(config, plan_jobs(config))
+    left = [job for job in jobs if not job.makes.exists()]
+    print(
+        f"compare: {len(jobs)} jobs, {len(left)} left, about {duration(sum(job.seconds for job in left))} in one process"
+    )
+    print(power(config))
+    if config.dry_run:
+        for job in left:
+            print(f"  {job.name:40} {duration(job.seconds):>12}")
+        return None
+    check_same_comparison(folder, config)
+    run_jobs(jobs, folder / "jobs", print)
+    return finish(config, folder)
+
+
+def finish(config: CompareConfig, folder: Path) -> Path:
+    """Write comparison.json, comparison.csv and report.html; of several processes one does, the others leave."""
+    report = folder / "report.html"
+    try:
+        lock = lock_folder(folder / "jobs" / "report")
+    except UserError:
+        return report
+    with lock:
+        result = summarise_comparison(config)
+        result |= {
+            "command": " ".join(["python", *sys.argv]),
+            "protocol": {"power": power(config), "training seeds": ", ".join(map(str, config.seeds)), **versions()},
+            "config": to_dict(config),
+        }
+        write_json(folder / "comparison.json", result)
+        with (folder / "comparison.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, fieldnames=list(result["success"][0]))
+            table.writeheader()
+            table.writerows(result["success"])
+        write_report(report, comparison_report(result))
+    for row in result["success"]:
+        if row["group"] == "plain":
+            print(f"  {row['arm']:28} {demonstrations(row['demonstrations']):34} {interval(row)}")
+    print(f"wrote {folder / 'comparison.json'} and {report}")
+    return report
+
+
+def check_same_comparison(folder: Path, config: CompareConfig) -> None:
+    """Refuse to mix the cells of two configurations; arms, encoders, seeds and numbers may be added.
+
+    Raises:
+        UserError: a field that changes results differs from what the folder was begun with.
+    """
+    path = folder / "begun.json"
+    growing = ("arms", "encoders", "policies", "demonstrations", "seeds", "output")
+    wanted = {key: value for key, value in to_dict(config).items() if key not in growing}
+    wanted = json.loads(json.dumps(without(wanted, FREE_FIELDS)))
+    if path.is_file():
+        made_with = json.loads(path.read_text())
+        differ = [key for key in wanted if made_with.get(key) != wanted[key]]
+        if differ:
+            raise UserError(f"{folder}: holds a comparison with another {', '.join(differ)}; choose another --output")
+    else:
+        write_json(path, wanted)
+
+
+def without(tree: dict, names: tuple[str, ...]) -> dict:
+    """The mapping without some keys, at any depth; `policy.batch_size` stays, since training depends on it."""
+    return {
+        key: without(value, names) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in names or (key == "batch_size" and "steps" in tree)
+    }
+
+
+def power(config: CompareConfig) -> str:
+    """What the comparison can show, before it runs."""
+    plain = len(config.seeds) * config.eval.episodes
+    split = len(config.seeds) * config.eval.split_episodes
+    text = f"{len(config.seeds)} training seeds of {config.eval.episodes} plain episodes see differences from about "
+    text += (
+        f"{100 * visible_difference(plain):.0f} points on (80 % power at success around 70 %, if training seeds agree)"
+    )
+    return text + (f"; each split level from {100 * visible_difference(split):.0f} points on" if split else "")
+
+
+def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
+    """The jobs with the seconds they will take, from the tower's speed on this machine."""
+    forward, training = tower_speed(config)
+    batch = config.align.batch
+    pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
+    policy, episodes = config.policy, config.eval.episodes
+    levels = 0 if config.eval.splits == ("none",) else 20
+    episodes += levels * config.eval.split_episodes + 3 * config.eval.grounding_episodes
+    looks = TYPICAL_EPISODE / policy.head.n_action_steps
+    arms = chosen_arms(config)
+
+    def seconds(job: Job) -> float:
+        stage, _, rest = job.name.partition("-")
+        if stage == "data":
+            return 0.04 * config.collect.scenes * config.collect.goals_per_scene
+        if stage == "align":
+            return config.align.steps * pictures * training * 1.5  # the words, the losses and the update
+        if stage == "cloning":
+            return config.cloning_steps * policy.batch_size * training * 1.3
+        if stage == "policy":
+            arm = arms[rest.rsplit("-", 2)[0]]
+            if arm.tuned_part == "nothing":
+                frames = config.collect.scenes * config.collect.goals_per_scene * 20 * policy.cached_shifts
+                return policy.steps * policy.batch_size * 8e-4 + frames * forward
+            steps = config.scratch_steps if arm.source == "random" else config.tuned_steps
+            return steps * policy.batch_size * training * 1.3
+        if stage == "eval":
+            return episodes * looks * (forward + 4e-3)
+        return 10.0
+
+    return [replace(job, seconds=seconds(job)) for job in jobs]
+
+
+def tower_speed(config: CompareConfig) -> tuple[float, float]:
+    """Seconds a picture of the vision tower, forward alone and with its gradients."""
+    clip, _ = make_encoders(config.align.tower, config.align.data.image_size, ("a text",))
+    size = config.align.data.image_size
+    pictures = torch.zeros(32, 3, size, size)
+    times: list[float] = []
+
+    def step(gradients: bool) -> Tensor:
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=config.align.precision == "bf16"):
+            total = patch_tokens(clip, pictures).float().sum()
+        if gradients:
+            total.backward()
+        return total
+
+    for gradients in (False, True):
+        step(gradients)
+        started = time.perf_counter()
+        step(gradients)
+        times.append((time.perf_counter() - started) / len(pictures))
+    return times[0], times[1]

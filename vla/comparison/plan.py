@@ -1,0 +1,311 @@
+"""What a comparison runs: data, encoders, their measures, policies, evaluations.
+
+Every encoder gets the text tower of the aligned one of its seed, so that arms differ in what they see, not in how they read.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vla.comparison.arms import ARMS, Arm
+from vla.comparison.jobs import Job
+from vla.config import CompareConfig
+from vla.data.batches import Normalizers, TripletSource
+from vla.data.episodes import read_episodes, rows_of, split_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import compute_norm_stats
+from vla.eval.alignment import measure_alignment
+from vla.eval.evaluate import evaluate
+from vla.integrations.collect import collect
+from vla.models.alignment import AlignmentModel
+from vla.models.clip import load_clip, resize_positions, save_clip, tokenize, with_text_of
+from vla.policies.concord import ConcordPolicy
+from vla.training.align import make_encoders, train_align
+from vla.training.policy import train_policy
+from vla.types import UserError
+
+ALIGNED = (
+    "none",
+    "language",
+    "action",
+    "all",
+)  # sources that are alignments, named by what of the triplets is shuffled
+
+
+def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
+    """NAME=FOLDER texts as a mapping; UserError if one is not of that form or its folder is absent."""
+    folders = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (equals and name and Path(folder).is_dir()):
+            raise UserError(f"config error: {field}: {pair!r} is not NAME=FOLDER of an existing folder")
+        folders[name] = Path(folder)
+    return folders
+
+
+def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
+    """The arms that are trained, by name.
+
+    Raises:
+        UserError: unknown or repeated names, or several training seeds or numbers of demonstrations that are equal.
+    """
+    arms = {}
+    for name in config.arms:
+        if name not in ARMS:
+            raise UserError(f"config error: arms: {name!r} is not an arm; known: {', '.join(ARMS)}")
+        arms[name] = ARMS[name]
+    for name, folder in named(config.encoders, "encoders").items():
+        arms[name] = Arm("named", f"the encoder {folder}, frozen")
+    policies = named(config.policies, "policies")
+    for field, values in (
+        ("arms", [*config.arms, *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
+        ("demonstrations", config.demonstrations),
+        ("seeds", config.seeds),
+    ):
+        if len(set(values)) < len(values):
+            raise UserError(f"config error: {field}: {list(values)} repeats a value")
+    if not (arms or policies):
+        raise UserError("config error: arms: name at least one arm, encoder or policy")
+    return arms
+
+
+def plan_jobs(config: CompareConfig) -> list[Job]:
+    """All jobs in a good order: seed by seed, so that the first seed's results are there early."""
+    folder, arms = Path(config.output), chosen_arms(config)
+    jobs = [Job("data", folder / "data.json", partial(make_data, config))]
+    for seed in config.seeds:
+        sources = list(dict.fromkeys(["none", *(arm.source for arm in arms.values() if arm.source != "named")]))
+        if "cloned" in sources and "random" not in sources:
+            sources.append("random")
+        for source in sorted(sources, key=("none", "random", "cloned", "language", "action", "all").index):
+            jobs += encoder_jobs(config, source, seed)
+        for name, arm in arms.items():
+            for count in config.demonstrations:
+                run = folder / "policy" / name / str(count) / str(seed)
+                encoder = f"encoder-{arm.source}-{seed}"
+                jobs.append(
+                    Job(
+                        f"policy-{name}-{count}-{seed}",
+                        run / "policy",
+                        partial(make_policy, config, name, arm, count, seed),
+                        ("data",) if arm.source == "named" else (encoder,),
+                    )
+                )
+                jobs.append(evaluation_job(config, f"{name}-{count}-{seed}", run / "policy", (jobs[-1].name,)))
+    for name, policy in named(config.policies, "policies").items():
+        jobs.append(evaluation_job(config, f"{name}-given-0", policy, ()))
+    return jobs
+
+
+def encoder_jobs(config: CompareConfig, source: str, seed: int) -> list[Job]:
+    """The jobs that make and measure one encoder."""
+    folder = Path(config.output)
+    needs: tuple[str, ...] = ("data",) if source == "none" else ("data", f"align-none-{seed}")
+    jobs = []
+    if source in ALIGNED:
+        align = replace(
+            config.align,
+            output=str(folder / "align" / source / str(seed)),
+            shuffle=source,
+            seed=seed,
+            resume=True,
+        )
+        jobs.append(
+            Job(f"align-{source}-{seed}", Path(align.output) / "report.html", partial(train_align, align), ("data",))
+        )
+        needs = (*needs, jobs[-1].name)
+    if source == "cloned":
+        run = folder / "policy" / "cloning" / str(seed)
+        jobs.append(
+            Job(
+                f"cloning-{seed}",
+                run / "policy",
+                partial(clone_everything, config, seed),
+                (f"encoder-random-{seed}",),
+            )
+        )
+        needs = (*needs, jobs[-1].name)
+    path = encoder_folder(config, source, seed)
+    name = f"encoder-{source}-{seed}"
+    jobs.append(Job(name, path, partial(make_encoder, config, source, seed), needs))
+    measures = path.parent / "measures.json"
+    jobs.append(Job(f"measures-{source}-{seed}", measures, partial(measure, config, source, seed), (name,)))
+    return jobs
+
+
+def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[str, ...]) -> Job:
+    """The evaluation of one policy, the same episodes for all."""
+    output = Path(config.output) / "eval" / name
+    evaluation = replace(config.eval, policy=str(policy), output=str(output), workers=1)
+    return Job(f"eval-{name}", output / "report.html", partial(evaluate, evaluation), needs)
+
+
+def encoder_folder(config: CompareConfig, source: str, seed: int) -> Path:
+    """Where the encoder that the arms of a source start from is."""
+    return Path(config.output) / "encoders" / source / str(seed) / "clip"
+
+
+def make_data(config: CompareConfig) -> None:
+    """Collect the demonstrations, unless the data set is there, and decode its pictures once."""
+    root = Path(config.align.data.root)
+    if not (root / "meta" / "info.json").is_file():
+        collect(replace(config.collect, output=str(root)))
+    episodes = read_episodes(root, config.align.data.camera)
+    open_frames(episodes, config.align.data.image_size, config.align.data.cache, config.align.data.workers)
+    write_json(
+        Path(config.output) / "data.json", {"root": str(root), "fingerprint": episodes.fingerprint, **counts(episodes)}
+    )
+
+
+def counts(episodes) -> dict[str, int]:
+    """How large a data set is."""
+    return {"episodes": len(episodes.goal_id), "frames": len(episodes.frame_row), "goals": len(episodes.goals)}
+
+
+def make_encoder(config: CompareConfig, source: str, seed: int) -> None:
+    """Write the encoder of a source with the aligned text tower, and its pooler beside it if it has one."""
+    clip_folder = encoder_folder(config, source, seed)
+    aligned = Path(config.output) / "align" / "none" / str(seed)
+    text_clip, tokenizer = load_clip(aligned / "clip")
+    extra = {}
+    if source in ALIGNED:
+        run = Path(config.output) / "align" / source / str(seed)
+        clip, _ = load_clip(run / "clip")
+        extra = load_file(run / "alignment.safetensors")
+    elif source == "cloned":
+        policy = ConcordPolicy.from_pretrained(Path(config.output) / "policy" / "cloning" / str(seed) / "policy")
+        clip = policy.clip
+        pooler = policy.network.pooler.state_dict()
+        extra = {f"pooler.{name}": value.contiguous() for name, value in pooler.items()}
+    else:
+        torch.manual_seed(seed)
+        texts = read_episodes(config.align.data.root, config.align.data.camera).texts
+        clip, _ = make_encoders(config.align.tower, config.align.data.image_size, texts)
+    clip = with_text_of(clip, text_clip)
+    clip_folder.parent.mkdir(parents=True, exist_ok=True)
+    if extra:
+        save_file(extra, clip_folder.parent / "alignment.safetensors")
+    partial_folder = clip_folder.with_name("clip.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    save_clip(partial_folder, clip, tokenizer)
+    partial_folder.rename(clip_folder)
+
+
+def measure(config: CompareConfig, source: str, seed: int) -> None:
+    """The alignment measures of an encoder; what it has no weights for (a pooler, an action encoder) is untrained."""
+    align = config.align
+    torch.set_num_threads(align.threads)
+    torch.manual_seed(seed)
+    folder = encoder_folder(config, source, seed)
+    clip, tokenizer = load_clip(folder)
+    clip = resize_positions(clip, align.data.image_size)
+    episodes = read_episodes(align.data.root, align.data.camera)
+    train, validation = split_episodes(episodes, align.data.holdout, seed)
+    frames = open_frames(episodes, align.data.image_size, align.data.cache, align.data.workers)
+    rows = rows_of(episodes, train)
+    stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))
+    model = AlignmentModel(
+        clip,
+        horizon=align.horizon,
+        action_dim=episodes.action.shape[1],
+        state_dim=episodes.state.shape[1],
+        pooler_width=align.loss.pooler_width,
+        queries=align.loss.queries,
+        temperature=align.loss.temperature,
+        learn_temperature=align.loss.learn_temperature,
+    )
+    extra = folder.parent / "alignment.safetensors"
+    if extra.is_file():
+        model.load_state_dict(load_file(extra), strict=False)
+    model.eval()
+    measures = measure_alignment(
+        model,
+        TripletSource(episodes, frames, stats, align.horizon),
+        train,
+        validation,
+        *tokenize(tokenizer, episodes.texts),
+    )
+    write_json(folder.parent / "measures.json", measures)
+
+
+def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: int) -> None:
+    """Train the policy of one arm, number of demonstrations and seed; its token cache goes when nobody needs it."""
+    folder = Path(config.output)
+    if arm.source == "named":
+        encoder, cache = str(named(config.encoders, "encoders")[name]), folder / "cache" / f"{name}-{seed}"
+    else:
+        encoder = str(encoder_folder(config, arm.source, seed))
+        cache = folder / "cache" / f"{arm.source}-{seed}"
+    tune = arm.tuned_part != "nothing"
+    steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
+    link_frames(config, cache)
+    train_policy(
+        replace(
+            config.policy,
+            output=str(folder / "policy" / name / str(count) / str(seed)),
+            encoder=encoder,
+            data=replace(config.align.data, episodes_per_task=count or None, cache=str(cache)),
+            aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
+            tune=tune,
+            tuned_part=arm.tuned_part if tune else "all",
+            encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
+            hide=arm.hide,
+            steps=steps,
+            seed=seed,
+            resume=True,
+        )
+    )
+    arms = chosen_arms(config)
+    siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].source == arm.source]
+    paths = [folder / "policy" / o / str(n) / str(seed) / "policy" for o in siblings for n in config.demonstrations]
+    if all(path.exists() for path in paths):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def clone_everything(config: CompareConfig, seed: int) -> None:
+    """Train an untrained tower by cloning on all demonstrations: the encoder that the cloning-pretrained arm freezes."""
+    cache = Path(config.output) / "cache" / f"cloning-{seed}"
+    link_frames(config, cache)
+    train_policy(
+        replace(
+            config.policy,
+            output=str(Path(config.output) / "policy" / "cloning" / str(seed)),
+            encoder=str(encoder_folder(config, "random", seed)),
+            data=replace(config.align.data, cache=str(cache)),
+            aligned_pooler=False,
+            tune=True,
+            tuned_part="vision",
+            encoder_lr_scale=1.0,
+            steps=config.cloning_steps,
+            seed=seed,
+            resume=True,
+        )
+    )
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def link_frames(config: CompareConfig, cache: Path) -> None:
+    """Let a cache folder of its own share the decoded pictures."""
+    cache.mkdir(parents=True, exist_ok=True)
+    data = config.align.data
+    shared = Path(data.cache) if data.cache else Path(data.root) / ".concord"
+    for store in shared.glob("frames_*.npy"):
+        if not (cache / store.name).exists():
+            try:
+                os.link(store, cache / store.name)
+            except OSError:  # another file system, or a file system without links
+                (cache / store.name).symlink_to(store.resolve())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=1, default=float) + "\n")
+    temporary.rename(path)
