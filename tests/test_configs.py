@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from vla.config import AlignConfig, CollectConfig, EvalConfig, PolicyTrainConfig
+from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PolicyTrainConfig
 from vla.config_io import load_config
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 CLASSES = {"collect": CollectConfig, "align": AlignConfig, "policy": PolicyTrainConfig, "eval": EvalConfig}
 FILES = sorted(ROOT.glob("*/*.yaml"))
+NAMES = sorted({path.stem for path in FILES if path.parent.name in CLASSES})
 
 
 def load(stage: str, name: str):
-    return load_config(CLASSES[stage], ["--config_path", str(ROOT / stage / f"{name}.yaml")])
+    return load_config(
+        (CLASSES | {"compare": CompareConfig})[stage], ["--config_path", str(ROOT / stage / f"{name}.yaml")]
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -21,7 +24,7 @@ def test_loads(path):
     load(path.parent.name, path.stem)
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in FILES}))
+@pytest.mark.parametrize("name", NAMES)
 def test_each_stage_reads_what_the_one_before_writes(name):
     collect, align, policy, evaluation = (load(stage, name) for stage in CLASSES)
     assert align.data.root == collect.output
@@ -31,13 +34,13 @@ def test_each_stage_reads_what_the_one_before_writes(name):
     assert evaluation.env in (None, collect.env.name)  # by default the environment the policy was trained on
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in FILES}))
+@pytest.mark.parametrize("name", NAMES)
 def test_evaluation_seeds_are_none_of_the_demonstrations(name):
     collect, evaluation = load("collect", name), load("eval", name)
     assert evaluation.seed >= collect.seed + collect.scenes
 
 
-@pytest.mark.parametrize("name", sorted({p.stem for p in FILES}))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_stage_says_where_it_writes(name):
     for stage, configuration in zip(("data", "align", "policy", "eval"), CLASSES, strict=True):
         assert load(configuration, name).output == f"outputs/{stage}/{name}"

@@ -59,7 +59,7 @@ def test_table_and_report_are_beside_the_json(finished):
         assert len(list(csv.DictReader(file))) == len(json.loads((finished / "comparison.json").read_text())["success"])
     page = (finished / "report.html").read_text()
     assert "aligned-frozen - shuffle-all" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def test_arms_share_the_text_tower_and_differ_in_vision(finished):
