@@ -180,7 +180,8 @@ class EvalConfig:
     grounding_episodes: int = number(100, 0)  # episodes of each grounding measure; 0 switches it off
     batch_size: int = number(32, 1)  # environments stepped together in one process
     workers: int = number(2, 1)  # processes
-    videos: int = number(6, 0)  # videos of successes and of failures, each
+    videos: int = number(6, 0)  # videos of successes and of failures of the plain episodes, each
+    failures: int = number(60, 0)  # failed episodes of all splits filmed for failures.html
 
 
 def _compared_policy() -> PolicyTrainConfig:

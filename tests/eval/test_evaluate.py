@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import imageio.v3 as iio
 import pytest
 
 from vla.config import EvalConfig
@@ -22,6 +23,7 @@ def config(policy_folder, tmp_path):
         batch_size=2,
         workers=1,
         videos=0,
+        failures=0,
     )
 
 
@@ -55,3 +57,20 @@ def test_another_configuration_does_not_replace_an_evaluation(config):
 def test_the_run_folder_is_told_from_the_policy_in_it(config, policy_folder):
     with pytest.raises(UserError, match=r"did you mean .*policy\?"):
         evaluate(replace(config, policy=str(policy_folder.parent)))
+
+
+def test_failures_of_every_split_are_filmed_with_where_the_policy_looked(config):
+    output = evaluate(replace(config, splits=("light",), split_episodes=2, failures=4))
+    page = (output / "failures.html").read_text()
+    episodes = json.loads((output / "eval.json").read_text())["episodes"]
+    failed = [e for e in episodes if e["kind"] in ("success", "swap") and not e["success"]]
+    assert len(failed) > 4  # an all but untrained policy
+    assert page.count("<video") == len(list((output / "failures").glob("*.mp4"))) == 4
+    for title in ("plain:", "light/1:", "light/2:", "light/3:"):
+        assert title in page
+    frames = iio.imread(next((output / "failures").glob("*.mp4")), plugin="pyav")
+    assert frames.shape[2] == 2 * 256  # the picture, and beside it the same lit
+
+
+def test_without_asking_no_failure_is_filmed(config):
+    assert not (evaluate(config) / "failures.html").exists()

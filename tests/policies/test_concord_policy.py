@@ -118,3 +118,11 @@ def test_the_fine_tuned_policy_reads_and_trains_its_own_encoder(policy_folder, o
     loss.backward()
     assert policy.clip.vision_model.embeddings.patch_embedding.weight.grad.abs().max() > 0
     assert len(policy.get_optim_params()) == 2
+
+
+def test_attention_is_a_distribution_over_the_picture_that_follows_the_words(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    looks = policy.attention(observation)
+    assert looks.shape == (2, 4, 4)
+    torch.testing.assert_close(looks.sum((1, 2)), torch.ones(2))
+    assert not torch.equal(policy.attention(observation | {TASK_KEY: TEXTS[::-1]}), looks)

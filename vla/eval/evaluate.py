@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import cv2
 from envs import env_class, make_env
 from vla.config import EvalConfig
 from vla.config_io import to_dict
-from vla.eval.evaluation_report import evaluation_report
+from vla.eval.evaluation_report import evaluation_report, failures_report
 from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, run_rollouts
@@ -61,6 +62,7 @@ def evaluate(config: EvalConfig) -> Path:
         journal=output / "episodes.jsonl",
     )
     films = film(config, make_policy, specs, records, output)
+    failures = film_failures(config, make_policy, specs, records, output)
     result = summary(config, records) | {
         "wall_time_s": round(time.perf_counter() - started, 1),
         "command": " ".join(["python", *sys.argv]),
@@ -69,10 +71,15 @@ def evaluate(config: EvalConfig) -> Path:
         "versions": versions(),
     }
     write(output, result, records)
+    if failures:
+        write_report(output / "failures.html", failures_report(result, output, failures))
     write_report(output / "report.html", evaluation_report(result, output, films))
     lock.close()
     print(table(result))
-    print(f"wrote {output / 'eval.json'} and {output / 'report.html'}")
+    print(
+        f"wrote {output / 'eval.json'} and {output / 'report.html'}"
+        + bool(failures) * f"; failures: {output / 'failures.html'}"
+    )
     return output
 
 
@@ -181,6 +188,28 @@ def film(
         batch_size=config.batch_size,
         record_video=frozenset(range(len(chosen))),
         video_folder=output / "videos",
+    )
+
+
+def film_failures(
+    config: EvalConfig, make_policy, specs: list[EpisodeSpec], records: list[EpisodeRecord], output: Path
+) -> list[EpisodeRecord]:
+    """Run failed episodes once more, with a camera: up to `failures`, taken in turn from every split and the swapped ones."""
+    parts: dict[tuple, list[int]] = {}
+    for index, record in enumerate(records):
+        if record.kind in ("success", "swap") and not record.success:
+            parts.setdefault((record.kind, record.split, record.level), []).append(index)
+    turns = [index for turn in zip_longest(*parts.values()) for index in turn if index is not None]
+    chosen = sorted(turns[: config.failures])
+    if not chosen:
+        return []
+    return run_rollouts(
+        make_policy,
+        [specs[i] for i in chosen],
+        batch_size=config.batch_size,
+        workers=config.workers,
+        record_video=frozenset(range(len(chosen))),
+        video_folder=output / "failures",
     )
 
 

@@ -58,6 +58,33 @@ def evaluation_report(result: dict[str, Any], output: Path, films: list[EpisodeR
     )
 
 
+def failures_report(result: dict[str, Any], output: Path, films: list[EpisodeRecord]) -> Report:
+    """The failure browser: failed episodes by split, each as a video with where the policy looked."""
+    parts: dict[str, list[EpisodeRecord]] = {}
+    for film in films:
+        name = "swapped instructions" if film.kind == "swap" else f"{film.split}/{film.level}"
+        parts.setdefault("plain" if name == "train/1" else name, []).append(film)
+    sections = tuple(
+        Section(
+            f"{name}: {len(members)} of its failures",
+            "",
+            tuple(Video(output / "failures" / f.video, f"{f.task}: {f.instruction} (seed {f.seed})") for f in members),
+        )
+        for name, members in parts.items()
+    )
+    failed = sum(not e["success"] for e in result["episodes"] if e["kind"] in ("success", "swap"))
+    return Report(
+        title="Where it fails",
+        answers=(
+            f"{len(films)} of {failed} failed episodes, taken in turn from every split.",
+            "Beside each picture the same one, lit where the text-conditioned pooling looks; other policies have the picture only.",
+        ),
+        sections=sections,
+        command=result["command"],
+        protocol=protocol(result),
+    )
+
+
 def answers(result: dict[str, Any]) -> list[str]:
     """The sentences at the top."""
     sentences = [

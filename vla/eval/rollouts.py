@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from envs import make_env
+from vla.eval.video import beside_attention, write_video
 from vla.types import ChunkPolicy
 
 MakePolicy = Callable[[], ChunkPolicy]
@@ -188,19 +189,24 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
         observations.append(observation)
         infos.append(info)
         if index in filmed:
-            films[index] = [env.render()]
+            films[index] = []
     first_success = np.full(len(envs), -1)
     success_now = np.zeros(len(envs), bool)
     achieved: list[set[str]] = [set() for _ in envs]
     initially = [set(info["achieved"]) for info in infos]
     timestep, running = 0, np.ones(len(envs), bool)
+    looks: dict[int, np.ndarray] = {}  # environment -> (side, side), where the policy looked last
     while running.any():
         active = np.flatnonzero(running)
-        chunk = policy.act(
+        seen = (
             np.stack([observations[i]["pixels"] for i in active]),
             np.stack([observations[i]["agent_pos"] for i in active]),
             [infos[i]["instruction"] for i in active],
         )
+        chunk = policy.act(*seen)
+        if films and hasattr(policy, "attention"):
+            looked = policy.attention(*seen)
+            looks = looks if looked is None else looks | dict(zip(active.tolist(), looked, strict=True))
         for step in range(chunk.shape[1]):
             for row, i in enumerate(active):
                 if not running[i]:
@@ -213,7 +219,7 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
                     first_success[i] = timestep + 1
                 index = members[i][0]
                 if index in films:
-                    films[index].append(envs[i].render())
+                    films[index].append(beside_attention(envs[i].render(), looks.get(i)))
                 running[i] = not truncated
             timestep += 1
             if not running.any():
@@ -225,8 +231,6 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
     for i, (index, spec) in enumerate(members):
         path = None
         if index in films:
-            from vla.eval.video import write_video
-
             video_folder.mkdir(parents=True, exist_ok=True)
             path = video_folder / f"{index:05d}.mp4"
             write_video(path, films[index], envs[i].metadata["render_fps"], infos[i]["instruction"])

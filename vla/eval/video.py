@@ -25,12 +25,23 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int, caption: str) ->
     )
 
 
+def beside_attention(frame: np.ndarray, attention: np.ndarray | None) -> np.ndarray:
+    """(H, W, 3) and (side, side) -> (H, 2 W, 3): the frame, and the frame lit where the policy looks; without attention as it is."""
+    if attention is None:
+        return frame
+    height, width = frame.shape[:2]
+    light = cv2.resize(attention / attention.max(), (width, height), interpolation=cv2.INTER_CUBIC)
+    lit = frame * (0.15 + 0.85 * np.clip(light, 0, 1)[:, :, None])
+    return np.hstack([frame, lit.astype(np.uint8)])
+
+
 def captioned(frame: np.ndarray, caption: str) -> np.ndarray:
-    """(H, W, 3) -> (SIDE + CAPTION, SIDE, 3) with the text under the picture."""
-    picture = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    strip = np.full((CAPTION, SIDE, 3), 24, np.uint8)
+    """(H, W, 3) -> (SIDE + CAPTION, SIDE * W / H, 3) with the text under the picture."""
+    width = 2 * round(SIDE * frame.shape[1] / frame.shape[0] / 2)
+    picture = cv2.resize(frame, (width, SIDE), interpolation=cv2.INTER_AREA)
+    strip = np.full((CAPTION, width, 3), 24, np.uint8)
     scale = 0.42
-    while cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > SIDE - 8 and scale > 0.2:
+    while cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 8 and scale > 0.2:
         scale -= 0.02
     cv2.putText(strip, caption, (4, 20), cv2.FONT_HERSHEY_SIMPLEX, scale, (240, 240, 240), 1, cv2.LINE_AA)
     return np.vstack([picture, strip])

@@ -21,13 +21,23 @@ class LeRobotChunkPolicy:
     @torch.no_grad()
     def act(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> np.ndarray:
         """(b, H, W, 3) uint8, (b, s) environment units, b texts -> (b, n_action_steps, a) environment units."""
-        batch = {
-            self.camera: torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0,
-            STATE_KEY: torch.from_numpy(state).float(),
-            TASK_KEY: list(instructions),
-        }
-        chunk = self.policy.predict_action_chunk(self.preprocess(batch))[:, : self.n_action_steps]
+        chunk = self.policy.predict_action_chunk(self._batch(images, state, instructions))[:, : self.n_action_steps]
         return self.postprocess(chunk).float().cpu().numpy()
+
+    def attention(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> np.ndarray | None:
+        """(b, side, side): where the policy looks; None for policies that do not tell."""
+        if not hasattr(self.policy, "attention"):
+            return None
+        return self.policy.attention(self._batch(images, state, instructions)).cpu().numpy()
+
+    def _batch(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> dict:
+        return self.preprocess(
+            {
+                self.camera: torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0,
+                STATE_KEY: torch.from_numpy(state).float(),
+                TASK_KEY: list(instructions),
+            }
+        )
 
 
 def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPolicy:

@@ -141,7 +141,20 @@ class ConcordPolicy(PreTrainedPolicy):
         lengths = torch.tensor([len(row) for row in rows], device=padded.device)
         return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
+    @torch.no_grad()
+    def attention(self, batch: dict[str, Any]) -> Tensor:
+        """(b, side, side): where the text-conditioned pooling looks last, averaged over queries and heads, sums to 1."""
+        self.eval()
+        tokens, words, mask, similarity = self._read(batch)
+        _, weights = self.network.pooler(tokens, words, mask, similarity, need_weights=True)
+        side = round(tokens.shape[1] ** 0.5)
+        return weights.float().mean(1).unflatten(-1, (side, side))
+
     def _features(self, batch: dict[str, Any]) -> Tensor:
+        return self.network.features(*self._read(batch), batch[STATE_KEY])
+
+    def _read(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Patch tokens, word tokens with their mask, and their similarity."""
         (camera,) = self.config.image_features
         for key in (camera, STATE_KEY, TASK_KEY):
             if key not in batch:
@@ -152,7 +165,7 @@ class ConcordPolicy(PreTrainedPolicy):
             tokens = self.tokens(batch[camera])
             words, mask = self.words(texts)
             similarity = self.similarity(tokens, words)
-        return self.network.features(tokens, words, mask, similarity, batch[STATE_KEY])
+        return tokens, words, mask, similarity
 
     def similarity(self, tokens: Tensor, words: Tensor) -> Tensor:
         """(b, n, w) patch tokens, (b, l, w) word tokens -> (b, l, n) cosines in the joint space."""
