@@ -200,7 +200,7 @@ class CompareConfig:
         "aligned-frozen",
         "aligned-tuned",
         "shuffle-all",
-    )  # arms to compare; --help of the documentation lists them all
+    )  # arms to compare; docs/comparison.md lists all
     encoders: tuple[str, ...] = ()  # further frozen arms, NAME=FOLDER of a CLIPModel each
     policies: tuple[str, ...] = ()  # LeRobot policy folders to evaluate beside the arms, NAME=FOLDER each
     demonstrations: tuple[int, ...] = (5, 25, 0)  # demonstrations of each task that the policies clone; 0 means all

@@ -16,17 +16,14 @@ from safetensors.torch import load_file, save_file
 from vla.comparison.arms import ARMS, Arm
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig
-from vla.data.batches import Normalizers, TripletSource
 from vla.data.episodes import read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
-from vla.data.normalization import compute_norm_stats
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.integrations.collect import collect
-from vla.models.alignment import AlignmentModel
 from vla.models.clip import load_clip, resize_positions, save_clip, tokenize, with_text_of
 from vla.policies.concord import ConcordPolicy
-from vla.training.align import make_encoders, train_align
+from vla.training.align import make_encoders, make_model, make_source, train_align
 from vla.training.policy import train_policy
 from vla.types import UserError
 
@@ -207,26 +204,16 @@ def measure(config: CompareConfig, source: str, seed: int) -> None:
     clip = resize_positions(clip, align.data.image_size)
     episodes = read_episodes(align.data.root, align.data.camera)
     train, validation = split_episodes(episodes, align.data.holdout, seed)
-    frames = open_frames(episodes, align.data.image_size, align.data.cache, align.data.workers)
-    rows = rows_of(episodes, train)
-    stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))
-    model = AlignmentModel(
-        clip,
-        horizon=align.horizon,
-        action_dim=episodes.action.shape[1],
-        state_dim=episodes.state.shape[1],
-        pooler_width=align.loss.pooler_width,
-        queries=align.loss.queries,
-        temperature=align.loss.temperature,
-        learn_temperature=align.loss.learn_temperature,
-    )
+    model = make_model(align, clip, episodes)
     extra = folder.parent / "alignment.safetensors"
     if extra.is_file():
-        model.load_state_dict(load_file(extra), strict=False)
+        surplus = model.load_state_dict(load_file(extra), strict=False).unexpected_keys
+        if surplus:
+            raise UserError(f"{extra}: unexpected keys {surplus[:3]}; delete {folder.parent} and run again")
     model.eval()
     measures = measure_alignment(
         model,
-        TripletSource(episodes, frames, stats, align.horizon),
+        make_source(align, episodes, rows_of(episodes, train)),
         train,
         validation,
         *tokenize(tokenizer, episodes.texts),

@@ -61,8 +61,8 @@ def evaluate(config: EvalConfig) -> Path:
         workers=config.workers,
         journal=output / "episodes.jsonl",
     )
-    films = film(config, make_policy, specs, records, output)
-    failures = film_failures(config, make_policy, specs, records, output)
+    films = film(config, make_policy, [specs[i] for i in chosen_plain(config, records)], output / "videos")
+    failures = film(config, make_policy, [specs[i] for i in chosen_failures(config, records)], output / "failures")
     result = summary(config, records) | {
         "wall_time_s": round(time.perf_counter() - started, 1),
         "command": " ".join(["python", *sys.argv]),
@@ -172,44 +172,31 @@ def plan(
     ]
 
 
-def film(
-    config: EvalConfig, make_policy, specs: list[EpisodeSpec], records: list[EpisodeRecord], output: Path
-) -> list[EpisodeRecord]:
-    """Run a few successes and failures of the plain episodes once more, with a camera."""
+def chosen_plain(config: EvalConfig, records: list[EpisodeRecord]) -> list[int]:
+    """The first few successes and failures of the plain episodes."""
     plain = [i for i, r in enumerate(records) if r.kind == "success" and r.split == "train"]
-    chosen = []
-    for wanted in (True, False):
-        chosen += [i for i in plain if records[i].success == wanted][: config.videos]
-    if not chosen:
-        return []
-    return run_rollouts(
-        make_policy,
-        [specs[i] for i in chosen],
-        batch_size=config.batch_size,
-        record_video=frozenset(range(len(chosen))),
-        video_folder=output / "videos",
-    )
+    return [i for wanted in (True, False) for i in [j for j in plain if records[j].success == wanted][: config.videos]]
 
 
-def film_failures(
-    config: EvalConfig, make_policy, specs: list[EpisodeSpec], records: list[EpisodeRecord], output: Path
-) -> list[EpisodeRecord]:
-    """Run failed episodes once more, with a camera: up to `failures`, taken in turn from every split and the swapped ones."""
+def chosen_failures(config: EvalConfig, records: list[EpisodeRecord]) -> list[int]:
+    """Up to `failures` failed episodes, taken in turn from every split and the swapped ones."""
     parts: dict[tuple, list[int]] = {}
     for index, record in enumerate(records):
         if record.kind in ("success", "swap") and not record.success:
             parts.setdefault((record.kind, record.split, record.level), []).append(index)
     turns = [index for turn in zip_longest(*parts.values()) for index in turn if index is not None]
-    chosen = sorted(turns[: config.failures])
-    if not chosen:
-        return []
+    return sorted(turns[: config.failures])
+
+
+def film(config: EvalConfig, make_policy, specs: list[EpisodeSpec], folder: Path) -> list[EpisodeRecord]:
+    """Run episodes once more, with a camera."""
     return run_rollouts(
         make_policy,
-        [specs[i] for i in chosen],
+        specs,
         batch_size=config.batch_size,
         workers=config.workers,
-        record_video=frozenset(range(len(chosen))),
-        video_folder=output / "failures",
+        record_video=frozenset(range(len(specs))),
+        video_folder=folder,
     )
 
 

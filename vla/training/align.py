@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import CLIPModel
 
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
@@ -74,32 +75,21 @@ def train_align(config: AlignConfig) -> Path:
     episodes = read_episodes(config.data.root, config.data.camera)
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
     train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
-    frames = open_frames(episodes, config.data.image_size, config.data.cache, config.data.workers)
     rows = rows_of(episodes, train)
-    stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))
-    source = TripletSource(episodes, frames, stats, config.horizon)
+    source = make_source(config, episodes, rows)
     sampler = GoalSampler(
         episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
     )
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
-    model = AlignmentModel(
-        clip,
-        horizon=config.horizon,
-        action_dim=episodes.action.shape[1],
-        state_dim=episodes.state.shape[1],
-        pooler_width=config.loss.pooler_width,
-        queries=config.loss.queries,
-        temperature=config.loss.temperature,
-        learn_temperature=config.loss.learn_temperature,
-    )
+    model = make_model(config, clip, episodes)
     tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
     optimizer = make_optimizers([(model.clip, tower_lr), (model, config.optimizer.lr)], config.optimizer.weight_decay)
     model, *members = accelerator.prepare(model, *optimizer.members)
     optimizer = Optimizers(tuple(members))
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
-    rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), stats.action))
+    rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), source.stats.action))
 
     first, before = restore(run, model, optimizer) if config.resume else (0, 0.0)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
@@ -262,6 +252,27 @@ def step_metrics(
         metrics[f"{name}/excess"] = float(term.loss.detach() - term.floor)
         metrics[f"{name}/scale"] = float(model.scale(name).detach())
     return metrics | {key: float(value) for key, value in health.items()}
+
+
+def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:
+    """Triplets of a data set, normalised by the statistics of its (r,) training rows."""
+    frames = open_frames(episodes, config.data.image_size, config.data.cache, config.data.workers)
+    stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))
+    return TripletSource(episodes, frames, stats, config.horizon)
+
+
+def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> AlignmentModel:
+    """The encoders with everything else that stage one trains, untrained."""
+    return AlignmentModel(
+        clip,
+        horizon=config.horizon,
+        action_dim=episodes.action.shape[1],
+        state_dim=episodes.state.shape[1],
+        pooler_width=config.loss.pooler_width,
+        queries=config.loss.queries,
+        temperature=config.loss.temperature,
+        learn_temperature=config.loss.learn_temperature,
+    )
 
 
 def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
