@@ -3,7 +3,7 @@
     python scripts/compare.py --config_path configs/compare/tabletop.yaml
     accelerate launch --num_processes 2 scripts/compare.py --config_path configs/compare/tabletop.yaml
 
-Needs nothing, or a data set. Writes every arm's runs, comparison.json, comparison.csv and report.html; interrupted, or started several
+Needs nothing, or a data set. Writes every arm's runs, comparison.json, its tables as CSV and report.html; interrupted, or started several
 times at once, the same command goes on. --dry_run=true says what it would cost. --help lists every field.
 """
 

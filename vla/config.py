@@ -115,6 +115,7 @@ class AlignConfig:
     log_every: int = number(20, 1)  # steps between log lines
     eval_every: int = number(1000, 0)  # steps between evaluations on held-out episodes; 0 means only at the end
     save_every: int = number(250, 1)  # steps between checkpoints
+    snapshots: tuple[int, ...] = ()  # steps after which the encoder is exported, too, to snapshots/STEP/clip
     resume: bool = False  # continue the run in `output` from its last checkpoint
 
 

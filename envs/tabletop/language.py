@@ -1,7 +1,7 @@
 """Instructions: many wordings for each task, and the ones that are kept from training.
 
-`train` wordings are all that training sees. `paraphrase` wordings are new sentences made of words that training has
-seen; `synonym` level 1 has unseen verbs, level 2 unseen nouns and colours.
+`train` wordings are all that training sees. `paraphrase` wordings are new ones made of words that training has seen:
+level 1 says the verb anew, level 2 the object. `synonym` level 1 has unseen verbs, level 2 unseen nouns and colours.
 """
 
 import numpy as np
@@ -103,31 +103,37 @@ SYNONYM_COLORS = {
     "orange": ("tangerine",),
 }
 NOUN_PHRASES = ("the {c} {s}", "the {s} that is {c}", "the {c} object shaped like a {s}")
+PARAPHRASE_NOUN_PHRASES = (
+    "the {s} shaped object that is {c}",
+    "the object that is a {c} {s}",
+    "the object shaped like a {c} {s}",
+)
 DIRECTION_WORDS = {"left": "left", "right": "right", "up": "up", "down": "down"}
 SIDES = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
 
 
 def instruction(goal: TaskGoal, scene: Scene, split: str, level: int, rng: np.random.Generator) -> str:
     """A wording of a goal, drawn from those of the split; splits that do not concern language use training's."""
-    templates = {"paraphrase": PARAPHRASE, "synonym": SYNONYM_VERBS if level == 1 else TRAIN}.get(split, TRAIN)
+    templates = {("paraphrase", 1): PARAPHRASE, ("synonym", 1): SYNONYM_VERBS}.get((split, level), TRAIN)
     template = _draw(templates[goal.task], rng)
-    new_words = split == "synonym" and level == 2
+    phrases = PARAPHRASE_NOUN_PHRASES if (split, level) == ("paraphrase", 2) else NOUN_PHRASES
+    new_words = (split, level) == ("synonym", 2)
     return template.format(
-        a=_noun_phrase(scene.objects[goal.target], new_words, rng),
-        b=_noun_phrase(scene.objects[goal.other], new_words, rng) if goal.other is not None else "",
+        a=_noun_phrase(scene.objects[goal.target], phrases, new_words, rng),
+        b=_noun_phrase(scene.objects[goal.other], phrases, new_words, rng) if goal.other is not None else "",
         d=DIRECTION_WORDS.get(goal.direction or "", ""),
         D=SIDES.get(goal.direction or "", ""),
         z=scene.zones[goal.zone].color if goal.zone is not None else "",
     )
 
 
-def _noun_phrase(thing: Thing, new_words: bool, rng: np.random.Generator) -> str:
+def _noun_phrase(thing: Thing, phrases: tuple[str, ...], new_words: bool, rng: np.random.Generator) -> str:
     color, shape = thing.color, thing.shape
     if new_words:
         change = rng.integers(3)  # the colour, the shape, or both
         color = _draw(SYNONYM_COLORS[color], rng) if change != 1 else color
         shape = _draw(SYNONYM_SHAPES[shape], rng) if change != 0 else shape
-    return _draw(NOUN_PHRASES, rng).format(c=color, s=shape)
+    return _draw(phrases, rng).format(c=color, s=shape)
 
 
 def _draw(options: tuple[str, ...], rng: np.random.Generator) -> str:

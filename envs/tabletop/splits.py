@@ -10,7 +10,7 @@ from envs.tabletop.tasks import TASKS, TaskGoal
 
 SPLITS: dict[str, tuple[int, ...]] = {
     "train": (1,),
-    "paraphrase": (1,),
+    "paraphrase": (1, 2),
     "synonym": (1, 2),
     "combination": (1, 2),
     "distractors": (1, 2, 3),

@@ -38,10 +38,8 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
 def test_every_arm_encoder_and_policy_is_in_the_result(finished):
     result = json.loads((finished / "comparison.json").read_text())
     arms = {row["arm"] for row in result["success"]}
-    assert arms == {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "shuffle-all", "no-vision"} | {
-        "mine",
-        "theirs",
-    }
+    trained = {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "shuffle-all", "no-vision"}
+    assert arms == trained | {"aligned-frozen@1", "mine", "theirs"}
     assert {row["group"] for row in result["success"]} == {"plain", "perturbed", "swapped instructions"}
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["success"])
 
@@ -55,8 +53,10 @@ def test_differences_are_of_the_same_seeds_and_corrected(finished):
 
 
 def test_table_and_report_are_beside_the_json(finished):
-    with (finished / "comparison.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(json.loads((finished / "comparison.json").read_text())["success"])
+    result = json.loads((finished / "comparison.json").read_text())
+    for name in ("success", "levels", "contrasts", "validity"):
+        with (finished / f"{name}.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == len(result[name])
     page = (finished / "report.html").read_text()
     assert "aligned-frozen - shuffle-all" in page
     assert 'src="http' not in page
@@ -67,6 +67,13 @@ def test_arms_share_the_text_tower_and_differ_in_vision(finished):
     towers = {name for name in aligned if name != "logit_scale"}
     differ = {name.split(".")[0] for name in towers if not aligned[name].equal(random[name])}
     assert differ == {"vision_model", "visual_projection"}
+
+
+def test_a_snapshot_of_the_alignment_is_an_encoder_of_its_own(finished):
+    early, late = (load_clip(finished / "encoders" / s / "0" / "clip")[0].state_dict() for s in ("none@1", "none"))
+    name = "visual_projection.weight"
+    assert not early[name].equal(late[name])
+    assert early["text_projection.weight"].equal(late["text_projection.weight"])
 
 
 def test_token_caches_are_gone(finished):

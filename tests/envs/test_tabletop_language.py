@@ -40,10 +40,21 @@ def test_every_task_has_several_training_wordings_and_held_out_ones():
         assert len(language.SYNONYM_VERBS[task]) >= 3
 
 
-def test_paraphrases_are_new_sentences_of_known_words():
-    assert words(all_templates(language.PARAPHRASE)) <= TRAINING_WORDS
-    assert not set(all_templates(language.PARAPHRASE)) & set(all_templates(language.TRAIN))
-    assert not texts("paraphrase") & texts("train")
+@pytest.mark.parametrize("level", [1, 2])
+def test_paraphrases_are_new_sentences_of_known_words(level):
+    assert words(texts("paraphrase", level)) <= TRAINING_WORDS
+    assert not texts("paraphrase", level) & texts("train")
+
+
+def test_the_first_paraphrase_level_changes_the_verb_part_and_the_second_the_object():
+    def verbs(sentences):
+        return {sentence.split(" the ")[0] for sentence in sentences}
+
+    assert verbs(texts("paraphrase", 2)) <= verbs(texts("train"))
+    assert verbs(texts("paraphrase", 1)) - verbs(texts("train"))
+    objects = {phrase.format(c=c, s=s) for phrase in language.NOUN_PHRASES for c in COLORS for s in SHAPES}
+    assert all(any(phrase in text for phrase in objects) for text in texts("paraphrase", 1))
+    assert not any(phrase in text for text in texts("paraphrase", 2) for phrase in objects)
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -11,13 +11,19 @@ class Arm:
     """How a policy gets its encoder.
 
     `source`: an untrained tower, one pretrained by cloning, one aligned on triplets of which this part is shuffled ("none": the
-    real alignment), or one that the user names.
+    real alignment), or one that the user names. `snapshot`: the alignment as of this step; 0 is its end.
     """
 
     source: Source
     says: str
     tuned_part: Literal["nothing", "vision", "last_block"] = "nothing"
     hide: Literal["none", "language", "vision"] = "none"
+    snapshot: int = 0
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's name among those of one comparison and training seed."""
+        return f"{self.source}@{self.snapshot}" if self.snapshot else self.source
 
 
 ARMS = {

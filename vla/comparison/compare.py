@@ -56,7 +56,7 @@ def compare(config: CompareConfig) -> Path | None:
 
 
 def finish(config: CompareConfig, folder: Path) -> Path:
-    """Write comparison.json, comparison.csv and report.html; of several processes one does, the others leave."""
+    """Write comparison.json, its tables as CSV and report.html; of several processes one does, the others leave."""
     report = folder / "report.html"
     try:
         lock = lock_folder(folder / "jobs" / "report")
@@ -70,16 +70,22 @@ def finish(config: CompareConfig, folder: Path) -> Path:
             "config": to_dict(config),
         }
         write_json(folder / "comparison.json", result)
-        with (folder / "comparison.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=list(result["success"][0]))
-            table.writeheader()
-            table.writerows(result["success"])
+        for name in ("success", "levels", "contrasts", "validity"):
+            write_csv(folder / f"{name}.csv", result[name])
         write_report(report, comparison_report(result))
     for row in result["success"]:
         if row["group"] == "plain":
             print(f"  {row['arm']:28} {demonstrations(row['demonstrations']):34} {interval(row)}")
     print(f"wrote {folder / 'comparison.json'} and {report}")
     return report
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows of equal keys as a table; an empty list leaves an empty file."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        table.writeheader()
+        table.writerows(rows)
 
 
 def check_same_comparison(folder: Path, config: CompareConfig) -> None:

@@ -59,6 +59,9 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
         arms[name] = ARMS[name]
     for name, folder in named(config.encoders, "encoders").items():
         arms[name] = Arm("named", f"the encoder {folder}, frozen")
+    if "aligned-frozen" in arms:
+        for step in config.align.snapshots:
+            arms[f"aligned-frozen@{step}"] = Arm("none", f"aligned for the first {step} steps, frozen", snapshot=step)
     policies = named(config.policies, "policies")
     for field, values in (
         ("arms", [*config.arms, *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
@@ -72,6 +75,11 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     return arms
 
 
+def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
+    """The numbers of demonstrations an arm is trained on: all, or the middle one for a snapshot of the alignment."""
+    return config.demonstrations if not arm.snapshot else (config.demonstrations[len(config.demonstrations) // 2],)
+
+
 def plan_jobs(config: CompareConfig) -> list[Job]:
     """All jobs in a good order: seed by seed, so that the first seed's results are there early."""
     folder, arms = Path(config.output), chosen_arms(config)
@@ -83,9 +91,11 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
         for source in sorted(sources, key=("none", "random", "cloned", "language", "action", "all").index):
             jobs += encoder_jobs(config, source, seed)
         for name, arm in arms.items():
-            for count in config.demonstrations:
+            if arm.snapshot:
+                jobs += finished_encoder_jobs(config, arm.encoder, seed, ("data", f"align-none-{seed}"))
+            for count in numbers_of(config, arm):
                 run = folder / "policy" / name / str(count) / str(seed)
-                encoder = f"encoder-{arm.source}-{seed}"
+                encoder = f"encoder-{arm.encoder}-{seed}"
                 jobs.append(
                     Job(
                         f"policy-{name}-{count}-{seed}",
@@ -128,12 +138,17 @@ def encoder_jobs(config: CompareConfig, source: str, seed: int) -> list[Job]:
             )
         )
         needs = (*needs, jobs[-1].name)
-    path = encoder_folder(config, source, seed)
-    name = f"encoder-{source}-{seed}"
-    jobs.append(Job(name, path, partial(make_encoder, config, source, seed), needs))
+    return jobs + finished_encoder_jobs(config, source, seed, needs)
+
+
+def finished_encoder_jobs(config: CompareConfig, encoder: str, seed: int, needs: tuple[str, ...]) -> list[Job]:
+    """The jobs that give a trained encoder its text tower and measure it."""
+    path, name = encoder_folder(config, encoder, seed), f"encoder-{encoder}-{seed}"
     measures = path.parent / "measures.json"
-    jobs.append(Job(f"measures-{source}-{seed}", measures, partial(measure, config, source, seed), (name,)))
-    return jobs
+    return [
+        Job(name, path, partial(make_encoder, config, encoder, seed), needs),
+        Job(f"measures-{encoder}-{seed}", measures, partial(measure, config, encoder, seed), (name,)),
+    ]
 
 
 def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[str, ...]) -> Job:
@@ -143,9 +158,9 @@ def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[
     return Job(f"eval-{name}", output / "report.html", partial(evaluate, evaluation), needs)
 
 
-def encoder_folder(config: CompareConfig, source: str, seed: int) -> Path:
-    """Where the encoder that the arms of a source start from is."""
-    return Path(config.output) / "encoders" / source / str(seed) / "clip"
+def encoder_folder(config: CompareConfig, encoder: str, seed: int) -> Path:
+    """Where an encoder that arms start from is."""
+    return Path(config.output) / "encoders" / encoder / str(seed) / "clip"
 
 
 def make_data(config: CompareConfig) -> None:
@@ -165,14 +180,16 @@ def counts(episodes) -> dict[str, int]:
     return {"episodes": len(episodes.goal_id), "frames": len(episodes.frame_row), "goals": len(episodes.goals)}
 
 
-def make_encoder(config: CompareConfig, source: str, seed: int) -> None:
-    """Write the encoder of a source with the aligned text tower, and its pooler beside it if it has one."""
-    clip_folder = encoder_folder(config, source, seed)
+def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
+    """Write an encoder with the aligned text tower, and its pooler beside it if it has one."""
+    clip_folder = encoder_folder(config, encoder, seed)
+    source, _, snapshot = encoder.partition("@")
     aligned = Path(config.output) / "align" / "none" / str(seed)
     text_clip, tokenizer = load_clip(aligned / "clip")
     extra = {}
     if source in ALIGNED:
         run = Path(config.output) / "align" / source / str(seed)
+        run = run / "snapshots" / snapshot if snapshot else run
         clip, _ = load_clip(run / "clip")
         extra = load_file(run / "alignment.safetensors")
     elif source == "cloned":
@@ -194,12 +211,12 @@ def make_encoder(config: CompareConfig, source: str, seed: int) -> None:
     partial_folder.rename(clip_folder)
 
 
-def measure(config: CompareConfig, source: str, seed: int) -> None:
+def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     """The alignment measures of an encoder; what it has no weights for (a pooler, an action encoder) is untrained."""
     align = config.align
     torch.set_num_threads(align.threads)
     torch.manual_seed(seed)
-    folder = encoder_folder(config, source, seed)
+    folder = encoder_folder(config, encoder, seed)
     clip, tokenizer = load_clip(folder)
     clip = resize_positions(clip, align.data.image_size)
     episodes = read_episodes(align.data.root, align.data.camera)
@@ -227,8 +244,8 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
     if arm.source == "named":
         encoder, cache = str(named(config.encoders, "encoders")[name]), folder / "cache" / f"{name}-{seed}"
     else:
-        encoder = str(encoder_folder(config, arm.source, seed))
-        cache = folder / "cache" / f"{arm.source}-{seed}"
+        encoder = str(encoder_folder(config, arm.encoder, seed))
+        cache = folder / "cache" / f"{arm.encoder}-{seed}"
     tune = arm.tuned_part != "nothing"
     steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
     link_frames(config, cache)
@@ -249,8 +266,9 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
         )
     )
     arms = chosen_arms(config)
-    siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].source == arm.source]
-    paths = [folder / "policy" / o / str(n) / str(seed) / "policy" for o in siblings for n in config.demonstrations]
+    siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].encoder == arm.encoder]
+    runs = [(other, number) for other in siblings for number in numbers_of(config, arms[other])]
+    paths = [folder / "policy" / other / str(number) / str(seed) / "policy" for other, number in runs]
     if all(path.exists() for path in paths):
         shutil.rmtree(cache, ignore_errors=True)
 

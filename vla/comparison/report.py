@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from vla.eval.report import Figure, Report, Section, Table, figure
-
-COLORS = ("#1f5fbf", "#d1495b", "#2a9d5c", "#8a5fbf", "#c77d1e", "#4d4d4d", "#0f8b8d", "#b0578d")
+from vla.eval.evaluation_report import LANGUAGE, curve_figure
+from vla.eval.report import COLORS, Figure, Report, Section, Table, figure
 
 
 def comparison_report(result: dict[str, Any]) -> Report:
@@ -14,6 +13,7 @@ def comparison_report(result: dict[str, Any]) -> Report:
     for group in groups:
         rows = [row for row in result["success"] if row["group"] == group]
         sections.append(Section(f"Success, {group}", "", (success_table(group, rows), success_figure(group, rows))))
+    sections += level_sections(result["levels"])
     sections.append(
         Section(
             "Differences",
@@ -105,6 +105,37 @@ def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
         f"{row['arm']} {100 * row['value']:.0f} % at {demonstrations(row['demonstrations'])}" for row in rows
     )
     return figure(draw, f"Success on {group} episodes: {text}.", (7.5, 3.6))
+
+
+def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
+    """Every split by its levels: curves for perturbations, a table for kinds of wording and combination."""
+    most = max((row["demonstrations"] or float("inf") for row in rows), default=0)
+    rows = [row for row in rows if (row["demonstrations"] or float("inf")) == most]
+    curves: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
+    kinds: dict[str, dict[str, str]] = {}
+    plain = {row["arm"]: rate_of(row) for row in rows if row["split"] == "train"}
+    for row in rows:
+        if row["split"] in LANGUAGE:
+            kinds.setdefault(row["arm"], {})[f"{row['split']}/{row['level']}"] = interval(row)
+        elif row["split"] != "train":
+            points = curves.setdefault(row["split"], {}).setdefault(row["arm"], [(0, plain[row["arm"]])])
+            points.append((row["level"], rate_of(row)))
+    sections = []
+    where = demonstrations(0 if most == float("inf") else int(most))
+    if curves:
+        figures = tuple(curve_figure(arms, f"Success against {name} level") for name, arms in curves.items())
+        sections.append(Section("As perturbations grow", f"With {where}.", figures))
+    if kinds:
+        names = tuple(dict.fromkeys(name for cells in kinds.values() for name in cells))
+        lines = tuple((arm, *(cells.get(name, "-") for name in names)) for arm, cells in kinds.items())
+        table = Table("Success by kind of wording and combination", ("", *names), lines)
+        sections.append(Section("New wordings and combinations", f"With {where}.", (table,)))
+    return sections
+
+
+def rate_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a rate with its interval."""
+    return {"success_rate": row["value"], "interval": [max(row["low"], 0.0), min(row["high"], 1.0)]}
 
 
 def any_contrast(result: dict[str, Any], group: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from vla.comparison.arms import CONTRASTS
-from vla.comparison.plan import chosen_arms, encoder_folder, named
+from vla.comparison.plan import chosen_arms, encoder_folder, named, numbers_of
 from vla.config import CompareConfig
 from vla.eval.statistics import Estimate, crossed_interval, holm, paired_p_value
 
@@ -36,6 +36,16 @@ def read_outcomes(path: Path) -> dict[str, Outcomes]:
     return outcomes
 
 
+def read_levels(path: Path) -> dict[str, Outcomes]:
+    """The plain and held-out episodes of one eval.json, by split and level as "camera/2"."""
+    outcomes: dict[str, Outcomes] = {}
+    for e in json.loads(path.read_text())["episodes"]:
+        if e["kind"] == "success":
+            name = f"{e['split']}/{e['level']}" if e["split"] != "train" else "train"
+            outcomes.setdefault(name, {})[e["split"], e["level"], e["task"], e["seed"]] = e["success"]
+    return outcomes
+
+
 def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estimate:
     """Mean success over training seeds and episodes, or the mean difference from `minus`, run by run and episode by episode.
 
@@ -58,14 +68,17 @@ def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
     """Everything the report says, as plain data."""
     folder, arms = Path(config.output), chosen_arms(config)
     runs: dict[tuple[str, int], list[dict[str, Outcomes]]] = {}
-    rows, minutes = [], {}
-    for name in arms:
-        for count in config.demonstrations:
-            cells = [f"{name}-{count}-{seed}" for seed in config.seeds]
-            runs[name, count] = [read_outcomes(folder / "eval" / cell / "eval.json") for cell in cells]
+    rows, minutes, levels = [], {}, []
+    for name, arm in arms.items():
+        for count in numbers_of(config, arm):
+            files = [folder / "eval" / f"{name}-{count}-{seed}" / "eval.json" for seed in config.seeds]
+            runs[name, count] = [read_outcomes(file) for file in files]
+            levels += level_rows(name, count, [read_levels(file) for file in files])
             minutes[name, count] = np.mean([wall_minutes(config, name, count, seed) for seed in config.seeds])
     for name in named(config.policies, "policies"):
-        runs[name, 0] = [read_outcomes(folder / "eval" / f"{name}-given-0" / "eval.json")]
+        file = folder / "eval" / f"{name}-given-0" / "eval.json"
+        runs[name, 0] = [read_outcomes(file)]
+        levels += level_rows(name, 0, [read_levels(file)])
     for (name, count), members in runs.items():
         for group in members[0]:
             row = {"arm": name, "demonstrations": count, "group": group}
@@ -74,9 +87,24 @@ def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
     return {
         "arms": {name: arm.says for name, arm in arms.items()},
         "success": rows,
+        "levels": levels,
         "contrasts": contrasts(runs, config.demonstrations),
         "validity": validity(config, runs),
     }
+
+
+def level_rows(name: str, count: int, members: list[dict[str, Outcomes]]) -> list[dict[str, Any]]:
+    """Success of one arm on every split and level."""
+    return [
+        {
+            "arm": name,
+            "demonstrations": count,
+            "split": split.partition("/")[0],
+            "level": int(split.partition("/")[2] or 0),
+        }
+        | asdict(estimate([member[split] for member in members]))
+        for split in members[0]
+    ]
 
 
 def wall_minutes(config: CompareConfig, name: str, count: int, seed: int) -> float:
@@ -86,8 +114,8 @@ def wall_minutes(config: CompareConfig, name: str, count: int, seed: int) -> flo
     if arm.source == "cloned":
         seconds += trained_seconds(folder / "policy" / "cloning" / str(seed))
     elif arm.source not in ("random", "named"):
-        record = folder / "align" / arm.source / str(seed) / "alignment.json"
-        seconds += json.loads(record.read_text())["seconds"]
+        record = json.loads((folder / "align" / arm.source / str(seed) / "alignment.json").read_text())
+        seconds += record["seconds"] * (arm.snapshot / record["steps"] if arm.snapshot else 1)
     return seconds / 60
 
 
@@ -127,7 +155,7 @@ def contrasts(
 def validity(config: CompareConfig, runs: dict[tuple[str, int], list[dict[str, Outcomes]]]) -> list[dict[str, Any]]:
     """Spearman's correlation of each measure of an encoder with the success of the frozen policies on it.
 
-    Over encoders and training seeds, at each number of demonstrations.
+    Over encoders, snapshots of the alignment and training seeds, at each number of demonstrations.
     """
     arms = {
         name: arm
@@ -138,8 +166,10 @@ def validity(config: CompareConfig, runs: dict[tuple[str, int], list[dict[str, O
     for count in config.demonstrations:
         measured, success = [], []
         for name, arm in arms.items():
+            if (name, count) not in runs:
+                continue
             for number, seed in enumerate(config.seeds):
-                path = encoder_folder(config, arm.source, seed).parent / "measures.json"
+                path = encoder_folder(config, arm.encoder, seed).parent / "measures.json"
                 measured.append(json.loads(path.read_text()))
                 success.append({g: float(np.mean(list(o.values()))) for g, o in runs[name, count][number].items()})
         if len(measured) < 4:

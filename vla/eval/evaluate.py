@@ -246,6 +246,9 @@ def table(result: dict[str, Any]) -> str:
     grounding = dict(result["grounding"])
     if grounding:
         lines.append("grounding")
+        score = grounding.pop("score", None)
+        if score:
+            lines.append(line("score: done because told", {"success_rate": score["value"]} | score))
         for name, part in grounding.pop("swap", {}).items():
             lines.append(line(f"swap: {name}", part))
         lines += [line(name, part) for name, part in grounding.items()]

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from vla.eval.report import Figure, Report, Section, Table, Video, figure, with_interval
+from vla.eval.report import COLORS, Figure, Report, Section, Table, Video, figure, with_interval
 from vla.eval.rollouts import EpisodeRecord
 
 SPLIT_TEXTS = {
-    "paraphrase": "new sentences made of known words",
+    "paraphrase": "new wordings of known words (level 1 the verb's part, level 2 the object's)",
     "synonym": "unseen words (level 1 verbs, level 2 nouns and colours)",
     "combination": "unseen combinations of verb, colour and shape (level 2: the pair is never named in training)",
     "distractors": "additional objects",
@@ -18,6 +18,9 @@ SPLIT_TEXTS = {
 }
 
 
+LANGUAGE = ("paraphrase", "synonym", "combination")  # splits whose levels are kinds; those of the others are amounts
+
+
 def evaluation_report(result: dict[str, Any], output: Path, films: list[EpisodeRecord]) -> Report:
     """What evaluate.py writes as report.html."""
     sections = [
@@ -26,20 +29,20 @@ def evaluation_report(result: dict[str, Any], output: Path, films: list[EpisodeR
     splits = {name: part for name, part in result["splits"].items() if name != "train"}
     if splits:
         text = "; ".join(f"{n}: {t}" for n, t in SPLIT_TEXTS.items() if any(s.split("/")[0] == n for s in splits))
-        sections.append(
-            Section(
-                "What training never saw",
-                f"NAME/LEVEL. {text}.",
-                (rate_table("Success by split", splits), rate_figure({"train": result} | splits)),
-            )
-        )
+        blocks: list[Table | Figure] = [rate_table("Success by split", splits)]
+        blocks.append(rate_figure({"train": result} | splits))
+        curves = curves_of(result)
+        if curves:
+            blocks.append(curve_figure(curves, "Success as each perturbation grows"))
+        sections.append(Section("What training never saw", f"NAME/LEVEL. {text}.", tuple(blocks)))
     if result["grounding"]:
         sections.append(
             Section(
                 "Does it obey the instruction?",
                 "Swap: the identical initial state, told another goal about another object. Blank and wrong text: nothing, "
                 "or another scene's instruction, is told, and the scene's own goal is scored; chance is how often that goal "
-                "gets done while the policy is told another goal of the scene.",
+                "gets done while the policy is told another goal of the scene. The score is the share of new goals that get "
+                "done because they were told: follows new less chance of new.",
                 (grounding_table(result["grounding"]),),
             )
         )
@@ -97,6 +100,12 @@ def answers(result: dict[str, Any]) -> list[str]:
         sentences.append(
             f"It follows {with_interval(follows['success_rate'], follows['interval'])} of {follows['n']} swapped instructions."
         )
+    if "score" in grounding:
+        score = grounding["score"]
+        low, high = (100 * bound for bound in score["interval"])
+        sentences.append(
+            f"Grounding score {100 * score['value']:.0f} [{low:.0f}, {high:.0f}] of 100: done because told."
+        )
     if "blank" in grounding:
         chance = grounding.get("chance")
         beside = f"; chance is {with_interval(chance['success_rate'], chance['interval'])}" if chance else ""
@@ -139,6 +148,37 @@ def rate_figure(parts: dict[str, dict[str, Any]]) -> Figure:
         f"{n} {100 * r:.0f} %" for n, r in zip(names, rates, strict=True)
     )
     return figure(draw, description + ".", (7.0, 0.7 + 0.3 * len(names)))
+
+
+def curves_of(result: dict[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """(level, rate) of every perturbation, level 0 being the plain episodes."""
+    curves: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for name, part in result["splits"].items():
+        split, _, level = name.partition("/")
+        if level and split not in LANGUAGE:
+            curves.setdefault(split, [(0, result)]).append((int(level), part))
+    return curves
+
+
+def curve_figure(curves: dict[str, list[tuple[int, dict[str, Any]]]], title: str) -> Figure:
+    """Success against level, a line each."""
+
+    def draw(axes) -> None:
+        for i, (name, points) in enumerate(curves.items()):
+            levels = [level + 0.03 * (i - len(curves) / 2) for level, _ in points]
+            rates = [part["success_rate"] for _, part in points]
+            spread = [[abs(part["success_rate"] - part["interval"][side]) for _, part in points] for side in (0, 1)]
+            axes.errorbar(levels, rates, yerr=spread, marker="o", capsize=2, color=COLORS[i % len(COLORS)], label=name)
+        axes.set(xticks=sorted({level for points in curves.values() for level, _ in points}), ylim=(0, 1.02))
+        axes.set(xlabel="level (0: plain)", ylabel="success rate")
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+    texts = (
+        f"{name} {', '.join(f'{100 * part["success_rate"]:.0f} %' for _, part in points)}"
+        for name, points in curves.items()
+    )
+    return figure(draw, f"{title}, from level 0 on: {'; '.join(texts)}.", (7.5, 3.6))
 
 
 def grounding_table(grounding: dict[str, Any]) -> Table:

@@ -2,7 +2,8 @@
 
 Swap: the scene of a seed, told another of its goals that concerns another object. Follows the new: the told goal is
 achieved. Does the old: not that, but the goal the seed would have given. Neither: the rest. Chance of the new: how often
-the swapped goal gets done in the plain episode, where it is not told.
+the swapped goal gets done in the plain episode, where it is not told. The score is follows the new less chance of the
+new, scene by scene: the share of goals that get done because they were told.
 Blank and wrong text: the seed's own goal is scored while the policy is told nothing, or an instruction of another
 scene. Their chance level is measured, not assumed: how often the seed's own goal gets done in the swapped episodes,
 where the policy is told something else of the same scene.
@@ -16,7 +17,7 @@ import numpy as np
 
 from envs import make_env
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec
-from vla.eval.statistics import summarise
+from vla.eval.statistics import crossed_interval, summarise
 
 SWAP, BLANK, WRONG = "swap", "blank", "wrong"
 
@@ -79,6 +80,11 @@ def grounding_summary(records: Sequence[EpisodeRecord], base: Sequence[EpisodeRe
             "neither": summarise(not r.success and not o for r, o in zip(swapped, old, strict=True)),
             "chance_of_new": summarise(r.goal in untold[r.seed] for r in swapped),
         }
+        gain = np.array([[float(r.success) - float(r.goal in untold[r.seed]) for r in swapped]])
+        estimate = crossed_interval(gain, np.zeros(len(swapped))) if len(swapped) > 1 else None
+        if estimate:
+            interval = [max(estimate.low, -1.0), min(estimate.high, 1.0)]
+            summary["score"] = {"value": estimate.value, "interval": interval, "n": len(swapped)}
         summary["chance"] = summarise(own[r.seed] in r.achieved for r in swapped)
     for kind in (BLANK, WRONG):
         chosen = [r for r in records if r.kind == kind]

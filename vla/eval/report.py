@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+COLORS = ("#1f5fbf", "#d1495b", "#2a9d5c", "#8a5fbf", "#c77d1e", "#4d4d4d", "#0f8b8d", "#b0578d")  # of lines
+
 
 @dataclass(frozen=True)
 class Table:

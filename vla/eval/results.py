@@ -133,7 +133,12 @@ def section(name: str, r: dict[str, Any]) -> str:
     if r.get("grounding"):
         swap = r["grounding"].get("swap", {})
         rows = [[f"swap: {k.replace('_', ' ')}", rate(v), str(v["n"])] for k, v in swap.items()]
-        rows += [[k, rate(v), str(v["n"])] for k, v in r["grounding"].items() if k != "swap"]
+        rows += [[k, rate(v), str(v["n"])] for k, v in r["grounding"].items() if k not in ("swap", "score")]
+        if "score" in r["grounding"]:
+            score = r["grounding"]["score"]
+            rows.insert(
+                0, ["score: done because told", rate({"success_rate": score["value"]} | score), str(score["n"])]
+            )
         parts.append(table([["grounding", "rate", "n"], *rows]))
     if "alignment" in r:
         metrics = r["alignment"]["metrics"]

@@ -146,6 +146,8 @@ def train_align(config: AlignConfig) -> Path:
         if saves:
             elapsed = before + time.perf_counter() - started
             checkpoint(run, done, accelerator.unwrap_model(model), optimizer, elapsed)
+        if done in config.snapshots:
+            export_encoder(run.folder / "snapshots" / str(done), accelerator.unwrap_model(model), tokenizer)
     bar.close()
 
     measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
@@ -341,13 +343,7 @@ def export(
     folder: Path, config: AlignConfig, episodes: Episodes, model: AlignmentModel, tokenizer, measured, seconds
 ) -> Path:
     """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
-    encoder, partial = folder / "clip", folder / "clip.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_clip(partial, model.exported_clip(), tokenizer)
-    shutil.rmtree(encoder, ignore_errors=True)
-    partial.rename(encoder)
-    others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
-    save_file(others, folder / "alignment.safetensors")
+    encoder = export_encoder(folder, model, tokenizer)
     record = {
         "loss": asdict(config.loss),
         "shuffle": config.shuffle,
@@ -362,6 +358,19 @@ def export(
         "versions": versions(),
     }
     (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
+    return encoder
+
+
+def export_encoder(folder: Path, model: AlignmentModel, tokenizer) -> Path:
+    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
+    save_file(others, folder / "alignment.safetensors")
+    encoder, partial = folder / "clip", folder / "clip.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_clip(partial, model.exported_clip(), tokenizer)
+    shutil.rmtree(encoder, ignore_errors=True)
+    partial.rename(encoder)
     return encoder
 
 
