@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a small venv that holds uv, then the locked environment in .venv.
-.PHONY: help demo tabletop metaworld results test test-all lint bench setup clean
+.PHONY: help demo tabletop metaworld results test test-all lint bench browser setup clean
 
 # Three ways to find a Python 3.12; PYTHON=... names another.
 PYTHON ?= $(shell for p in python3.12 python3 python "$$HOME/.pyenv/versions/3.12"*/bin/python "$${PYENV_ROOT:-/nowhere}/versions/3.12"*/bin/python; do \
@@ -19,6 +19,7 @@ help:
 	@echo "make demo      collect, align, train, evaluate on a small tabletop run; ends with a report"
 	@echo "make test      lint and the fast tests"
 	@echo "make test-all  all tests, long ones too"
+	@echo "make browser   a Chromium for the tests of the reports, from the system's packages, if there is none"
 	@echo "make setup     only the environment, in .venv"
 	@echo "make lint      formatting and static checks"
 	@echo "make bench     throughput beside LeRobot's loader, policy latency"
@@ -39,10 +40,15 @@ results: .venv/ready
 	@$(RUN) scripts/results.py
 
 test: lint
-	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
+	$(RUN) -m pytest -rs -m "not slow" -n 2 --dist worksteal
 
-test-all: lint
-	$(RUN) -m pytest -n 2 --dist worksteal
+test-all: lint browser
+	$(RUN) -m pytest -rs -n 2 --dist worksteal
+
+# The reports are tested in Chromium; where the system's packages cannot be installed, those tests say that they were skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+	apt-get update -qq && apt-get install -y -qq chromium >/dev/null || echo "no Chromium could be installed; reports are not tested in a browser"
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -86,7 +86,7 @@ def test_help_tells_every_field_with_comment_and_default():
     text = str(help_text.value)
     assert "--loss.temperature=0.07" in text
     assert "initial temperature of every pair" in text
-    assert text.count("\n  --") == 1 + count_fields(AlignConfig())
+    assert text.count("\n  --") == 2 + count_fields(AlignConfig())
 
 
 def count_fields(config) -> int:

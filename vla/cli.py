@@ -1,9 +1,16 @@
-"""`concord VERB`: one function a verb, the same ones that the files in scripts/ call."""
+"""`concord VERB`: one function a verb, the same ones that the files in scripts/ call.
+
+Each returns the JSON file that holds its result, or None. With `--json` among the flags, standard output is that result and
+nothing else; what people read goes to standard error.
+"""
 
 import errno
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from vla.config_io import HelpRequested, load_config
 from vla.types import UserError
@@ -12,87 +19,90 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def collect(argv: list[str]) -> None:
+def collect(argv: list[str]) -> Path | None:
     """Collect demonstrations with the scripted expert."""
     from vla.config import CollectConfig
     from vla.integrations.collect import collect as run
 
-    run(load_config(CollectConfig, argv))
+    return run(load_config(CollectConfig, argv)) / "meta" / "info.json"
 
 
-def align(argv: list[str]) -> None:
+def align(argv: list[str]) -> Path | None:
     """Stage one: align the encoders on vision-language-action triplets."""
     from vla.config import AlignConfig
 
     config = load_config(AlignConfig, argv)
     from vla.training.align import train_align as run
 
-    run(config)
+    return run(config).parent / "alignment.json"
 
 
-def policy(argv: list[str]) -> None:
+def policy(argv: list[str]) -> Path | None:
     """Stage two: train the action head by behaviour cloning."""
     from vla.config import PolicyTrainConfig
 
     config = load_config(PolicyTrainConfig, argv)
     from vla.training.policy import train_policy as run
 
-    run(config)
+    return run(config) / "concord.json"
 
 
-def evaluate(argv: list[str]) -> None:
+def evaluate(argv: list[str]) -> Path | None:
     """Evaluate a policy in closed loop."""
     from vla.config import EvalConfig
 
     config = load_config(EvalConfig, argv)
     from vla.eval.evaluate import evaluate as run
 
-    run(config)
+    return run(config) / "eval.json"
 
 
-def compare(argv: list[str]) -> None:
+def compare(argv: list[str]) -> Path | None:
     """The matched comparison of arms, encoders and policies."""
     from vla.config import CompareConfig
 
     config = load_config(CompareConfig, argv)
     from vla.comparison.compare import compare as run
 
-    run(config)
+    report = run(config)
+    return report.parent / "comparison.json" if report else None
 
 
-def doctor(argv: list[str]) -> None:
+def doctor(argv: list[str]) -> Path | None:
     """Check the machine, a data set and checkpoints."""
     from vla.config import DoctorConfig
     from vla.doctor import doctor as run
 
     run(load_config(DoctorConfig, argv))
+    return None
 
 
-def bench(argv: list[str]) -> None:
+def bench(argv: list[str]) -> Path | None:
     """Measure throughput beside the peers, in one run."""
     from vla.bench import bench as run
     from vla.config import BenchConfig
 
-    run(load_config(BenchConfig, argv))
+    return run(load_config(BenchConfig, argv))
 
 
-def pipeline(argv: list[str]) -> None:
+def pipeline(argv: list[str]) -> Path | None:
     """The four stages one after the other."""
     from vla.config import PipelineConfig
     from vla.pipeline import pipeline as run
 
-    run(load_config(PipelineConfig, argv))
+    return run(load_config(PipelineConfig, argv)).parent / "eval.json"
 
 
-def results(argv: list[str]) -> None:
+def results(argv: list[str]) -> Path | None:
     """Write the tables of the documentation from result files."""
     from vla.config import ResultsConfig
     from vla.eval.results import results as run
 
     run(load_config(ResultsConfig, argv))
+    return None
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Callable[[list[str]], Path | None]] = {
     function.__name__: function
     for function in (collect, align, policy, evaluate, compare, doctor, bench, pipeline, results)
 }
@@ -101,8 +111,13 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 def run(verb: str, argv: list[str] | None = None) -> int:
     """Run a verb and turn what users can mend into one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
+    argv = [argument for argument in argv if argument != "--json"]
     try:
-        VERBS[verb](argv)
+        with stdout_to_stderr() if as_json else nullcontext():
+            result = VERBS[verb](argv)
+        if as_json:
+            print(json.dumps(result_of(result)))
     except HelpRequested as request:
         print(request)
     except UserError as error:
@@ -119,11 +134,34 @@ def run(verb: str, argv: list[str] | None = None) -> int:
     return 0
 
 
+def result_of(path: Path | None) -> dict:
+    """The result in a file, and its path; an evaluation's episodes stay in the file."""
+    if path is None:
+        return {}
+    return {"file": str(path)} | {
+        key: value for key, value in json.loads(path.read_text()).items() if key != "episodes"
+    }
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send standard output to standard error, also that of libraries in C and of processes started meanwhile."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
 def main() -> int:
     """Entry point of the `concord` command."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: concord VERB [--config_path FILE] [--field=value ...]\n")
+        print("usage: concord VERB [--config_path FILE] [--field=value ...] [--json]\n")
         for verb, function in VERBS.items():
             print(f"  {verb:10} {function.__doc__}")
         return 0

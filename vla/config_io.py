@@ -241,6 +241,7 @@ def save_yaml(config: Any, path: Path) -> None:
 def help_text(cls: type) -> str:
     """Every field with its comment and default."""
     lines = [inspect.cleandoc(cls.__doc__ or cls.__name__), "", "  --config_path FILE", "      YAML with any of these"]
+    lines += ["  --json", "      print the result as JSON, and what people read to standard error"]
     for name, comment, default in _fields(cls(), ""):
         lines += [f"  --{name}={default}", f"      {comment}"]
     return "\n".join(lines)

@@ -1,14 +1,22 @@
 """An evaluation's folder: what is refused, what goes on, what the numbers count."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
 
 from vla.config import EvalConfig
 from vla.eval.evaluate import evaluate
+from vla.eval.evaluation_report import curves_of
+from vla.eval.grounding import grounding_summary
+from vla.eval.rollouts import EpisodeRecord
 from vla.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -33,6 +41,37 @@ def test_the_environment_is_the_one_the_policy_was_trained_on(config):
     assert result["n"] == 2
     kinds = [e["kind"] for e in result["episodes"]]
     assert kinds.count("success") == kinds.count("swap") == kinds.count("blank") == 2
+
+
+def test_for_machines_standard_output_is_the_result_alone(config):
+    flags = ["--tasks=[reach]", "--episodes=2", "--splits=[none]", "--grounding_episodes=0", "--workers=1", "--json"]
+    flags += [f"--policy={config.policy}", f"--output={config.output}", "--videos=0", "--failures=0"]
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    result = json.loads(done.stdout)
+    assert result["n"] == 2
+    assert json.loads(Path(result["file"]).read_text())["success_rate"] == result["success_rate"]
+    assert "at the final timestep" in done.stderr
+
+
+def test_the_score_is_the_share_of_goals_done_because_told():
+    def record(kind, seed, goal, success, achieved):
+        return EpisodeRecord(kind, "tabletop", "reach", goal, "", "train", 1, seed, success, success, 9, achieved)
+
+    plain = [record("success", seed, "old", True, ("old", "new") if seed == 0 else ("old",)) for seed in range(10)]
+    told = [record("swap", seed, "new", seed < 8, ("new",) if seed < 8 else ("old",)) for seed in range(10)]
+    grounding = grounding_summary(told, plain)
+    assert grounding["swap"]["follows_new"]["success_rate"] == 0.8
+    assert grounding["score"]["value"] == pytest.approx(0.7)  # one of the eight is done untold, too
+    low, high = grounding["score"]["interval"]
+    assert 0 < low < 0.7 < high <= 1
+
+
+def test_curves_of_perturbations_start_at_the_plain_episodes():
+    rate = {"success_rate": 0.5, "interval": [0.4, 0.6], "n": 9}
+    result = rate | {"splits": {"train": rate, "light/1": rate, "light/2": rate, "synonym/1": rate}}
+    assert [level for level, _ in curves_of(result)["light"]] == [0, 1, 2]
+    assert set(curves_of(result)) == {"light"}
 
 
 def test_a_policy_of_another_robot_is_refused(config):

@@ -9,7 +9,7 @@ from vla.eval.report import COLORS, Figure, Report, Section, Table, figure
 def comparison_report(result: dict[str, Any]) -> Report:
     """What compare.py writes as report.html."""
     groups = list(dict.fromkeys(row["group"] for row in result["success"]))
-    sections = [Section("The arms", "", (Table("Arms", ("", "what it is"), tuple(result["arms"].items())),))]
+    sections = [Section("The arms", "", (Table("Arms", ("arm", "what it is"), tuple(result["arms"].items())),))]
     for group in groups:
         rows = [row for row in result["success"] if row["group"] == group]
         sections.append(Section(f"Success, {group}", "", (success_table(group, rows), success_figure(group, rows))))
@@ -81,7 +81,7 @@ def success_table(group: str, rows: list[dict[str, Any]]) -> Table:
         minutes = [f"{c['minutes']:.0f}" for c in cells if c and c["minutes"] is not None]
         lines.append((arm, *(interval(c) if c else "-" for c in cells), minutes[-1] if minutes else "-"))
     heads = tuple(demonstrations(count) for count in numbers)
-    return Table(f"Success on {group} episodes", ("", *heads, "minutes of training"), tuple(lines))
+    return Table(f"Success on {group} episodes", ("arm", *heads, "minutes of training"), tuple(lines))
 
 
 def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
@@ -128,7 +128,7 @@ def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
     if kinds:
         names = tuple(dict.fromkeys(name for cells in kinds.values() for name in cells))
         lines = tuple((arm, *(cells.get(name, "-") for name in names)) for arm, cells in kinds.items())
-        table = Table("Success by kind of wording and combination", ("", *names), lines)
+        table = Table("Success by kind of wording and combination", ("arm", *names), lines)
         sections.append(Section("New wordings and combinations", f"With {where}.", (table,)))
     return sections
 
@@ -157,7 +157,14 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
         for row in result["contrasts"]
         if row["group"] == group
     )
-    heads = ("", "shows", "demonstrations", "points, 95 % interval", "p (Holm)", "p (McNemar, these seeds only)")
+    heads = (
+        "difference",
+        "shows",
+        "demonstrations",
+        "points, 95 % interval",
+        "p (Holm)",
+        "p (McNemar, these seeds only)",
+    )
     return Table(f"Differences on {group} episodes", heads, rows)
 
 
@@ -166,7 +173,7 @@ def validity_table(result: dict[str, Any]) -> Table:
     rows = sorted(result["validity"], key=lambda row: -abs(row["rho"]))
     return Table(
         "Correlation of measures with success",
-        ("", "episodes", "demonstrations", "Spearman's rho, 95 % interval", "encoders"),
+        ("measure", "episodes", "demonstrations", "Spearman's rho, 95 % interval", "encoders"),
         tuple(
             (
                 row["measure"].replace("_", " "),

@@ -127,7 +127,7 @@ def rate_table(caption: str, parts: dict[str, dict[str, Any]]) -> Table:
     rows = tuple(
         (name, with_interval(part["success_rate"], part["interval"]), str(part["n"])) for name, part in parts.items()
     )
-    return Table(caption, ("", "success, 95 % interval", "episodes"), rows)
+    return Table(caption, ("of", "success, 95 % interval", "episodes"), rows)
 
 
 def rate_figure(parts: dict[str, dict[str, Any]]) -> Figure:

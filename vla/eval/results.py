@@ -193,7 +193,14 @@ def towers_section(r: dict[str, Any]) -> str:
                 *(f"{metrics[name]:.3f}" for name in names),
             ]
         )
-    return "\n".join(["## towers\n", "Stage one alone, one thread each, held-out episodes.\n", table(rows)])
+    return "\n".join(
+        [
+            "## towers\n",
+            "Stage one alone, one thread each, held-out episodes. The steps are those of 20 minutes on a free core; "
+            "the minutes are what they took beside other work.\n",
+            table(rows),
+        ]
+    )
 
 
 def rate(summary: dict[str, Any] | None) -> str:
