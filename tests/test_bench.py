@@ -7,11 +7,13 @@ from vla.config import BenchConfig
 
 
 def test_bench_writes_every_figure(tmp_path, data_root):
-    config = BenchConfig(output=str(tmp_path / "bench"), data=str(data_root), seconds=0.05, expert_seeds=2)
+    config = BenchConfig(output=str(tmp_path / "bench"), data=str(data_root), seconds=0.05, expert_seeds=2, episodes=3)
     written = json.loads(bench(config).read_text())
     assert written["triplets_per_s"] > written["lerobot_samples_per_s"] > 0
     assert 0 < written["policy_latency_ms"]["p50"] <= written["policy_latency_ms"]["p95"]
     assert written["tabletop"]["steps_per_s"] > 0
+    assert all(run["episodes_per_minute"] > 0 for run in written["evaluation"]["runs"].values())
+    assert written["evaluation"]["agree"] == [3, 3, 3]
     assert {task: row["successes"] for task, row in written["expert"]["plain"].items()} == dict.fromkeys(
         ("reach", "push", "pick", "place", "next_to", "separate"), 2
     )

@@ -6,12 +6,15 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
 
 from envs import env_class, make_env, make_expert
+from vla.bench_evaluation import evaluation_speed
 from vla.config import BatchConfig, BenchConfig, CollectConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import read_episodes
@@ -24,6 +27,7 @@ from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
 from vla.versions import versions
 
 SMALL_SCENES = 100
+TEXT = "push the red star to the left"
 NOISE = 0.3  # std of the noise on the expert's executed velocity, as in collection
 
 
@@ -40,8 +44,11 @@ def bench(config: BenchConfig) -> Path:
     read_episodes(root)  # names what is wrong with it
     peer = lerobot_samples(root, config)  # first: the page cache is warm for both, since reading fingerprints the files
     ours = triplets(root, config)
-    latency = policy_latency(config)
+    latency = policy_latency()
     simulator = tabletop_steps(config)
+    with TemporaryDirectory(dir=output) as folder:
+        policy = Path(config.policy) if config.policy else untrained_folder(Path(folder) / "policy")
+        evaluation = evaluation_speed(policy, config.episodes, Path(folder))
     experts = {"plain": expert_episodes(config.expert_seeds, 0.0), "noisy": expert_episodes(config.expert_seeds, NOISE)}
     result = {
         "data": str(root),
@@ -52,6 +59,7 @@ def bench(config: BenchConfig) -> Path:
         "lerobot_samples_per_s": peer,
         "policy_latency_ms": latency,
         "tabletop": simulator,
+        "evaluation": evaluation,
         "expert": experts,
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
         "versions": versions(),
@@ -64,6 +72,8 @@ def bench(config: BenchConfig) -> Path:
     print(
         f"  tabletop, 96 px, rendered every step {simulator['steps_per_s']:,.0f} steps/s, reset {simulator['reset_ms']:.1f} ms"
     )
+    for name, run in evaluation["runs"].items():
+        print(f"  {name:40} {run['episodes_per_minute']:8,.0f} episodes/min")
     for task, row in experts["plain"].items():
         noisy = experts["noisy"][task]
         print(
@@ -134,25 +144,39 @@ def lerobot_samples(root: Path, config: BenchConfig) -> float:
     return rate(one_item, config.seconds)
 
 
-def policy_latency(config: BenchConfig) -> dict[str, float]:
+def untrained_policy() -> ConcordPolicy:
+    """The default policy for the tabletop, with random weights."""
+    sizes = {key: value for key, value in vars(TowerConfig()).items() if key != "pretrained"}
+    clip, tokenizer = build_clip((TEXT,), image_size=96, **sizes)
+    config = ConcordConfig(
+        device="cpu",
+        precision="bf16",
+        input_features={
+            IMAGE_KEY: PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+            STATE_KEY: PolicyFeature(FeatureType.STATE, (4,)),
+        },
+        output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (3,))},
+    )
+    return ConcordPolicy(config, clip=clip, tokenizer=tokenizer).eval()
+
+
+def untrained_folder(folder: Path) -> Path:
+    """That policy as a folder with processors; states and actions pass through them as they are."""
+    policy = untrained_policy()
+    policy.save_pretrained(folder)
+    stats = {
+        key: {"q01": -torch.ones(size), "q99": torch.ones(size), "mean": torch.zeros(size), "std": torch.ones(size)}
+        for key, size in ((STATE_KEY, 4), (ACTION_KEY, 3))
+    }
+    for processor in make_pre_post_processors(policy.config, dataset_stats=stats):
+        processor.save_pretrained(folder)
+    return folder
+
+
+def policy_latency() -> dict[str, float]:
     """Milliseconds from an observation to an action chunk at batch 1, weights untrained, text already encoded."""
-    tower = TowerConfig()
-    texts = ("push the red star to the left",)
-    sizes = {key: value for key, value in vars(tower).items() if key != "pretrained"}
-    clip, tokenizer = build_clip(texts, image_size=96, **sizes)
-    policy = ConcordPolicy(
-        ConcordConfig(
-            device="cpu",
-            input_features={
-                IMAGE_KEY: PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
-                STATE_KEY: PolicyFeature(FeatureType.STATE, (4,)),
-            },
-            output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (3,))},
-        ),
-        clip=clip,
-        tokenizer=tokenizer,
-    ).eval()
-    observation = {IMAGE_KEY: torch.rand(1, 3, 96, 96), STATE_KEY: torch.zeros(1, 4), TASK_KEY: [texts[0]]}
+    policy = untrained_policy()
+    observation = {IMAGE_KEY: torch.rand(1, 3, 96, 96), STATE_KEY: torch.zeros(1, 4), TASK_KEY: [TEXT]}
     times = []
     for _ in range(200):
         begun = time.perf_counter()

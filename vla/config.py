@@ -179,6 +179,9 @@ class EvalConfig:
     splits: tuple[str, ...] = ("all",)  # further splits to evaluate: names, "all" of the environment's, or "none"
     split_episodes: int = number(100, 0)  # episodes for each further split
     grounding_episodes: int = number(100, 0)  # episodes of each grounding measure; 0 switches it off
+    end_on_success: bool = (
+        False  # end episodes at the first success: faster, but success at the final timestep is unknown
+    )
     batch_size: int = number(32, 1)  # environments stepped together in one process
     workers: int = number(2, 1)  # processes
     videos: int = number(6, 0)  # videos of successes and of failures of the plain episodes, each
@@ -236,6 +239,10 @@ class BenchConfig:
     horizon: int = number(16, 1)  # timesteps of an action chunk
     seconds: float = number(10.0, 0.01)  # of each measurement
     threads: int = number(1, 1)  # CPU threads
+    policy: str | None = (
+        None  # LeRobot policy folder for the tabletop, evaluated beside lerobot-eval; default: untrained
+    )
+    episodes: int = number(500, 1)  # of each of those evaluations
     expert_seeds: int = number(200, 1)  # scenes of each task that the tabletop's expert is tried on
 
 

@@ -83,18 +83,18 @@ class World:
         """Advance one control period with the gripper at (2,) `velocity` m/s, closed or open."""
         if close != self.closed:
             self._close() if close else self._open()
-        dt = CONTROL_DT / SUBSTEPS
+        dt, wanted = CONTROL_DT / SUBSTEPS, velocity.tolist()
         for _ in range(SUBSTEPS):
             x, y = self.gripper.position
             # Stop exactly at the edge of the gripper's range.
-            vx = np.clip(x + velocity[0] * dt, -GRIPPER_RANGE, GRIPPER_RANGE) - x
-            vy = np.clip(y + velocity[1] * dt, -GRIPPER_RANGE, GRIPPER_RANGE) - y
-            self.gripper.velocity = (float(vx) / dt, float(vy) / dt)
+            vx = _within(x + wanted[0] * dt, GRIPPER_RANGE) - x
+            vy = _within(y + wanted[1] * dt, GRIPPER_RANGE) - y
+            self.gripper.velocity = (vx / dt, vy / dt)
             self.space.step(dt)
             if self.held is not None:
                 body = self.bodies[self.held]
-                carried = self.gripper.position + self._offset
-                body.position = tuple(np.clip(carried, -CARRY_RANGE, CARRY_RANGE).tolist())
+                x, y = self.gripper.position + self._offset
+                body.position = (_within(x, CARRY_RANGE), _within(y, CARRY_RANGE))
                 body.velocity, body.angular_velocity = (0, 0), 0
 
     @property
@@ -163,6 +163,10 @@ class World:
             wall = pymunk.Segment(self.space.static_body, a, b, 0.002)
             wall.filter = pymunk.ShapeFilter(categories=_OBJECTS, mask=_OBJECTS)
             self.space.add(wall)
+
+
+def _within(value: float, bound: float) -> float:
+    return min(max(value, -bound), bound)
 
 
 def settled(scene: Scene) -> Scene:

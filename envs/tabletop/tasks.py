@@ -80,7 +80,8 @@ def _free_way(at: np.ndarray, index: int, direction: str) -> bool:
 
 
 def _in_zone(position: np.ndarray, zone: tuple[float, float]) -> bool:
-    return bool(np.abs(position - np.array(zone)).max() < ZONE_HALF - 0.01)
+    x, y = position.tolist()
+    return max(abs(x - zone[0]), abs(y - zone[1])) < ZONE_HALF - 0.01
 
 
 def _occupied(at: np.ndarray, index: int, zone: tuple[float, float]) -> bool:

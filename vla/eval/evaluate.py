@@ -103,6 +103,10 @@ def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...
     for task in tasks:
         if task not in environment.TASKS:
             raise UserError(f"config error: tasks: {task!r} is not a task of {config.env}; known: {environment.TASKS}")
+    if config.end_on_success and config.grounding_episodes:
+        raise UserError(
+            "config error: end_on_success: grounding needs episodes that run on; add --grounding_episodes=0 or leave it out"
+        )
     known = environment.splits()
     names = list(config.splits)
     if names == ["all"]:
@@ -167,6 +171,7 @@ def plan(
             split=split,
             level=level,
             image_size=image_size,
+            end_on_success=config.end_on_success,
         )
         for i in range(count)
     ]
@@ -210,10 +215,11 @@ def summary(config: EvalConfig, records: list[EpisodeRecord]) -> dict[str, Any]:
     tasks = list(dict.fromkeys(r.task for r in plain))
     return {
         **summarise(r.success for r in plain),
-        "success_final": summarise(r.success_final for r in plain),
+        "success_final": None if config.end_on_success else summarise(bool(r.success_final) for r in plain),
         "tasks": {task: summarise(r.success for r in plain if r.task == task) for task in tasks},
         "splits": {
-            name: summarise(r.success for r in members) | {"final": summarise(r.success_final for r in members)}
+            name: summarise(r.success for r in members)
+            | {"final": None if config.end_on_success else summarise(bool(r.success_final) for r in members)}
             for name, members in splits.items()
         },
         "grounding": grounding_summary([r for r in records if r.kind != "success"], plain),
@@ -240,7 +246,9 @@ def table(result: dict[str, Any]) -> str:
         low, high = part["interval"]
         return f"  {name:28} {100 * part['success_rate']:5.1f} %  [{100 * low:3.0f}, {100 * high:3.0f}]  n={part['n']}"
 
-    lines = ["success", line("all tasks", result), line("at the final timestep", result["success_final"])]
+    lines = ["success", line("all tasks", result)]
+    if result["success_final"]:
+        lines.append(line("at the final timestep", result["success_final"]))
     lines += [line(task, part) for task, part in result["tasks"].items()]
     lines += ["splits"] + [line(name, part) for name, part in result["splits"].items() if name != "train"]
     grounding = dict(result["grounding"])

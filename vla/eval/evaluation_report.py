@@ -90,9 +90,10 @@ def failures_report(result: dict[str, Any], output: Path, films: list[EpisodeRec
 
 def answers(result: dict[str, Any]) -> list[str]:
     """The sentences at the top."""
+    final = result["success_final"]
+    at_end = f"; at the final timestep {with_interval(final['success_rate'], final['interval'])}" if final else ""
     sentences = [
-        f"The policy succeeds in {with_interval(result['success_rate'], result['interval'])} of {result['n']} episodes; "
-        f"at the final timestep {with_interval(result['success_final']['success_rate'], result['success_final']['interval'])}."
+        f"The policy succeeds in {with_interval(result['success_rate'], result['interval'])} of {result['n']} episodes{at_end}."
     ]
     grounding = result["grounding"]
     if "swap" in grounding:
@@ -194,7 +195,9 @@ def protocol(result: dict[str, Any]) -> dict[str, str]:
     """How the numbers came about."""
     config = result["config"]
     return {
-        "success": "the goal holds at any timestep (episodes run to their horizon); final: at the last one",
+        "success": "the goal holds at any timestep (episodes end there)"
+        if config.get("end_on_success")
+        else "the goal holds at any timestep (episodes run to their horizon); final: at the last one",
         "intervals": "95 % Wilson",
         "seeds": f"{config['seed']} and up, the same in every split",
         "policy": config["policy"],

@@ -162,6 +162,13 @@ def bench_section(r: dict[str, Any]) -> str:
         ["tabletop at 96 px, rendered every step", f"{simulator['steps_per_s']:,.0f} steps/s"],
         ["tabletop, reset", f"{simulator['reset_ms']:.1f} ms"],
     ]
+    evaluation = r["evaluation"]
+    episodes = [
+        [f"{evaluation['episodes']} episodes of `{evaluation['task']}`", "episodes/min", "seconds", "whole command"]
+    ]
+    for name, run in evaluation["runs"].items():
+        row = [f"{run['episodes_per_minute']:,.0f}", f"{run['seconds']:.0f}", f"{run['command_seconds']:.0f}"]
+        episodes.append([name, *row])
     expert = [["expert", "success", "timesteps", "with noise", "timesteps with noise"]]
     for task, plain in r["expert"]["plain"].items():
         noisy = r["expert"]["noisy"][task]
@@ -174,6 +181,10 @@ def bench_section(r: dict[str, Any]) -> str:
             "## bench\n",
             f"`make bench`, {r['threads']} thread(s). {versions['processor']}, {versions['cores']} cores.\n",
             table(speeds),
+            f"One policy on the same episodes with {evaluation['cores']} cores; the runs' successes agree with the first one's in "
+            f"{', '.join(map(str, evaluation['agree']))} episodes. `lerobot-eval` ends episodes at the first success, and its seconds leave out "
+            "starting and loading; `evaluate` includes the start of its workers.\n",
+            table(episodes),
             table(expert),
         ]
     )

@@ -1,6 +1,7 @@
 """Closed-loop rollouts: many environments stepped together, a frame rendered only when the policy looks.
 
-Every episode runs to its horizon, so that success at the final timestep is known besides success at any. Results
+Episodes run to their horizon, so that success at the final timestep is known besides success at any, unless the
+specification ends them at the first success. Results
 depend on the specification alone, not on batch size or number of processes (up to float rounding inside the policy).
 """
 
@@ -24,7 +25,10 @@ MakePolicy = Callable[[], ChunkPolicy]
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """What to run. `goal` and `instruction` replace the seed's own if given; `kind` labels the measurement."""
+    """What to run. `goal` and `instruction` replace the seed's own if given; `kind` labels the measurement.
+
+    `end_on_success` ends it at the first success.
+    """
 
     env: str
     task: str
@@ -36,11 +40,15 @@ class EpisodeSpec:
     instruction: str | None = None
     image_size: int = 96
     kind: str = "success"
+    end_on_success: bool = False
 
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """What happened. `achieved` holds every goal of the scene that held at some timestep after the first."""
+    """What happened. `achieved` holds every goal of the scene that held at some timestep after the first.
+
+    `success_final` is None for an episode that ended at its first success.
+    """
 
     kind: str
     env: str
@@ -51,7 +59,7 @@ class EpisodeRecord:
     level: int
     seed: int
     success: bool
-    success_final: bool
+    success_final: bool | None
     steps: int  # to the first success, or all
     achieved: tuple[str, ...]
     video: str | None = None
@@ -194,7 +202,7 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
     success_now = np.zeros(len(envs), bool)
     achieved: list[set[str]] = [set() for _ in envs]
     initially = [set(info["achieved"]) for info in infos]
-    timestep, running = 0, np.ones(len(envs), bool)
+    timestep, running, lasted = 0, np.ones(len(envs), bool), np.zeros(len(envs), int)
     looks: dict[int, np.ndarray] = {}  # environment -> (side, side), where the policy looked last
     while running.any():
         active = np.flatnonzero(running)
@@ -213,14 +221,14 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
                     continue
                 action = np.clip(chunk[row, step], envs[i].action_space.low, envs[i].action_space.high)
                 observations[i], _, _, truncated, info = envs[i].step(action.astype(np.float32))
-                success_now[i] = info["is_success"]
+                success_now[i], lasted[i] = info["is_success"], timestep + 1
                 achieved[i] |= set(info["achieved"])
                 if info["is_success"] and first_success[i] < 0:
                     first_success[i] = timestep + 1
                 index = members[i][0]
                 if index in films:
                     films[index].append(beside_attention(envs[i].render(), looks.get(i)))
-                running[i] = not truncated
+                running[i] = not (truncated or (info["is_success"] and members[i][1].end_on_success))
             timestep += 1
             if not running.any():
                 break
@@ -248,8 +256,8 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
                     level=spec.level,
                     seed=spec.seed,
                     success=bool(first_success[i] > 0),
-                    success_final=bool(success_now[i]),
-                    steps=int(first_success[i] if first_success[i] > 0 else timestep),
+                    success_final=None if spec.end_on_success and first_success[i] > 0 else bool(success_now[i]),
+                    steps=int(first_success[i] if first_success[i] > 0 else lasted[i]),
                     achieved=tuple(sorted(achieved[i] - initially[i])),
                     video=path.name if path else None,
                 ),

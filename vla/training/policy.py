@@ -200,6 +200,7 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         tuned_part=config.tuned_part,
         hide=config.hide,
         encoder_lr_scale=config.encoder_lr_scale,
+        precision=config.precision,
         kind=head.kind,
         horizon=head.horizon,
         n_action_steps=head.n_action_steps,
@@ -334,6 +335,7 @@ def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dic
             seed=500_000 + i,
             tasks=tuple(tasks),
             image_size=config.data.image_size,
+            end_on_success=True,
         )
         for i in range(config.rollouts)
     ]

@@ -22,6 +22,7 @@ class ConcordConfig(PreTrainedConfig):
     tuned_part: str = "all"  # what of it: all, vision or last_block (of the vision tower)
     hide: str = "none"  # a control that never gets the "language" or the "vision"
     encoder_lr_scale: float = 0.1  # learning rate of the encoder relative to the rest
+    precision: str = "no"  # of the vision tower while acting: "bf16" where it was trained so, else "no"
     kind: str = "l1"  # action head: l1 or flow
     horizon: int = 16  # timesteps predicted
     n_action_steps: int = 8  # timesteps executed before the next look
@@ -55,7 +56,11 @@ class ConcordConfig(PreTrainedConfig):
         super().__post_init__()
         if not 1 <= self.n_action_steps <= self.horizon:
             raise ValueError(f"n_action_steps {self.n_action_steps} must be between 1 and horizon {self.horizon}")
-        for name, known in (("tuned_part", ("all", "vision", "last_block")), ("hide", ("none", "language", "vision"))):
+        for name, known in (
+            ("tuned_part", ("all", "vision", "last_block")),
+            ("hide", ("none", "language", "vision")),
+            ("precision", ("no", "bf16")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
 

@@ -122,7 +122,11 @@ class ConcordPolicy(PreTrainedPolicy):
         size = self.clip.config.vision_config.image_size
         if images.shape[-2:] != (size, size):
             images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        return patch_tokens(self.clip, (images - self.image_mean) / self.image_std)
+        pixels = (images - self.image_mean) / self.image_std
+        if self.training or self.config.precision == "no":  # training brings its own autocast
+            return patch_tokens(self.clip, pixels)
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            return patch_tokens(self.clip, pixels).float()
 
     def words(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> word tokens (b, l, w) and mask (b, l); each distinct text is encoded once, and kept while evaluating."""

@@ -1,0 +1,81 @@
+"""Closed-loop evaluation beside `lerobot-eval`: the same policy, environment and episodes, all cores for either."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vla.types import UserError
+
+TASK = "place"
+SEED = 1_000_000
+TOGETHER = 50  # environments in lerobot-eval's larger setting
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def evaluation_speed(policy: Path, episodes: int, output: Path) -> dict[str, Any]:
+    """Episodes a minute of both programs on one tabletop task, twice each, and in how many episodes they agree.
+
+    Raises:
+        UserError: one of the commands fails.
+    """
+    cores = len(os.sched_getaffinity(0))
+    together = min(TOGETHER, episodes)
+    rows = {
+        "lerobot-eval": lerobot_eval(policy, episodes, output, []),
+        f"lerobot-eval, {together} environments": lerobot_eval(
+            policy, episodes, output, [f"--eval.batch_size={together}", "--eval.use_async_envs=false"]
+        ),
+        "evaluate, to the first success": evaluate(
+            policy, episodes, output / "ended", cores, ["--end_on_success=true"]
+        ),
+        "evaluate, to the horizon": evaluate(policy, episodes, output / "whole", cores, []),
+    }
+    successes = [row.pop("successes") for row in rows.values()]
+    agree = [sum(a == b for a, b in zip(successes[0], other, strict=True)) for other in successes[1:]]
+    return {"task": TASK, "episodes": episodes, "cores": cores, "policy": str(policy), "runs": rows, "agree": agree}
+
+
+def lerobot_eval(policy: Path, episodes: int, output: Path, flags: list[str]) -> dict[str, Any]:
+    """Its own measure of the seconds, which leaves out starting and loading."""
+    folder = output / "lerobot"
+    command = [str(Path(sys.executable).parent / "lerobot-eval"), f"--policy.path={policy}", "--policy.device=cpu"]
+    command += ["--env.type=concord_tabletop", f"--env.task={TASK}", f"--eval.n_episodes={episodes}", f"--seed={SEED}"]
+    seconds = timed([*command, f"--output_dir={folder}", *flags])
+    info = json.loads((folder / "eval_info.json").read_text())
+    return figures(episodes, info["overall"]["eval_s"], seconds, info["per_task"][0]["metrics"]["successes"])
+
+
+def evaluate(policy: Path, episodes: int, output: Path, cores: int, flags: list[str]) -> dict[str, Any]:
+    """This project's command, its worker processes' start included."""
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), f"--policy={policy}", f"--output={output}"]
+    command += [f"--tasks=[{TASK}]", f"--episodes={episodes}", f"--seed={SEED}", "--splits=[none]", "--videos=0"]
+    seconds = timed([*command, "--grounding_episodes=0", "--failures=0", f"--workers={cores}", *flags])
+    result = json.loads((output / "eval.json").read_text())
+    return figures(episodes, result["wall_time_s"], seconds, [e["success"] for e in result["episodes"]])
+
+
+def figures(episodes: int, seconds: float, command_seconds: float, successes: list[bool]) -> dict[str, Any]:
+    """What is kept of one run."""
+    return {
+        "episodes_per_minute": 60 * episodes / seconds,
+        "seconds": round(seconds, 1),
+        "command_seconds": round(command_seconds, 1),
+        "successes": [bool(success) for success in successes],
+    }
+
+
+def timed(command: list[str]) -> float:
+    """Wall seconds of a command.
+
+    Raises:
+        UserError: it fails.
+    """
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{Path(command[0]).name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return time.perf_counter() - started
