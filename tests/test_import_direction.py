@@ -14,12 +14,13 @@ ALLOWED = {
     "vla/config.py": set(),
     "vla/config_io.py": {"vla.types"},
     "vla/locks.py": {"vla.types"},
+    "vla/workers.py": set(),
     "vla/losses": set(),
     "vla/data": TYPES,
     "vla/models": TYPES | {"vla.losses"},
     "vla/policies": TYPES | {"vla.models", "vla.losses"},
     "vla/eval": TYPES
-    | {"vla.config_io", "vla.versions", "vla.locks", "vla.data", "vla.models", "vla.policies", "envs"},
+    | {"vla.config_io", "vla.versions", "vla.locks", "vla.workers", "vla.data", "vla.models", "vla.policies", "envs"},
     "vla/training": TYPES
     | {
         "vla.config_io",

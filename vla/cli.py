@@ -52,6 +52,10 @@ def evaluate(argv: list[str]) -> Path | None:
     from vla.config import EvalConfig
 
     config = load_config(EvalConfig, argv)
+    if config.workers > 1:
+        from vla.workers import worker_context
+
+        worker_context()  # imports in the background, while this process does, too
     from vla.eval.evaluate import evaluate as run
 
     return run(config) / "eval.json"

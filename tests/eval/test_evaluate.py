@@ -74,6 +74,13 @@ def test_curves_of_perturbations_start_at_the_plain_episodes():
     assert set(curves_of(result)) == {"light"}
 
 
+def test_grounding_is_refused_where_episodes_end_at_success(config):
+    with pytest.raises(UserError, match="end_on_success: grounding needs episodes that run on"):
+        evaluate(replace(config, end_on_success=True))
+    output = evaluate(replace(config, end_on_success=True, grounding_episodes=0))
+    assert json.loads((output / "eval.json").read_text())["success_final"] is None
+
+
 def test_a_policy_of_another_robot_is_refused(config):
     with pytest.raises(UserError, match="metaworld has 4 action dimensions, the policy 3"):
         evaluate(replace(config, env="metaworld", tasks=("reach-v3",)))

@@ -1,5 +1,6 @@
 """Closed-loop rollouts depend on the specification alone; grounding compares the same scene told differently."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -90,6 +91,16 @@ def test_episodes_run_to_their_horizon_so_that_the_final_timestep_is_known():
     expert = run_rollouts(partial(Telepath, specs(1)), specs(1))[0]
     assert expert.steps < 40
     assert isinstance(expert.success_final, bool)
+
+
+def test_episodes_that_end_at_success_end_there_and_have_the_same_outcome():
+    chosen = specs(1)
+    whole = run_rollouts(partial(Telepath, chosen), chosen)[0]
+    ended = run_rollouts(partial(Telepath, chosen), [replace(chosen[0], end_on_success=True)])[0]
+    assert (ended.success, ended.steps) == (whole.success, whole.steps) == (True, ended.steps)
+    assert ended.success_final is None
+    failed = run_rollouts(Still, [replace(chosen[0], end_on_success=True)])[0]
+    assert (failed.success, failed.success_final) == (False, False)
 
 
 def test_an_interrupted_evaluation_goes_on_from_its_journal(tmp_path):

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from envs import make_env
 from vla.eval.video import beside_attention, write_video
 from vla.types import ChunkPolicy
+from vla.workers import worker_context
 
 MakePolicy = Callable[[], ChunkPolicy]
 
@@ -97,7 +97,7 @@ def run_rollouts(
         else:
             with ProcessPoolExecutor(
                 min(workers, len(groups)),
-                mp_context=get_context("spawn"),
+                mp_context=worker_context(),
                 initializer=_start_worker,
                 initargs=(make_policy,),
             ) as pool:
