@@ -8,13 +8,18 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+import torch
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.factory import make_pre_post_processors
 
 from vla.config import EvalConfig
 from vla.eval.evaluate import evaluate
 from vla.eval.evaluation_report import curves_of
 from vla.eval.grounding import grounding_summary
 from vla.eval.rollouts import EpisodeRecord
-from vla.types import UserError
+from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -120,3 +125,47 @@ def test_failures_of_every_split_are_filmed_with_where_the_policy_looked(config)
 
 def test_without_asking_no_failure_is_filmed(config):
     assert not (evaluate(config) / "failures.html").exists()
+
+
+def test_the_suite_runs_on_a_policy_of_lerobots_own(tmp_path):
+    folder = tmp_path / "act"
+    config = ACTConfig(
+        device="cpu",
+        input_features={
+            IMAGE_KEY: PolicyFeature(FeatureType.VISUAL, (3, 48, 48)),
+            STATE_KEY: PolicyFeature(FeatureType.STATE, (4,)),
+        },
+        output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (3,))},
+        pretrained_backbone_weights=None,
+        use_vae=False,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=32,
+        n_encoder_layers=1,
+        chunk_size=8,
+        n_action_steps=8,
+    )
+    ACTPolicy(config).save_pretrained(folder)
+    shapes = {IMAGE_KEY: (3, 1, 1), STATE_KEY: (4,), ACTION_KEY: (3,)}
+    stats = {key: {"mean": torch.zeros(shape), "std": torch.ones(shape)} for key, shape in shapes.items()}
+    for processor in make_pre_post_processors(config, dataset_stats=stats):
+        processor.save_pretrained(folder)
+    output = evaluate(
+        EvalConfig(
+            policy=str(folder),
+            output=str(tmp_path / "eval"),
+            env="tabletop",
+            tasks=("reach", "place"),
+            episodes=4,
+            splits=("synonym",),
+            split_episodes=2,
+            grounding_episodes=2,
+            workers=1,
+            videos=0,
+            failures=2,
+        )
+    )
+    result = json.loads((output / "eval.json").read_text())
+    assert set(result["splits"]) == {"train", "synonym/1", "synonym/2"}
+    assert set(result["grounding"]) == {"swap", "score", "chance", "blank", "wrong"}
+    assert (output / "failures.html").is_file()
