@@ -205,7 +205,7 @@ class CompareConfig:
         "aligned-tuned",
         "shuffle-all",
     )  # arms to compare; docs/comparison.md lists all
-    encoders: tuple[str, ...] = ()  # further frozen arms, NAME=FOLDER of a CLIPModel each
+    encoders: tuple[str, ...] = ()  # further frozen arms, NAME=FOLDER each of a CLIPModel or a vision transformer
     policies: tuple[str, ...] = ()  # LeRobot policy folders to evaluate beside the arms, NAME=FOLDER each
     demonstrations: tuple[int, ...] = (5, 25, 0)  # demonstrations of each task that the policies clone; 0 means all
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds

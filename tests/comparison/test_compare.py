@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
 from vla.comparison.compare import compare
@@ -23,11 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
     """The folder of a comparison that `accelerate launch` ran with two processes."""
-    folder = tmp_path_factory.mktemp("compare")
+    folder, others = tmp_path_factory.mktemp("compare"), tmp_path_factory.mktemp("dinov2")
+    sizes = {"image_size": 70, "patch_size": 14, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(others)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "scripts" / "compare.py")]
     command += ["--config_path", "configs/compare/debug.yaml", f"--align.data.root={data_root}"]
-    command += [f"--output={folder}", f"--encoders=[mine={encoder}]", f"--policies=[theirs={policy_folder}]"]
+    command += [
+        f"--output={folder}",
+        f"--encoders=[mine={encoder},dinov2={others}]",
+        f"--policies=[theirs={policy_folder}]",
+    ]
     command += ["--arms=[random-frozen,cloning-pretrained-frozen,aligned-frozen,shuffle-all,no-vision]"]
     command += ["--demonstrations=[1]"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -39,7 +46,7 @@ def test_every_arm_encoder_and_policy_is_in_the_result(finished):
     result = json.loads((finished / "comparison.json").read_text())
     arms = {row["arm"] for row in result["success"]}
     trained = {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "shuffle-all", "no-vision"}
-    assert arms == trained | {"aligned-frozen@1", "mine", "theirs"}
+    assert arms == trained | {"aligned-frozen@1", "mine", "dinov2", "theirs"}
     assert {row["group"] for row in result["success"]} == {"plain", "perturbed", "swapped instructions"}
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["success"])
 
@@ -47,7 +54,7 @@ def test_every_arm_encoder_and_policy_is_in_the_result(finished):
 def test_differences_are_of_the_same_seeds_and_corrected(finished):
     rows = json.loads((finished / "comparison.json").read_text())["contrasts"]
     pairs = {(row["first"], row["second"]) for row in rows}
-    assert ("aligned-frozen", "shuffle-all") in pairs
+    assert {("aligned-frozen", "shuffle-all"), ("aligned-frozen", "dinov2")} <= pairs
     assert ("aligned-tuned", "scratch") not in pairs  # not run
     assert all(row["holm_p"] >= row["p_value"] and row["seeds"] == 2 for row in rows)
 
@@ -74,6 +81,13 @@ def test_a_snapshot_of_the_alignment_is_an_encoder_of_its_own(finished):
     name = "visual_projection.weight"
     assert not early[name].equal(late[name])
     assert early["text_projection.weight"].equal(late["text_projection.weight"])
+
+
+def test_a_vision_model_alone_reads_with_the_aligned_text_tower(finished):
+    pair, aligned = (load_clip(finished / "encoders" / s / "0" / "clip")[0] for s in ("dinov2", "none"))
+    assert type(pair.vision_model).__name__ == "Dinov2Model"
+    ours, theirs = aligned.text_model.state_dict(), pair.text_model.text_model.state_dict()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def test_token_caches_are_gone(finished):
@@ -108,6 +122,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
         ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
         ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
         ("seeds", (0, 0), "repeats a value"),
+        ("encoders", ("random=.",), "'random' is taken"),
+        ("encoders", ("empty=tests",), "encoders: tests: "),
     ],
 )
 def test_what_cannot_be_compared_is_named(field, value, message, tmp_path):

@@ -5,7 +5,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTextModel, CLIPVisionModel
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+)
 from transformers.utils import logging
 
 from vla.models.clip import (
@@ -18,6 +26,7 @@ from vla.models.clip import (
     text_features,
     tokenize,
     vision_features,
+    with_vision_of,
 )
 from vla.types import UserError
 
@@ -123,6 +132,40 @@ def test_a_folder_with_missing_weights_is_refused(saved):
 def test_a_missing_folder_names_the_command_that_makes_one():
     with pytest.raises(UserError, match=r"no such encoder folder; run `python scripts/train_align\.py`"):
         load_clip("outputs/nowhere/clip")
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    """A small vision transformer in DINOv2's format, for pictures of 70 px in patches of 14."""
+    torch.manual_seed(1)
+    sizes = {"image_size": 70, "patch_size": 14, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Dinov2Model(Dinov2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    return tmp_path / "dinov2", model
+
+
+def test_a_vision_model_of_others_is_read_as_it_is_and_gets_the_text_tower(saved, dinov2, tmp_path):
+    _, clip, tokenizer = saved
+    folder, vision = dinov2
+    save_clip(tmp_path / "pair" / "clip", with_vision_of(folder, clip, 70), tokenizer)
+    loaded, _ = load_clip(tmp_path / "pair" / "clip")
+    pixels = torch.randn(2, 3, 70, 70)
+    ids, mask = tokenize(tokenizer, TEXTS)
+    with torch.no_grad():
+        assert torch.allclose(patch_tokens(loaded.eval(), pixels), vision(pixels).last_hidden_state[:, 1:], atol=1e-6)
+        assert torch.allclose(text_features(loaded, ids, mask)[1], text_features(clip, ids, mask)[1], atol=1e-6)
+
+
+def test_pictures_that_a_vision_models_patches_do_not_divide_are_scaled_up(saved, dinov2):
+    pair = with_vision_of(dinov2[0], saved[1], 48)
+    assert pair.config.vision_config.image_size == 56
+    assert patch_tokens(pair, torch.zeros(1, 3, 48, 48)).shape == (1, 16, 24)
+    assert resize_positions(pair, 48) is pair
+
+
+def test_what_is_no_vision_transformer_is_refused(saved):
+    with pytest.raises(UserError, match="a CLIPModel is not a vision transformer like DINOv2 or ViT"):
+        with_vision_of(saved[0], saved[1], 48)
 
 
 def test_another_image_size_keeps_what_a_patch_is(saved):

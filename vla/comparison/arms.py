@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Source = Literal["random", "cloned", "none", "language", "action", "all", "named"]
+Source = Literal["random", "cloned", "none", "language", "action", "all", "named", "vision"]
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,8 @@ class Arm:
     """How a policy gets its encoder.
 
     `source`: an untrained tower, one pretrained by cloning, one aligned on triplets of which this part is shuffled ("none": the
-    real alignment), or one that the user names. `snapshot`: the alignment as of this step; 0 is its end.
+    real alignment), or one that the user names: an encoder, or a vision model alone. `snapshot`: the alignment as of this
+    step; 0 is its end. `name`: of the encoder, if the user named it.
     """
 
     source: Source
@@ -19,11 +20,12 @@ class Arm:
     tuned_part: Literal["nothing", "vision", "last_block"] = "nothing"
     hide: Literal["none", "language", "vision"] = "none"
     snapshot: int = 0
+    name: str = ""
 
     @property
     def encoder(self) -> str:
         """The encoder's name among those of one comparison and training seed."""
-        return f"{self.source}@{self.snapshot}" if self.snapshot else self.source
+        return self.name or (f"{self.source}@{self.snapshot}" if self.snapshot else self.source)
 
 
 ARMS = {

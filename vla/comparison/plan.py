@@ -9,11 +9,13 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, CLIPConfig, CLIPModel, VisionTextDualEncoderConfig
 
-from vla.comparison.arms import ARMS, Arm
+from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig
 from vla.data.episodes import read_episodes, rows_of, split_episodes
@@ -21,7 +23,7 @@ from vla.data.frames import open_frames
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.integrations.collect import collect
-from vla.models.clip import load_clip, resize_positions, save_clip, tokenize, with_text_of
+from vla.models.clip import load_clip, resize_positions, save_clip, tokenize, with_text_of, with_vision_of
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import make_encoders, make_model, make_source, train_align
 from vla.training.policy import train_policy
@@ -46,6 +48,15 @@ def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
     return folders
 
 
+def vision_alone(folder: Path) -> bool:
+    """Whether a model folder holds a vision model that knows no text; UserError if it holds none."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config error: encoders: {folder}: {str(error).strip().splitlines()[0]}") from error
+    return not isinstance(config, CLIPConfig | VisionTextDualEncoderConfig)
+
+
 def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     """The arms that are trained, by name.
 
@@ -58,7 +69,11 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
             raise UserError(f"config error: arms: {name!r} is not an arm; known: {', '.join(ARMS)}")
         arms[name] = ARMS[name]
     for name, folder in named(config.encoders, "encoders").items():
-        arms[name] = Arm("named", f"the encoder {folder}, frozen")
+        if name in get_args(Source):
+            raise UserError(f"config error: encoders: {name!r} is taken; choose another name")
+        alone = vision_alone(folder)
+        what = "the vision model" if alone else "the encoder"
+        arms[name] = Arm("vision" if alone else "named", f"{what} {folder}, frozen", name=name)
     if "aligned-frozen" in arms:
         for step in config.align.snapshots:
             arms[f"aligned-frozen@{step}"] = Arm("none", f"aligned for the first {step} steps, frozen", snapshot=step)
@@ -85,13 +100,13 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
     folder, arms = Path(config.output), chosen_arms(config)
     jobs = [Job("data", folder / "data.json", partial(make_data, config))]
     for seed in config.seeds:
-        sources = list(dict.fromkeys(["none", *(arm.source for arm in arms.values() if arm.source != "named")]))
+        sources = list(dict.fromkeys(["none", *(arm.source for arm in arms.values() if not arm.name)]))
         if "cloned" in sources and "random" not in sources:
             sources.append("random")
         for source in sorted(sources, key=("none", "random", "cloned", "language", "action", "all").index):
             jobs += encoder_jobs(config, source, seed)
         for name, arm in arms.items():
-            if arm.snapshot:
+            if arm.snapshot or arm.source == "vision":
                 jobs += finished_encoder_jobs(config, arm.encoder, seed, ("data", f"align-none-{seed}"))
             for count in numbers_of(config, arm):
                 run = folder / "policy" / name / str(count) / str(seed)
@@ -184,6 +199,7 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
     """Write an encoder with the aligned text tower, and its pooler beside it if it has one."""
     clip_folder = encoder_folder(config, encoder, seed)
     source, _, snapshot = encoder.partition("@")
+    image_size = config.align.data.image_size
     aligned = Path(config.output) / "align" / "none" / str(seed)
     text_clip, tokenizer = load_clip(aligned / "clip")
     extra = {}
@@ -197,11 +213,15 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
         clip = policy.clip
         pooler = policy.network.pooler.state_dict()
         extra = {f"pooler.{name}": value.contiguous() for name, value in pooler.items()}
-    else:
+    elif source == "random":
         torch.manual_seed(seed)
         texts = read_episodes(config.align.data.root, config.align.data.camera).texts
-        clip, _ = make_encoders(config.align.tower, config.align.data.image_size, texts)
-    clip = with_text_of(clip, text_clip)
+        clip, _ = make_encoders(config.align.tower, image_size, texts)
+    else:
+        torch.manual_seed(seed)
+        clip = with_vision_of(named(config.encoders, "encoders")[encoder], text_clip, image_size)
+    if isinstance(clip, CLIPModel):
+        clip = with_text_of(clip, text_clip)
     clip_folder.parent.mkdir(parents=True, exist_ok=True)
     if extra:
         save_file(extra, clip_folder.parent / "alignment.safetensors")

@@ -84,11 +84,14 @@ def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
             row = {"arm": name, "demonstrations": count, "group": group}
             row |= asdict(estimate([member[group] for member in members]))
             rows.append(row | {"minutes": minutes.get((name, count))})
+    pairs = CONTRASTS + tuple(
+        ("aligned-frozen", name, f"alignment against {arm.says}") for name, arm in arms.items() if arm.name
+    )
     return {
         "arms": {name: arm.says for name, arm in arms.items()},
         "success": rows,
         "levels": levels,
-        "contrasts": contrasts(runs, config.demonstrations),
+        "contrasts": contrasts(runs, config.demonstrations, pairs),
         "validity": validity(config, runs),
     }
 
@@ -113,7 +116,7 @@ def wall_minutes(config: CompareConfig, name: str, count: int, seed: int) -> flo
     seconds = trained_seconds(folder / "policy" / name / str(count) / str(seed))
     if arm.source == "cloned":
         seconds += trained_seconds(folder / "policy" / "cloning" / str(seed))
-    elif arm.source not in ("random", "named"):
+    elif arm.source not in ("random", "named", "vision"):
         record = json.loads((folder / "align" / arm.source / str(seed) / "alignment.json").read_text())
         seconds += record["seconds"] * (arm.snapshot / record["steps"] if arm.snapshot else 1)
     return seconds / 60
@@ -126,14 +129,16 @@ def trained_seconds(run: Path) -> float:
 
 
 def contrasts(
-    runs: dict[tuple[str, int], list[dict[str, Outcomes]]], demonstrations: Iterable[int]
+    runs: dict[tuple[str, int], list[dict[str, Outcomes]]],
+    demonstrations: Iterable[int],
+    pairs: Iterable[tuple[str, str, str]],
 ) -> list[dict[str, Any]]:
     """Differences of arms; p-values are Holm's over all arms that are compared in one group at one number of demonstrations."""
     rows = []
     for count in demonstrations:
         for group in GROUPS:
             family = []
-            for first, second, says in CONTRASTS:
+            for first, second, says in pairs:
                 a, b = runs.get((first, count)), runs.get((second, count))
                 if not (a and b and group in a[0]):
                     continue
@@ -160,7 +165,7 @@ def validity(config: CompareConfig, runs: dict[tuple[str, int], list[dict[str, O
     arms = {
         name: arm
         for name, arm in chosen_arms(config).items()
-        if arm.source != "named" and arm.tuned_part == "nothing" and arm.hide == "none"
+        if arm.source not in ("named", "vision") and arm.tuned_part == "nothing" and arm.hide == "none"
     }
     rows = []
     for count in config.demonstrations:

@@ -1,6 +1,7 @@
 """The vision and language encoders: a native transformers `CLIPModel`, its tokenizer and its image statistics.
 
-The only place that builds or loads transformers models. Everything downstream reads one fixed tap: the
+A vision transformer that knows no language (DINOv2, ViT) is paired with a text tower as a `VisionTextDualEncoderModel`,
+which has the same parts; what is said of a CLIP model here holds for it, too. The only place that builds or loads transformers models. Everything downstream reads one fixed tap: the
 *layer-normed last-layer patch tokens* (`patch_tokens`) and the final-layer-normed word tokens (`word_tokens`).
 """
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,6 +25,8 @@ from transformers import (
     CLIPProcessor,
     CLIPTokenizer,
     PreTrainedTokenizerBase,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -33,6 +38,7 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 MAX_TEXT_TOKENS = 77  # LeRobot's MultiTaskDiT pads to this length
+Encoder = CLIPModel | VisionTextDualEncoderModel
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
@@ -115,7 +121,7 @@ def build_clip(
     return quick_attention(model), tokenizer
 
 
-def quick_attention(model: CLIPModel) -> CLIPModel:
+def quick_attention[E: Encoder](model: E) -> E:
     """The model with an attention that is quick in bfloat16 on a CPU, too."""
     if not torch.cuda.is_available():
         AttentionInterface.register("sdpa_or_matmul", sdpa_or_matmul)
@@ -184,7 +190,47 @@ def start_like_trained_attention(attention: nn.Module) -> None:
     attention.out_proj.weight.copy_((s.sqrt()[:, None] * vt).T)
 
 
-def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+def encoder_class(source: str | Path) -> tuple[type[Encoder], CLIPConfig | VisionTextDualEncoderConfig]:
+    """The class and configuration of an encoder folder or hub id."""
+    if isinstance(AutoConfig.from_pretrained(source), VisionTextDualEncoderConfig):
+        return VisionTextDualEncoderModel, VisionTextDualEncoderConfig.from_pretrained(source)
+    return CLIPModel, CLIPConfig.from_pretrained(source)
+
+
+def untrained_like(folder: str | Path) -> Encoder:
+    """An encoder of the configuration in a folder, with weights still to be loaded."""
+    kind, config = encoder_class(folder)
+    return quick_attention(kind(config))
+
+
+def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> VisionTextDualEncoderModel:
+    """The vision transformer of a folder or hub id, for pictures of about `image_size`, with the text tower of `text`.
+
+    Its projection into the joint space is untrained.
+
+    Raises:
+        UserError: not a vision transformer with patches, or unreadable files.
+    """
+    try:
+        vision = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: cannot load a vision model: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(getattr(getattr(vision, "embeddings", None), "position_embeddings", None), nn.Parameter):
+        raise UserError(f"{source}: a {type(vision).__name__} is not a vision transformer like DINOv2 or ViT")
+    config = VisionTextDualEncoderConfig(
+        vision_config=vision.config.to_dict(),
+        text_config=text.config.text_config.to_dict(),
+        projection_dim=text.config.projection_dim,
+    )
+    model = VisionTextDualEncoderModel(config)
+    model.vision_model.load_state_dict(vision.state_dict(), strict=True)
+    model.text_model.text_model.load_state_dict(text.text_model.state_dict(), strict=True)
+    model.text_projection.load_state_dict(text.text_projection.state_dict(), strict=True)
+    patch = config.vision_config.patch_size
+    return quick_attention(resize_positions(model, patch * -(-image_size // patch)))
+
+
+def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """A CLIP model and its tokenizer from a local folder, or from the hub if `source` is not a folder.
 
     Raises:
@@ -198,8 +244,8 @@ def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     if (folder / "clip" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{source}: not an encoder folder; did you mean {folder / 'clip'}?")
     try:
-        config = CLIPConfig.from_pretrained(source)
-        model, report = CLIPModel.from_pretrained(
+        kind, config = encoder_class(source)
+        model, report = kind.from_pretrained(
             source, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -214,7 +260,7 @@ def load_clip(source: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     return quick_attention(model), tokenizer
 
 
-def save_clip(folder: Path, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_clip(folder: Path, model: Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a folder that CLIPModel, CLIPVisionModel, CLIPTextModel, AutoModel and AutoProcessor load."""
     model.save_pretrained(folder)
     side = model.config.vision_config.image_size
@@ -234,11 +280,13 @@ def with_text_of(model: CLIPModel, other: CLIPModel) -> CLIPModel:
     return model
 
 
-def resize_positions(model: CLIPModel, image_size: int) -> CLIPModel:
+def resize_positions[E: Encoder](model: E, image_size: int) -> E:
     """Adapt the vision tower in place to another image size by bicubic interpolation of its position embeddings."""
     vision = model.config.vision_config
     if vision.image_size == image_size:
         return model
+    if not isinstance(model, CLIPModel) and image_size < vision.image_size < image_size + vision.patch_size:
+        return model  # pictures are scaled up to whole patches
     if image_size % vision.patch_size:
         raise UserError(
             f"config error: data.image_size {image_size} is not a multiple of the encoder's patch size "
@@ -246,16 +294,27 @@ def resize_positions(model: CLIPModel, image_size: int) -> CLIPModel:
         )
     embeddings = model.vision_model.embeddings
     old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
-    weight = embeddings.position_embedding.weight.data  # (1 + old * old, w)
-    grid = weight[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    resized = torch.cat([weight[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
-    embeddings.position_embedding = nn.Embedding.from_pretrained(resized, freeze=False)
-    embeddings.register_buffer("position_ids", torch.arange(len(resized)).expand((1, -1)), persistent=False)
-    embeddings.num_patches, embeddings.num_positions = new * new, new * new + 1
-    embeddings.image_size = image_size
+    if isinstance(model, CLIPModel):
+        resized = resized_grid(embeddings.position_embedding.weight.data, old, new)
+        embeddings.position_embedding = nn.Embedding.from_pretrained(resized, freeze=False)
+        embeddings.register_buffer("position_ids", torch.arange(len(resized)).expand((1, -1)), persistent=False)
+        embeddings.num_patches, embeddings.num_positions = new * new, new * new + 1
+        embeddings.image_size = image_size
+    else:
+        embeddings.position_embeddings = nn.Parameter(
+            resized_grid(embeddings.position_embeddings.data[0], old, new)[None]
+        )
+        embeddings.patch_embeddings.image_size = (image_size, image_size)
+        embeddings.patch_embeddings.num_patches = new * new
     vision.image_size = image_size
     return model
+
+
+def resized_grid(positions: Tensor, old: int, new: int) -> Tensor:
+    """(k + old * old, w) -> (k + new * new, w): a square grid behind k others, interpolated."""
+    first, grid = positions[: -old * old], positions[-old * old :].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
 
 
 def pixel_values(frames: Tensor) -> Tensor:
@@ -265,14 +324,23 @@ def pixel_values(frames: Tensor) -> Tensor:
     return frames.permute(0, 3, 1, 2).contiguous().float().sub_(255 * mean).div_(255 * std)
 
 
-def vision_features(model: CLIPModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(b, 3, H, W) -> patch tokens (b, n, w), layer-normed, and the pooled feature (b, w) before the projection."""
+def vision_features(model: Encoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, 3, H, W) -> patch tokens (b, n, w), layer-normed, and the pooled feature (b, w) before the projection.
+
+    Pictures of another size than the encoder's are resized.
+    """
+    vision = model.config.vision_config
+    if pixels.shape[-2:] != (vision.image_size, vision.image_size):
+        size = (vision.image_size, vision.image_size)
+        pixels = nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
     output = model.vision_model(pixel_values=pixels)
-    tokens = model.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
-    return tokens, output.pooler_output
+    if isinstance(model, CLIPModel):
+        return model.vision_model.post_layernorm(output.last_hidden_state[:, 1:]), output.pooler_output
+    patches = (vision.image_size // vision.patch_size) ** 2  # they come last, behind class and register tokens
+    return output.last_hidden_state[:, -patches:], output.last_hidden_state[:, 0]
 
 
-def patch_tokens(model: CLIPModel, pixels: Tensor) -> Tensor:
+def patch_tokens(model: Encoder, pixels: Tensor) -> Tensor:
     """(b, 3, H, W) -> (b, n, w): the layer-normed last-layer patch tokens, row by row from the top left."""
     return vision_features(model, pixels)[0]
 
@@ -285,17 +353,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[
     return encoded["input_ids"], encoded["attention_mask"]
 
 
-def text_features(model: CLIPModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def text_features(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """(b, n) ids -> word tokens (b, n, w), final-layer-normed, and the pooled feature (b, w) before the projection."""
     output = model.text_model(input_ids=input_ids, attention_mask=attention_mask)
     return output.last_hidden_state, output.pooler_output
 
 
-def patch_embeds(model: CLIPModel, tokens: Tensor) -> Tensor:
+def patch_embeds(model: Encoder, tokens: Tensor) -> Tensor:
     """(b, n, w) patch tokens -> (b, n, d) in the joint space, unit norm, float32."""
     return nn.functional.normalize(model.visual_projection(tokens).float(), dim=-1)
 
 
-def word_embeds(model: CLIPModel, words: Tensor) -> Tensor:
+def word_embeds(model: Encoder, words: Tensor) -> Tensor:
     """(u, l, w) word tokens -> (u, l, d) in the joint space, unit norm, float32."""
     return nn.functional.normalize(model.text_projection(words).float(), dim=-1)

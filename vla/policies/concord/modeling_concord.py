@@ -10,11 +10,12 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from vla.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
+    Encoder,
     build_clip,
     load_clip,
     patch_embeds,
@@ -22,6 +23,7 @@ from vla.models.clip import (
     resize_positions,
     text_features,
     tokenize,
+    untrained_like,
     word_embeds,
 )
 from vla.models.policy_network import PolicyNetwork
@@ -42,7 +44,7 @@ class ConcordPolicy(PreTrainedPolicy):
         self,
         config: ConcordConfig,
         *,
-        clip: CLIPModel | None = None,
+        clip: Encoder | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset_meta: Any = None,
         **_: Any,
@@ -119,9 +121,6 @@ class ConcordPolicy(PreTrainedPolicy):
 
     def tokens(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) in [0, 1] -> (b, n, w) patch tokens; another size than the encoder's is resized."""
-        size = self.clip.config.vision_config.image_size
-        if images.shape[-2:] != (size, size):
-            images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         pixels = (images - self.image_mean) / self.image_std
         if self.training or self.config.precision == "no":  # training brings its own autocast
             return patch_tokens(self.clip, pixels)
@@ -201,7 +200,7 @@ class ConcordPolicy(PreTrainedPolicy):
             folder = Path(snapshot_download(str(pretrained_name_or_path), revision=kwargs.get("revision")))
         try:
             config = config or PreTrainedConfig.from_pretrained(folder)
-            clip = CLIPModel(CLIPConfig.from_pretrained(folder / CLIP_FOLDER))
+            clip = untrained_like(folder / CLIP_FOLDER)
             tokenizer = AutoTokenizer.from_pretrained(folder / CLIP_FOLDER)
             state = load_file(folder / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
@@ -215,8 +214,12 @@ class ConcordPolicy(PreTrainedPolicy):
         return policy.to(config.device).eval()
 
 
-def choose_trained(clip: CLIPModel, tune: bool, part: str) -> None:
+def choose_trained(clip: Encoder, tune: bool, part: str) -> None:
     """Switch gradients on for what of the encoder is fine-tuned, and off for the rest."""
+    if tune and part == "last_block" and not isinstance(clip, CLIPModel):
+        raise UserError(
+            f"config error: tuned_part: last_block is for CLIP encoders, not a {type(clip.vision_model).__name__}"
+        )
     clip.requires_grad_(tune and part == "all")
     clip.logit_scale.requires_grad_(False)
     vision = clip.vision_model
@@ -228,7 +231,7 @@ def choose_trained(clip: CLIPModel, tune: bool, part: str) -> None:
         vision.post_layernorm.requires_grad_(True)
 
 
-def new_encoder(config: ConcordConfig, texts: list[str]) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+def new_encoder(config: ConcordConfig, texts: list[str]) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """The encoder that a new policy starts from."""
     if config.encoder is not None:
         clip, tokenizer = load_clip(config.encoder)
