@@ -99,10 +99,13 @@ def pipeline(argv: list[str]) -> Path | None:
 
 def results(argv: list[str]) -> Path | None:
     """Write the tables of the documentation from result files."""
+    from vla.comparison.page import comparison_page
     from vla.config import ResultsConfig
     from vla.eval.results import results as run
 
-    run(load_config(ResultsConfig, argv))
+    config = load_config(ResultsConfig, argv)
+    run(config)
+    comparison_page(config)
     return None
 
 

@@ -259,5 +259,5 @@ class PipelineConfig:
 class ResultsConfig:
     """Write the tables of the documentation from result files; copies their summaries to docs/results first."""
 
-    runs: str = "outputs"  # folder with align/ and eval/, whose results are taken up
+    runs: str = "outputs"  # folder with align/, eval/ and compare/, whose results are taken up
     docs: str = "docs/results"  # folder of the summaries; the tables are written to FOLDER.md

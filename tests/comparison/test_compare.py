@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,8 @@ from transformers import Dinov2Config, Dinov2Model
 from tests.conftest import debug
 from vla.comparison.compare import compare
 from vla.comparison.jobs import Job, run_jobs
-from vla.config import CompareConfig
+from vla.comparison.page import comparison_page
+from vla.config import CompareConfig, ResultsConfig
 from vla.models.clip import load_clip
 from vla.types import UserError
 
@@ -67,6 +70,20 @@ def test_table_and_report_are_beside_the_json(finished):
     page = (finished / "report.html").read_text()
     assert "aligned-frozen - shuffle-all" in page
     assert 'src="http' not in page
+
+
+def test_it_becomes_a_page_of_the_documentation_that_needs_no_runs(finished, tmp_path):
+    (tmp_path / "outputs" / "compare" / "mine").mkdir(parents=True)
+    shutil.copy(finished / "comparison.json", tmp_path / "outputs" / "compare" / "mine" / "comparison.json")
+    docs = str(tmp_path / "docs" / "results")
+    page = comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=docs))
+    first = page.read_text()
+    assert "| aligned-frozen - shuffle-all |" in first
+    named = re.findall(r"\((pictures/[^)]*)\)", first)
+    assert named
+    assert all((page.parent / name).read_text().startswith("<svg") for name in named)
+    comparison_page(ResultsConfig(runs=str(tmp_path / "nothing"), docs=docs))
+    assert page.read_text() == first
 
 
 def test_arms_share_the_text_tower_and_differ_in_vision(finished):

@@ -76,6 +76,29 @@ def write_report(path: Path, report: Report) -> None:
     partial.rename(path)
 
 
+def markdown(report: Report, title: str, pictures: Path, prefix: str) -> str:
+    """The report as Markdown under a heading `title`; its figures become `pictures`/`prefix`_N.svg."""
+    parts = [f"## {title}\n", *(f"* {answer}" for answer in report.answers), f"\n`{report.command}`\n"]
+    number = 0
+    for section in report.sections:
+        parts.append(f"### {section.title}\n")
+        if section.text:
+            parts.append(section.text + "\n")
+        for block in section.blocks:
+            if isinstance(block, Table):
+                lines = [block.header, ("---",) * len(block.header), *block.rows]
+                parts.append(f"{block.caption}:\n")
+                parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+            elif isinstance(block, Figure):
+                number += 1
+                path = pictures / f"{prefix}_{number}.svg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(block.svg.replace("<svg", '<svg style="background:#fff"', 1))
+                parts.append(f"![{block.description}]({pictures.name}/{path.name})\n")
+    parts.append("; ".join(f"{name}: {value}" for name, value in report.protocol.items()) + "\n")
+    return "\n".join(parts)
+
+
 def figure(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = (7.0, 3.2)) -> Figure:
     """An SVG figure; `draw` gets the axes. Colours follow the page, light or dark."""
     with plt.rc_context(
