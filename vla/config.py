@@ -107,6 +107,7 @@ class AlignConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     horizon: int = number(16, 1)  # timesteps of an action chunk
+    chunk: int = number(0, 0)  # images embedded at a time: less memory, the same gradients, more time; 0: all at once
     steps: int = number(6000, 1)  # optimiser updates
     seed: int = number(0, 0)  # of initialisation, sampling and augmentation
     precision: Literal["no", "bf16"] = "bf16"  # of the towers; losses are always float32

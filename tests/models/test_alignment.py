@@ -45,8 +45,9 @@ def test_a_shared_picture_embeds_like_its_copies(model):
     pixels = torch.randn(2, 3, 24, 24)
     frame_of_row = torch.tensor([0, 1, 0])
     rows = (torch.tensor([0, 1, 2]), torch.randn(3, 4, 3), torch.zeros(3, 4, dtype=torch.bool), None)
-    shared = model(pixels, frame_of_row, ids, mask, *rows)
-    copied = model(pixels[frame_of_row], torch.arange(3), ids, mask, *rows)
+    texts = model.texts(ids, mask)
+    shared = model.rows(texts, mask, pixels, frame_of_row, *rows)
+    copied = model.rows(texts, mask, pixels[frame_of_row], torch.arange(3), *rows)
     torch.testing.assert_close(shared.context, copied.context)
     torch.testing.assert_close(shared.vision[frame_of_row], copied.vision)
 
@@ -75,7 +76,8 @@ def test_the_words_get_a_share_of_the_context_gradient(model):
     pixels = torch.randn(3, 3, 24, 24)
 
     def gradient(share: float) -> torch.Tensor:
-        embeds = model(pixels, torch.arange(3), ids, mask, *rows, text_gradient=share)
+        texts = model.texts(ids, mask)
+        embeds = model.rows(texts, mask, pixels, torch.arange(3), *rows, text_gradient=share)
         return torch.autograd.grad(embeds.context[:, 0].sum(), table)[0]
 
     torch.testing.assert_close(gradient(0.1), 0.1 * gradient(1.0))

@@ -26,6 +26,16 @@ def test_a_term_of_weight_zero_is_off(align_config, tmp_path):
     assert "word_patch/loss" not in line
 
 
+def test_embedding_in_pieces_trains_alike(align_config, tmp_path):
+    def losses(chunk: int) -> list[float]:
+        output = tmp_path / f"chunk_{chunk}"
+        train_align(replace(align_config, chunk=chunk, log_every=1, precision="no", output=str(output)))
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses(3) == pytest.approx(losses(0), rel=1e-3)
+
+
 def test_a_run_that_found_no_data_may_be_started_again(align_config, tmp_path):
     output = str(tmp_path / "run")
     with pytest.raises(UserError, match=r"collect\.py"):

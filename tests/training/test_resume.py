@@ -46,7 +46,7 @@ def run_and_kill(script: str, config, folder: Path, at_step: int) -> None:
 
 @pytest.mark.parametrize("at_step", [1, 3, 5])
 def test_stage_one_resumes_exactly(align_config, tmp_path, at_step):
-    config = replace(align_config, steps=8, eval_every=0, save_every=2, output=str(tmp_path / "whole"))
+    config = replace(align_config, steps=8, chunk=5, eval_every=0, save_every=2, output=str(tmp_path / "whole"))
     train_align(config)
     broken = replace(config, output=str(tmp_path / "broken"))
     run_and_kill("train_align.py", broken, tmp_path / "broken", at_step)

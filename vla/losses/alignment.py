@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vla.losses.contrastive import (
+    at_least_float32,
     collision_rate,
     entropy,
     info_nce,
@@ -58,7 +59,7 @@ def word_patch_term(similarity: Tensor, scale: Tensor, positives: Tensor, valid:
         valid: (f, u) bool, False where a text of another goal is true of the picture too.
     """
     valid = valid | positives
-    logits = scale * similarity.float()
+    logits = scale * at_least_float32(similarity)
     loss = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
     chance = info_nce_chance(positives, valid) + info_nce_chance(positives.T, valid.T)
     return Term(loss / 2, chance / 2, torch.zeros_like(loss))
@@ -73,19 +74,19 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
         patches: (b, n, d) unit norm. words: (u, l, d) unit norm. words_mask: (u, l) true for words.
         sharpness: of the softmax over patches; infinite is the maximum.
     """
-    real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
-    named = words.flatten(0, 1)[real]  # (w, d)
-    images = (
-        4 if patches.device.type == "cpu" else len(patches)
-    )  # at a time: what fits a CPU's cache is three times as fast
-    blocks = []
-    for block in patches.split(images):
-        cosines = (named @ block.flatten(0, 1).T).unflatten(-1, block.shape[:2])  # (w, images, n)
-        blocks.append(((sharpness * cosines).softmax(-1) * cosines).sum(-1))
-    best = torch.cat(blocks, dim=1)  # (w, b)
-    text = real // words_mask.shape[1]  # (w,)
-    share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
-    return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
+    with torch.autocast(patches.device.type, enabled=False):  # a scale of 100 would magnify rounding
+        real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
+        named = words.flatten(0, 1)[real]  # (w, d)
+        # Images at a time: what fits a CPU's cache is three times as fast.
+        images = 4 if patches.device.type == "cpu" else len(patches)
+        blocks = []
+        for block in patches.split(images):
+            cosines = (named @ block.flatten(0, 1).T).unflatten(-1, block.shape[:2])  # (w, images, n)
+            blocks.append(((sharpness * cosines).softmax(-1) * cosines).sum(-1))
+        best = torch.cat(blocks, dim=1)  # (w, b)
+        text = real // words_mask.shape[1]  # (w,)
+        share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
+        return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
 
 
 def goal_positives(frame_of_row: Tensor, goal_of_row: Tensor, text_of_row: Tensor, goal_of_text: Tensor) -> Tensor:
@@ -148,8 +149,8 @@ def idle_chunks(action_chunk: Tensor, action_is_pad: Tensor, rest: Tensor, toler
 
 
 def mean_squared_distances(x: Tensor) -> Tensor:
-    """(b, ...) -> (b, b) mean squared differences, float32, exactly zero on the diagonal."""
-    flat = x.flatten(1).float()
+    """(b, ...) -> (b, b) mean squared differences, float32 at least, exactly zero on the diagonal."""
+    flat = at_least_float32(x.flatten(1))
     return (torch.cdist(flat, flat).square() / flat.shape[1]).fill_diagonal_(0.0)
 
 

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Reduced precision raised to float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def info_nce(
     queries: Tensor,
     keys: Tensor,
@@ -77,7 +82,7 @@ def soft_info_nce(
         logits = logits.masked_fill(~valid, -torch.inf)
     log_probabilities = logits.log_softmax(1)
     # 0 * -inf is nan: pairs that are not valid have no target mass and are left out of the sum.
-    products = targets.float() * log_probabilities.masked_fill(targets == 0, 0.0)
+    products = at_least_float32(targets) * log_probabilities.masked_fill(targets == 0, 0.0)
     return weighted_mean(-products.sum(1), weights)
 
 
@@ -89,7 +94,7 @@ def soft_targets(distances: Tensor, beta: float, valid: Tensor | None = None) ->
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive, got {beta}")
-    logits = -distances.float() / beta
+    logits = -at_least_float32(distances) / beta
     if valid is not None:
         if not valid.any(1).all():
             raise ValueError(f"row {int((~valid.any(1)).nonzero()[0])} has no valid key")
@@ -106,7 +111,7 @@ def info_nce_chance(positives: Tensor, valid: Tensor | None = None, weights: Ten
 
 def entropy(targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """() mean entropy of the rows of `targets` (q, k) in nats: the floor of `soft_info_nce`."""
-    return weighted_mean(torch.special.entr(targets.float()).sum(1), weights)
+    return weighted_mean(torch.special.entr(at_least_float32(targets)).sum(1), weights)
 
 
 def collision_rate(goal_ids: Tensor) -> Tensor:
@@ -124,8 +129,8 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def _logits(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
     with torch.autocast(queries.device.type, enabled=False):
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        return logit_scale.to(dtype) * (queries.to(dtype) @ keys.to(dtype).T)
+        similarity = at_least_float32(queries) @ at_least_float32(keys).T
+        return logit_scale.to(similarity.dtype) * similarity
 
 
 def _check_shapes(queries: Tensor, keys: Tensor, **pairs: Tensor | None) -> None:

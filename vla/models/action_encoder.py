@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vla.losses.contrastive import at_least_float32
+
 
 class ActionEncoder(nn.Module):
     """(b, h, a) normalised chunk and (b, h) padding -> (b, width) features; padded timesteps contribute nothing."""
@@ -17,14 +19,14 @@ class ActionEncoder(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """(b, width) features -> (b, d) unit-norm embeddings, normalised in float32."""
+    """(b, width) features -> (b, d) unit-norm embeddings, normalised in float32 at least."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
 
     def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.normalize(self.layers(features).float(), dim=-1)
+        return nn.functional.normalize(at_least_float32(self.layers(features)), dim=-1)
 
 
 def mlp(width_in: int, width: int, width_out: int) -> nn.Sequential:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from vla.losses.alignment import late_interaction
+from vla.losses.contrastive import at_least_float32
 from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
 from vla.models.clip import patch_embeds, text_features, vision_features, word_embeds
 from vla.models.pooler import TextConditionedPooler
@@ -16,16 +18,23 @@ PAIRS = ("vision_language", "word_patch", "context_action", "state")
 
 
 @dataclass(frozen=True)
-class AlignmentEmbeds:
-    """Unit-norm embeddings of a batch of f distinct images, u distinct texts and b rows."""
+class TextEmbeds:
+    """Embeddings of u distinct texts of at most l words."""
+
+    words: Tensor  # (u, l, w) tokens
+    named: Tensor  # (u, l, d) the tokens in the joint space, unit norm
+    language: Tensor  # (u, d) unit norm
+
+
+@dataclass(frozen=True)
+class RowEmbeds:
+    """Embeddings of f distinct images and the b rows that show them, unit norm; None where a term is off."""
 
     vision: Tensor  # (f, d)
-    language: Tensor  # (u, d)
-    patches: Tensor  # (f, n, d)
-    words: Tensor  # (u, l, d)
     context: Tensor  # (b, d)
     action: Tensor  # (b, d)
-    scene: Tensor | None  # (f, d); None, like `state`, where the state term is off
+    similarity: Tensor | None  # (f, u) late interaction of images and texts
+    scene: Tensor | None  # (f, d)
     state: Tensor | None  # (f, d)
 
 
@@ -82,42 +91,46 @@ class AlignmentModel(nn.Module):
             self.clip.logit_scale.copy_(self.logit_scales["vision_language"])
         return self.clip
 
-    def forward(
+    def texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextEmbeds:
+        """Embed the distinct texts of a batch, (u, l) ids and mask."""
+        words, pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
+        return TextEmbeds(words, word_embeds(self.clip, words), unit(self.clip.text_projection(pooled)))
+
+    def rows(
         self,
+        texts: TextEmbeds,
+        attention_mask: Tensor,
         pixels: Tensor,
         frame_of_row: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
         text_of_row: Tensor,
         action_chunk: Tensor,
         action_is_pad: Tensor,
         state: Tensor | None,
+        *,
+        late: bool = True,
         text_gradient: float = 0.1,
-    ) -> AlignmentEmbeds:
-        """Embed a batch.
+    ) -> RowEmbeds:
+        """Embed images and the rows that show them.
 
         Args:
+            texts, attention_mask: the embedded texts and their (u, l) mask.
             pixels: (f, 3, H, W) normalised images.
-            frame_of_row: (b,) index of each row's image among them.
-            input_ids, attention_mask: (u, l) of the distinct texts.
-            text_of_row: (b,) index of each row's text among them.
+            frame_of_row, text_of_row: (b,) index of each row's image and text among them.
             action_chunk, action_is_pad: (b, h, a) normalised and (b, h).
             state: (f, s) of the images, normalised; None if it is not to be embedded.
+            late: whether the late interaction is needed.
             text_gradient: share of the context term's gradient that reaches the words.
         """
         tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
-        words, text_pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
-        patches, named = patch_embeds(self.clip, tokens), word_embeds(self.clip, words)
+        patches = patch_embeds(self.clip, tokens)
         context = self.context_features(
-            tokens, patches, words, named, attention_mask, frame_of_row, text_of_row, text_gradient
+            tokens, patches, texts.words, texts.named, attention_mask, frame_of_row, text_of_row, text_gradient
         )
-        return AlignmentEmbeds(
-            patches=patches,
-            words=named,
+        return RowEmbeds(
             vision=unit(self.clip.visual_projection(pooled)),
-            language=unit(self.clip.text_projection(text_pooled)),
             context=self.context_projection(context),
             action=self.action_projection(self.action_encoder(action_chunk, action_is_pad)),
+            similarity=late_interaction(patches, texts.named, attention_mask) if late else None,
             scene=None if state is None else self.scene_projection(self.scene_features(tokens)),
             state=None if state is None else self.state_projection(self.state_encoder(state)),
         )
@@ -150,5 +163,5 @@ class AlignmentModel(nn.Module):
 
 
 def unit(features: Tensor) -> Tensor:
-    """L2-normalised in float32."""
-    return nn.functional.normalize(features.float(), dim=-1)
+    """L2-normalised in float32 at least."""
+    return nn.functional.normalize(at_least_float32(features), dim=-1)

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vla.losses.contrastive import at_least_float32
 from vla.types import UserError
 
 # ImageNet statistics: the ones LeRobot's policies normalise with by default.
@@ -42,7 +43,11 @@ Encoder = CLIPModel | VisionTextDualEncoderModel
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's format, trained on `texts`; any other text still tokenises, down to its bytes."""
+    """Byte-level BPE in CLIP's format, trained on `texts`; any other text still tokenises, down to its bytes.
+
+    The same texts give the same tokenizer. For that all symbols are listed as special tokens, which fixes their ids: the trainer breaks
+    ties by id, and numbers symbols that it meets on its way in an order that changes from run to run.
+    """
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     blank = CLIPTokenizer()
     trained.normalizer = blank.backend_tokenizer.normalizer
@@ -51,7 +56,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [character + "</w>" for character in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
     )
     trained.train_from_iterator(sorted(set(texts)), trainer)
     learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
@@ -361,9 +366,9 @@ def text_features(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> 
 
 def patch_embeds(model: Encoder, tokens: Tensor) -> Tensor:
     """(b, n, w) patch tokens -> (b, n, d) in the joint space, unit norm, float32."""
-    return nn.functional.normalize(model.visual_projection(tokens).float(), dim=-1)
+    return nn.functional.normalize(at_least_float32(model.visual_projection(tokens)), dim=-1)
 
 
 def word_embeds(model: Encoder, words: Tensor) -> Tensor:
     """(u, l, w) word tokens -> (u, l, d) in the joint space, unit norm, float32."""
-    return nn.functional.normalize(model.text_projection(words).float(), dim=-1)
+    return nn.functional.normalize(at_least_float32(model.text_projection(words)), dim=-1)

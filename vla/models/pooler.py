@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vla.losses.contrastive import at_least_float32
+
 POSITION_WIDTH = 32
 NAMED_GAIN = 8.0  # at the start; cosines are small
 
@@ -96,7 +98,7 @@ class ReadWords(nn.Module):
 
         key, value = self.key_value(words).chunk(2, dim=-1)
         scores = split(self.query(x)) @ split(key).transpose(-1, -2) * (x.shape[-1] // self.heads) ** -0.5
-        reading = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
+        reading = at_least_float32(scores).masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
         return self.out((reading @ split(value)).transpose(1, 2).flatten(2)), reading
 
 
@@ -119,6 +121,6 @@ class LookAtPatches(nn.Module):
         where = self.where(x).view(b, q * self.heads, -1)  # (b, q * heads, p)
         scores = what @ tokens.transpose(1, 2) + where @ codes.T.to(where.dtype)  # (b, q * heads, n)
         scores = scores + (self.gain * named).flatten(1, 2)
-        attention = scores.float().softmax(-1).to(tokens.dtype)
+        attention = at_least_float32(scores).softmax(-1).to(tokens.dtype)
         seen = torch.cat([attention @ tokens, attention @ codes.to(attention.dtype)], dim=-1)  # (b, q * heads, t + p)
         return self.out(seen.reshape(b, q, -1)), attention.view(b, q, self.heads, -1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from vla.config import AlignConfig, LossConfig, TowerConfig
+from vla.config import AlignConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
@@ -27,21 +27,10 @@ from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.eval.alignment import measure_alignment
 from vla.eval.alignment_report import write_alignment_report
-from vla.losses.alignment import (
-    Term,
-    batch_health,
-    goal_positives,
-    idle_chunks,
-    late_interaction,
-    mean_squared_distances,
-    near_duplicates,
-    other_scene,
-    soft_term,
-    vision_language_term,
-    word_patch_term,
-)
+from vla.losses.alignment import Term
 from vla.models.alignment import AlignmentModel
-from vla.models.clip import build_clip, load_clip, pixel_values, resize_positions, save_clip, tokenize
+from vla.models.clip import build_clip, load_clip, resize_positions, save_clip, tokenize
+from vla.training.align_step import forward_backward, on_device
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -111,11 +100,15 @@ def train_align(config: AlignConfig) -> Path:
     for step, batch, waited in prefetch(make_batch, first, config.steps):
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
-        terms, health = batch_terms(
-            model, batch, input_ids, attention_mask, rest, config.loss, config.batch.gap, accelerator
+        loss, terms, health = forward_backward(
+            accelerator.unwrap_model(model),
+            on_device(batch, input_ids, attention_mask, accelerator.device),
+            rest,
+            config.loss,
+            gap=config.batch.gap,
+            chunk=config.chunk,
+            autocast=accelerator.autocast,
         )
-        loss = torch.stack([weight_of(config.loss, name) * term.loss for name, term in terms.items()]).sum()
-        accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         if not torch.isfinite(loss + grad_norm):
             stop_on_nonfinite(run.folder, step, batch, terms)
@@ -158,89 +151,6 @@ def train_align(config: AlignConfig) -> Path:
     run.close()
     say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
     return encoder
-
-
-def batch_terms(
-    model: AlignmentModel,
-    batch: TripletBatch,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    rest: Tensor,
-    loss: LossConfig,
-    gap: int,
-    accelerator: Accelerator,
-) -> tuple[dict[str, Term], dict[str, Tensor]]:
-    """The loss terms that are switched on, and the health of the batch; every distinct text is encoded once."""
-    device = accelerator.device
-    ids = {
-        name: torch.from_numpy(getattr(batch, name)).to(device)
-        for name in ("frame_of_row", "text_id", "goal_id", "scene_id", "episode_id", "timestep", "progress")
-    }
-    shown = torch.from_numpy(np.unique(batch.frame_of_row, return_index=True)[1]).to(device)  # (f,) a row of each image
-    action_chunk = torch.from_numpy(batch.action_chunk).to(device)
-    action_is_pad = torch.from_numpy(batch.action_is_pad).to(device)
-    state = torch.from_numpy(batch.state).to(device)
-    texts, text_of_row = ids["text_id"].unique(return_inverse=True)
-    length = int(attention_mask[texts].sum(1).max())
-    with accelerator.autocast():
-        embeds = model(
-            pixel_values(torch.from_numpy(batch.frames).to(device)),
-            ids["frame_of_row"],
-            input_ids[texts, :length],
-            attention_mask[texts, :length],
-            text_of_row,
-            action_chunk,
-            action_is_pad,
-            state[shown] if loss.state else None,
-        )
-    unwrapped = accelerator.unwrap_model(model)
-    goal_of_text = torch.zeros_like(texts).index_copy_(0, text_of_row, ids["goal_id"])
-    positives = goal_positives(ids["frame_of_row"], ids["goal_id"], text_of_row, goal_of_text)
-    valid = ~near_duplicates(ids["episode_id"], ids["timestep"], gap)
-    idle = idle_chunks(action_chunk, action_is_pad, rest.to(device))
-    moving = (~idle).float() if not idle.all() else torch.ones_like(idle, dtype=torch.float32)
-    terms: dict[str, Term] = {}
-    if loss.context_action:
-        terms["context_action"] = soft_term(
-            embeds.context,
-            embeds.action,
-            unwrapped.scale("context_action"),
-            mean_squared_distances(action_chunk),
-            loss.action_beta,
-            valid,
-            moving,
-        )
-    if loss.vision_language:
-        terms["vision_language"] = vision_language_term(
-            embeds.vision,
-            embeds.language,
-            unwrapped.scale("vision_language"),
-            positives,
-            ids["progress"][shown],
-        )
-    if loss.word_patch:
-        terms["word_patch"] = word_patch_term(
-            late_interaction(embeds.patches, embeds.words, attention_mask[texts, :length]),
-            unwrapped.scale("word_patch"),
-            positives,
-            other_scene(ids["scene_id"], text_of_row, len(texts))[shown],
-        )
-    if loss.state:
-        terms["state"] = soft_term(
-            embeds.scene,
-            embeds.state,
-            unwrapped.scale("state"),
-            mean_squared_distances(state[shown]),
-            loss.state_beta,
-            valid[shown][:, shown],
-            torch.ones(len(shown), device=device),
-        )
-    return terms, batch_health(ids["goal_id"], ids["scene_id"], idle)
-
-
-def weight_of(loss: LossConfig, name: str) -> float:
-    """The configured weight of a term."""
-    return getattr(loss, name)
 
 
 def step_metrics(
