@@ -33,7 +33,9 @@ def test_embedding_in_pieces_trains_alike(align_config, tmp_path):
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if "loss" in line]
 
-    assert losses(3) == pytest.approx(losses(0), rel=1e-3)
+    pieces, whole = losses(3), losses(0)
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    assert pieces == pytest.approx(whole, rel=0.05)  # AdamW makes steps of rounding errors where gradients vanish
 
 
 def test_a_run_that_found_no_data_may_be_started_again(align_config, tmp_path):
