@@ -29,12 +29,12 @@ def test_a_term_of_weight_zero_is_off(align_config, tmp_path):
 def test_embedding_in_pieces_trains_alike(align_config, tmp_path):
     def losses(chunk: int) -> list[float]:
         output = tmp_path / f"chunk_{chunk}"
-        train_align(replace(align_config, chunk=chunk, log_every=1, precision="no", output=str(output)))
+        train_align(replace(align_config, chunk=chunk, log_every=1, output=str(output)))
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if "loss" in line]
 
     pieces, whole = losses(3), losses(0)
-    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-4)
     assert pieces == pytest.approx(whole, rel=0.05)  # AdamW makes steps of rounding errors where gradients vanish
 
 
