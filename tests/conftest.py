@@ -12,6 +12,8 @@ import torch
 from vla.config import AlignConfig, CollectConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.integrations.collect import collect
+from vla.models.alignment import AlignmentModel
+from vla.models.clip import build_clip
 from vla.training.align import train_align
 from vla.training.policy import train_policy
 
@@ -26,6 +28,16 @@ def one_thread():
 def debug(cls, stage: str, **changes):
     """The debug configuration of a stage, with other fields."""
     return replace(load_config(cls, ["--config_path", f"{ROOT}/configs/{stage}/debug.yaml"]), **changes)
+
+
+def small_alignment_model(texts: tuple[str, ...], layers: int):
+    """A stage-one model for 24 px pictures in four patches, always the same, and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 24, "patch_size": 12, "width": 32, "layers": layers, "heads": 2}
+    text_sizes = {"text_width": 32, "text_layers": 1, "text_heads": 2, "embed_dim": 16, "vocab_size": 600}
+    clip, tokenizer = build_clip(texts, **sizes, **text_sizes)
+    shapes = {"horizon": 4, "action_dim": 3, "state_dim": 2, "pooler_width": 32, "queries": 2}
+    return AlignmentModel(clip, **shapes, temperature=0.07, learn_temperature=True), tokenizer
 
 
 @pytest.fixture(scope="session")

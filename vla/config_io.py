@@ -82,7 +82,7 @@ def find_config(path: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file; repeated keys are refused."""
     try:
-        loaded = yaml.load(path.read_text(), Loader=_StrictLoader)
+        loaded = yaml.load(path.read_text(), Loader=_StrictLoader)  # a SafeLoader: plain values only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""

@@ -5,39 +5,17 @@ import math
 import pytest
 import torch
 
-from vla.models.alignment import MAX_LOGIT_SCALE, AlignmentModel
-from vla.models.clip import build_clip, tokenize
+from tests.conftest import small_alignment_model
+from vla.models.alignment import MAX_LOGIT_SCALE
+from vla.models.clip import tokenize
 
 TEXTS = ("push the red star left", "reach the blue circle", "pick up the green cross")
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    clip, tokenizer = build_clip(
-        TEXTS,
-        image_size=24,
-        patch_size=12,
-        width=32,
-        layers=1,
-        heads=2,
-        text_width=32,
-        text_layers=1,
-        text_heads=2,
-        embed_dim=16,
-        vocab_size=600,
-    )
-    model = AlignmentModel(
-        clip,
-        horizon=4,
-        action_dim=3,
-        state_dim=2,
-        pooler_width=32,
-        queries=2,
-        temperature=0.07,
-        learn_temperature=True,
-    ).eval()
-    return model, tokenize(tokenizer, TEXTS)
+    model, tokenizer = small_alignment_model(TEXTS, layers=1)
+    return model.eval(), tokenize(tokenizer, TEXTS)
 
 
 def test_a_shared_picture_embeds_like_its_copies(model):

@@ -5,9 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from tests.conftest import small_alignment_model
 from vla.config import LossConfig
 from vla.models.alignment import AlignmentModel
-from vla.models.clip import build_clip, tokenize
+from vla.models.clip import tokenize
 from vla.training.align_step import DeviceBatch, batch_terms, embed, forward_backward, joined, split
 
 TEXTS = ("push the red star left", "reach the blue circle", "pick up the green cross", "take the green cross")
@@ -15,33 +16,10 @@ GOALS = torch.tensor([0, 1, 2, 2])
 
 
 def make_model(dropout: float = 0.0) -> tuple[AlignmentModel, tuple[torch.Tensor, torch.Tensor]]:
-    torch.manual_seed(0)
-    clip, tokenizer = build_clip(
-        TEXTS,
-        image_size=24,
-        patch_size=12,
-        width=32,
-        layers=2,
-        heads=2,
-        text_width=32,
-        text_layers=1,
-        text_heads=2,
-        embed_dim=16,
-        vocab_size=600,
-    )
+    model, tokenizer = small_alignment_model(TEXTS, layers=2)
     if dropout:
-        clip.visual_projection = torch.nn.Sequential(clip.visual_projection, torch.nn.Dropout(dropout))
-        clip.text_projection = torch.nn.Sequential(clip.text_projection, torch.nn.Dropout(dropout))
-    model = AlignmentModel(
-        clip,
-        horizon=4,
-        action_dim=3,
-        state_dim=2,
-        pooler_width=32,
-        queries=2,
-        temperature=0.07,
-        learn_temperature=True,
-    )
+        for name in ("visual_projection", "text_projection"):
+            setattr(model.clip, name, torch.nn.Sequential(getattr(model.clip, name), torch.nn.Dropout(dropout)))
     return model.double().train(), tokenize(tokenizer, TEXTS)
 
 
