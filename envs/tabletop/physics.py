@@ -106,6 +106,10 @@ class World:
         """(2,) m of an object's centre."""
         return np.array(self.bodies[index].position)
 
+    def positions(self, count: int) -> np.ndarray:
+        """(count, 2) m of the centres of the first objects."""
+        return np.array([body.position for body in self.bodies[:count]])
+
     def overlap(self, index: int) -> float:
         """Depth in m by which an object that is not held reaches into another one; 0 if it touches none."""
         depth = 0.0

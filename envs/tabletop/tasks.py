@@ -94,14 +94,14 @@ class Progress:
 
     def __init__(self, scene: Scene, world: World) -> None:
         self.scene = scene
-        self.start = np.array([world.position(i) for i in range(len(scene.objects))])  # (n, 2) m
+        self.start = self.now = world.positions(len(scene.objects))  # (n, 2) m
         self.over = np.zeros(len(self.start), int)  # timesteps the open gripper has been over each object
         self.held = np.zeros(len(self.start), int)  # timesteps each object has been held without a break
         self.ever_held = np.zeros(len(self.start), bool)
 
     def update(self, world: World) -> None:
         """Take note of a timestep."""
-        now = self._positions(world)
+        now = self.now = world.positions(len(self.start))
         near = np.linalg.norm(now - world.gripper_position, axis=1) < REACH_TOLERANCE
         self.over = np.where(near & (not world.closed), self.over + 1, 0)
         holding = np.arange(len(now)) == (-1 if world.held is None else world.held)
@@ -109,12 +109,8 @@ class Progress:
         self.ever_held |= holding
 
     def achieved(self, world: World, goals: tuple[TaskGoal, ...]) -> list[bool]:
-        """Which goals hold now."""
-        now = self._positions(world)
-        return [self._holds(goal, now, world) for goal in goals]
-
-    def _positions(self, world: World) -> np.ndarray:
-        return np.array([world.position(i) for i in range(len(self.start))])
+        """Which goals hold at the timestep last taken note of."""
+        return [self._holds(goal, self.now, world) for goal in goals]
 
     def _holds(self, goal: TaskGoal, now: np.ndarray, world: World) -> bool:
         i = goal.target
