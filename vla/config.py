@@ -65,6 +65,7 @@ class LossConfig:
     context_action: float = number(1.0, 0)  # weight: text-conditioned patch context <-> action chunk
     word_patch: float = number(0.3, 0)  # weight: words <-> patches, late interaction, multi-positive by goal
     vision_language: float = number(0.2, 0)  # weight: pooled image <-> instruction, multi-positive by goal
+    vision_language_kind: Literal["softmax", "sigmoid"] = "softmax"  # InfoNCE, or a multi-label sigmoid loss
     state: float = number(0.25, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
     temperature: float = number(0.07, 0.01)  # initial temperature of every pair
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed

@@ -1,16 +1,23 @@
-"""The stage-one terms: masks, idle chunks, and what weighs in."""
+"""The stage-one terms: masks, idle chunks, what weighs in, and that parts of the pairs make the whole."""
 
+from functools import partial
+
+import pytest
 import torch
 from torch.nn.functional import normalize
 
+from vla.losses import rowwise
 from vla.losses.alignment import (
-    goal_positives,
     idle_chunks,
     mean_squared_distances,
     near_duplicates,
+    pairing,
     soft_term,
+    vision_language_sigmoid_term,
     vision_language_term,
+    word_patch_term,
 )
+from vla.losses.contrastive import info_nce, info_nce_of, soft_info_nce, soft_targets
 
 
 def test_frames_of_one_episode_closer_than_the_gap_are_near_duplicates():
@@ -25,39 +32,127 @@ def test_a_chunk_at_rest_up_to_its_padding_is_idle():
 
 
 def test_mean_squared_distances_average_over_all_other_axes():
-    x = torch.tensor([[[0.0, 0.0]], [[1.0, 3.0]]])
+    x = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
     torch.testing.assert_close(mean_squared_distances(x), torch.tensor([[0.0, 5.0], [5.0, 0.0]]))
+    torch.testing.assert_close(mean_squared_distances(x, slice(1, 2)), torch.tensor([[5.0, 0.0]]))
+
+
+def one_to_one(count: int):
+    """Image i asked with text i, a goal and a scene of its own."""
+    index = torch.arange(count)
+    return pairing(index, index, index, index, count, count)
 
 
 def test_images_weigh_in_by_their_progress():
     vision = normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     language = normalize(vision + torch.tensor([[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), dim=-1)
-    positives = torch.eye(2, dtype=torch.bool)
     scale = torch.tensor(5.0)
-    first = vision_language_term(vision, language, scale, positives, torch.tensor([1.0, 0.01]))
-    second = vision_language_term(vision, language, scale, positives, torch.tensor([0.01, 1.0]))
+    first = vision_language_term(vision, language, scale, one_to_one(2), torch.tensor([1.0, 0.01]))
+    second = vision_language_term(vision, language, scale, one_to_one(2), torch.tensor([0.01, 1.0]))
     assert first.loss != second.loss
+
+
+def none_invalid(count: int):
+    return lambda rows: torch.zeros(len(range(count)[rows]), count, dtype=torch.bool)
 
 
 def test_a_row_of_weight_zero_stays_a_key_but_is_no_query():
     queries = normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1).requires_grad_()
     keys = normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
-    distances = 1 - torch.eye(3)
-    valid = torch.ones(3, 3, dtype=torch.bool)
-    term = soft_term(queries, keys, torch.tensor(5.0), distances, 0.1, valid, torch.tensor([1.0, 1.0, 0.0]))
+    encoded = torch.arange(3.0)[:, None]
+    arguments = (queries, keys, torch.tensor(5.0), encoded, 0.1, none_invalid(3))
+    term = soft_term(*arguments, torch.tensor([1.0, 1.0, 0.0]))
     term.loss.backward()
     assert queries.grad[2].abs().max() > 0  # as a key of the backward direction
-    alone = soft_term(queries, keys, torch.tensor(5.0), distances, 0.1, valid, torch.tensor([0.0, 0.0, 1.0]))
-    assert alone.loss != term.loss
+    assert soft_term(*arguments, torch.tensor([0.0, 0.0, 1.0])).loss != term.loss
 
 
 def test_texts_of_every_goal_asked_of_a_shared_picture_are_its_positives():
-    positives = goal_positives(
-        torch.tensor([0, 0, 1]), torch.tensor([5, 6, 5]), torch.tensor([1, 0, 2]), torch.tensor([6, 5, 5])
+    pairs = pairing(
+        torch.tensor([0, 0, 1]), torch.tensor([1, 0, 2]), torch.tensor([5, 6, 5]), torch.tensor([-1, -1, -1]), 2, 3
     )
-    assert positives.tolist() == [[True, True, True], [False, True, True]]
+    assert pairs.positives(slice(None)).tolist() == [[True, True, True], [False, True, True]]
+    assert pairs.positives(slice(1, 2), slice(0, 2)).tolist() == [[False, True]]
 
 
 def test_a_text_asked_with_two_goals_is_right_for_both():
-    positives = goal_positives(torch.tensor([0, 1]), torch.tensor([5, 6]), torch.tensor([0, 0]), torch.tensor([6]))
-    assert positives.all()
+    pairs = pairing(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([5, 6]), torch.tensor([-1, -1]), 2, 1)
+    assert pairs.positives(slice(None)).all()
+
+
+def test_a_text_of_the_same_scene_with_another_goal_is_undecided_unless_the_scene_is_unknown():
+    rows, goals = torch.tensor([0, 1]), torch.tensor([5, 6])
+    known = pairing(rows, rows, goals, torch.tensor([3, 3]), 2, 2)
+    assert known.decided(slice(None)).tolist() == [[True, False], [False, True]]
+    assert pairing(rows, rows, goals, torch.tensor([-1, -1]), 2, 2).decided(slice(None)).all()
+
+
+def batch(images: int = 9, texts: int = 5):
+    """Embeddings in double precision, and ids with repeated goals, scenes and episodes."""
+    generator = torch.Generator().manual_seed(3)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    vision, language = normalize(draw(images, 6), dim=-1), normalize(draw(texts, 6), dim=-1)
+    rows = torch.arange(images)
+    pairs = pairing(rows, rows % texts, (rows % texts) // 2, rows // 4, images, texts)
+    leaves = [vision, language, torch.tensor(7.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)]
+    progress = torch.linspace(0.1, 1, images, dtype=torch.float64)
+    invalid = partial(near_duplicates, rows // 3, rows, 2)
+    return [leaf.requires_grad_() for leaf in leaves], pairs, progress, invalid, draw(images, 6)
+
+
+def vision_language_of(leaves, pairs, progress, invalid, encoded):
+    return vision_language_term(*leaves[:3], pairs, progress)
+
+
+def sigmoid_of(leaves, pairs, progress, invalid, encoded):
+    return vision_language_sigmoid_term(*leaves, pairs, progress)
+
+
+def word_patch_of(leaves, pairs, progress, invalid, encoded):
+    return word_patch_term(leaves[0] @ leaves[1].T, leaves[2], pairs)
+
+
+def soft_of(leaves, pairs, progress, invalid, encoded):
+    return soft_term(leaves[0], normalize(leaves[0].roll(1, 0), dim=-1), leaves[2], encoded, 0.3, invalid, progress)
+
+
+TERMS = [vision_language_of, sigmoid_of, word_patch_of, soft_of]
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("pairs", [1, 17, 30])
+def test_parts_of_the_pairs_give_the_value_and_the_gradients_of_all_at_once(term, pairs, monkeypatch):
+    leaves, *rest = batch()
+    whole = term(leaves, *rest)
+    expected = torch.autograd.grad(whole.loss, leaves, allow_unused=True)
+    monkeypatch.setattr(rowwise, "PAIRS", pairs)
+    parts = term(leaves, *rest)
+    for name in ("loss", "chance", "floor"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-6, atol=0)
+    for got, want in zip(torch.autograd.grad(parts.loss, leaves, allow_unused=True), expected, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_terms_are_the_losses_over_masks_of_all_pairs():
+    leaves, pairs, progress, invalid, encoded = batch()
+    vision, language, scale, _ = leaves
+    positives, valid = pairs.positives(slice(None)), pairs.decided(slice(None))
+    both = info_nce(vision, language, scale, positives, weights=progress) + info_nce(
+        language, vision, scale, positives.T
+    )
+    torch.testing.assert_close(vision_language_term(vision, language, scale, pairs, progress).loss, both / 2)
+    logits = scale * vision @ language.T
+    both = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
+    torch.testing.assert_close(word_patch_term(vision @ language.T, scale, pairs).loss, both / 2)
+    keys, mask = vision.roll(1, 0), ~invalid(slice(None))
+    targets = soft_targets(torch.cdist(encoded, encoded).square() / 6, 0.3, mask)
+    both = sum(
+        soft_info_nce(a, b, scale, targets, valid=mask, weights=progress) for a, b in ((vision, keys), (keys, vision))
+    )
+    term = soft_term(vision, keys, scale, encoded, 0.3, invalid, progress)
+    torch.testing.assert_close(term.loss, both / 2)
+    torch.testing.assert_close(
+        term.floor, -(targets * targets.clamp_min(1e-30).log()).sum(1) @ progress / progress.sum()
+    )

@@ -1,22 +1,33 @@
 """Embedding a batch in pieces gives the gradients of the unbroken batch."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
 
-from tests.conftest import small_alignment_model
+from tests.conftest import ROOT, small_alignment_model
 from vla.config import LossConfig
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
-from vla.training.align_step import DeviceBatch, batch_terms, embed, forward_backward, joined, split
+from vla.training.align_step import DeviceBatch, batch_terms, embed_rows, embed_texts, forward_backward
+from vla.training.processes import ALONE, Processes
 
-TEXTS = ("push the red star left", "reach the blue circle", "pick up the green cross", "take the green cross")
-GOALS = torch.tensor([0, 1, 2, 2])
+TEXTS = ("push the red star left", "pick up the green cross", "take the green cross")
+GOALS = torch.tensor([0, 1, 1])
+
+
+SIGMOID = LossConfig(vision_language_kind="sigmoid")
 
 
 def make_model(dropout: float = 0.0) -> tuple[AlignmentModel, tuple[torch.Tensor, torch.Tensor]]:
-    model, tokenizer = small_alignment_model(TEXTS, layers=2)
+    model, tokenizer = small_alignment_model(TEXTS, layers=2, sigmoid=True)
     if dropout:
         for name in ("visual_projection", "text_projection"):
             setattr(model.clip, name, torch.nn.Sequential(getattr(model.clip, name), torch.nn.Dropout(dropout)))
@@ -26,24 +37,24 @@ def make_model(dropout: float = 0.0) -> tuple[AlignmentModel, tuple[torch.Tensor
 def make_batch(ids: torch.Tensor, mask: torch.Tensor) -> DeviceBatch:
     """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks."""
     torch.manual_seed(1)
-    frame_of_row = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 6, 2, 1])
-    text_of_row = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2])
+    frame_of_row = torch.tensor([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 6])
+    text_of_row = torch.tensor([0, 2, 1, 2, 2, 1, 0, 1, 2, 0, 1])
     rows, frames = len(frame_of_row), 7
-    shown = torch.tensor([int((frame_of_row == f).nonzero()[0]) for f in range(frames)])
     chunks = torch.rand(rows, 4, 3, dtype=torch.float64) * 2 - 1
     chunks[4] = 0.0
     pad = torch.zeros(rows, 4, dtype=torch.bool)
     pad[2, 2:] = True
+    pixels = torch.randn(frames, 3, 24, 24, dtype=torch.float64)
     return DeviceBatch(
-        pixels=torch.randn(frames, 3, 24, 24, dtype=torch.float64),
+        pixels=lambda images: pixels[images],
         frame_of_row=frame_of_row,
+        shown=torch.searchsorted(frame_of_row, torch.arange(frames)),
         input_ids=ids,
         attention_mask=mask,
         text_of_row=text_of_row,
         action_chunk=chunks,
         action_is_pad=pad,
         state=torch.rand(frames, 2, dtype=torch.float64),
-        shown=shown,
         ids={
             "goal_id": GOALS[text_of_row],
             "scene_id": frame_of_row // 3,
@@ -58,17 +69,21 @@ def gradients(model: AlignmentModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def run(chunk: int, loss: LossConfig, dropout: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(
+    chunk: int, loss: LossConfig, dropout: float = 0.0, processes: Processes = ALONE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model, (ids, mask) = make_model(dropout)
     batch = make_batch(ids, mask)
     torch.manual_seed(5)
-    total, _, _ = forward_backward(model, batch, torch.zeros(3), loss, gap=2, chunk=chunk, autocast=nullcontext)
+    total, _, _ = forward_backward(
+        model, batch, torch.zeros(3), loss, gap=2, chunk=chunk, autocast=nullcontext, processes=processes
+    )
     return total.detach(), gradients(model)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 6])
 @pytest.mark.parametrize(
-    "loss", [LossConfig(), LossConfig(state=0.0, word_patch=0.0), LossConfig(context_action=0.0)], ids=str
+    "loss", [LossConfig(), SIGMOID, LossConfig(state=0.0, word_patch=0.0), LossConfig(context_action=0.0)], ids=str
 )
 def test_pieces_give_every_gradient_of_the_whole(chunk, loss):
     whole, expected = run(0, loss)
@@ -83,17 +98,23 @@ def test_pieces_give_every_gradient_of_the_whole(chunk, loss):
 
 def test_with_dropout_pieces_give_the_gradients_of_piecewise_forwards_kept_in_memory():
     loss = LossConfig()
-    _, got = run(3, loss, dropout=0.3)
+    _, got = run(2, loss, dropout=0.3)
     model, (ids, mask) = make_model(0.3)
     batch = make_batch(ids, mask)
     torch.manual_seed(5)
-    texts = model.texts(ids, mask)
-    pieces, order = split(batch, 3)
-    rows = joined([embed(model, piece, texts, loss) for piece in pieces], order)
+    texts = joined([embed_texts(model, batch, piece) for piece in (slice(0, 2), slice(2, 3))])
+    pieces = (slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7))
+    rows = joined([embed_rows(model, batch, texts, loss, piece) for piece in pieces])
     terms, _ = batch_terms(model, batch, texts.language, rows, torch.zeros(3), loss, 2)
     sum(getattr(loss, name) * term.loss for name, term in terms.items()).backward()
     for name, gradient in gradients(model).items():
         assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-8), name
+
+
+def joined(parts):
+    return replace(
+        parts[0], **{field.name: torch.cat([getattr(p, field.name) for p in parts]) for field in fields(parts[0])}
+    )
 
 
 def test_dropout_draws_anew_in_the_next_step():
@@ -102,3 +123,52 @@ def test_dropout_draws_anew_in_the_next_step():
     arguments = {"gap": 2, "chunk": 3, "autocast": nullcontext}
     first, second = (forward_backward(model, batch, torch.zeros(3), LossConfig(), **arguments)[0] for _ in range(2))
     assert first != second
+
+
+CASES = {"whole": (0, LossConfig()), "pieces": (1, LossConfig()), "sigmoid": (0, SIGMOID)}
+
+
+def one_of_many(rank: int, count: int, folder: Path) -> None:
+    """A process: leaves what it computed in `folder`."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    for name, (chunk, loss) in CASES.items():
+        total, found = run(chunk, loss, processes=Processes(rank, count))
+        save_file(found | {"total": total}, folder / f"{name}_{rank}.safetensors")
+    own = torch.full((1 + rank,), float(rank), dtype=torch.bfloat16)
+    whole = Processes(rank, count).gather(own, list(range(1, count + 1)))
+    save_file({"whole": whole}, folder / f"bfloat16_{rank}.safetensors")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])  # of 7 images and 3 texts: uneven shares, and one without a text
+def many(request, tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each of some processes computed, by case."""
+    count, folder = request.param, tmp_path_factory.mktemp("many")
+    command = [sys.executable, __file__, str(count), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    members = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(count)]
+    assert [member.wait(300) for member in members] == [0] * count
+    names = [*CASES, "bfloat16"]
+    return [{name: load_file(folder / f"{name}_{rank}.safetensors") for name in names} for rank in range(count)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_give_every_gradient_of_one(many, case):
+    total, expected = run(0, CASES[case][1])
+    for rank, computed in enumerate(many):
+        torch.testing.assert_close(computed[case]["total"], total, rtol=1e-12, atol=0)
+        got = {name: tensor for name, tensor in computed[case].items() if name != "total"}
+        assert set(got) == set(expected)
+        for key, gradient in expected.items():
+            error = (got[key] - gradient).norm() / gradient.norm().clamp_min(1e-8)
+            assert error < 1e-5, f"process {rank}, {key}: {error:.1e}"
+
+
+def test_ragged_shares_in_reduced_precision_cross_processes(many):
+    expected = [float(rank) for rank in range(len(many)) for _ in range(rank + 1)]
+    assert all(computed["bfloat16"]["whole"].tolist() == expected for computed in many)
+
+
+if __name__ == "__main__":
+    one_of_many(int(sys.argv[3]), int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,5 +1,9 @@
-"""The terms of stage one, from embeddings and ids to named losses and the health of the batch."""
+"""The terms of stage one, from embeddings and ids to named losses and the health of the batch.
 
+No term keeps a mask of all pairs: parts of the rows are compared with all columns, and who belongs to whom is looked up by id.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,28 +16,60 @@ from vla.losses.contrastive import (
     info_nce,
     info_nce_chance,
     info_nce_of,
+    sigmoid_chance,
+    sigmoid_loss,
     soft_info_nce,
     soft_targets,
     weighted_mean,
 )
+from vla.losses.rowwise import Term, in_parts
 
 
 @dataclass(frozen=True)
-class Term:
-    """One loss term with what makes its value readable, all () in nats."""
+class Pairing:
+    """Which texts belong to which images, as lookups by id.
 
-    loss: Tensor
-    chance: Tensor
-    floor: Tensor
+    A text belongs to the images that are asked one of its goals. Other images of a scene it is used in neither have it
+    nor lack it: it names their objects truly.
+    """
+
+    frame_of_row: Tensor  # (b,) image of each row
+    goal_of_row: Tensor  # (b,) index of each row's goal
+    scene_of_frame: Tensor  # (f,) index of each image's scene, -1 where unknown
+    goal_texts: Tensor  # (g, u) bool: the texts a goal is asked with
+    scene_texts: Tensor  # (s, u) bool: the texts used in a scene
+
+    def positives(self, frames: slice, texts: slice = slice(None)) -> Tensor:
+        """(frames, texts) bool."""
+        first, stop, _ = frames.indices(len(self.scene_of_frame))
+        rows = ((self.frame_of_row >= first) & (self.frame_of_row < stop)).nonzero()[:, 0]
+        asked = self.goal_texts[self.goal_of_row[rows]][:, texts]  # (rows, texts)
+        found = torch.zeros(stop - first, asked.shape[1], device=asked.device)
+        return found.index_add_(0, self.frame_of_row[rows] - first, asked.float()) > 0
+
+    def decided(self, frames: slice, texts: slice = slice(None)) -> Tensor:
+        """(frames, texts) bool: whether a text is right or wrong of an image, not merely true."""
+        scene = self.scene_of_frame[frames]
+        named = self.scene_texts[scene.clamp_min(0)][:, texts] & (scene >= 0)[:, None]
+        return ~named | self.positives(frames, texts)
 
 
-def vision_language_term(
-    vision: Tensor,
-    language: Tensor,
-    scale: Tensor,
-    positives: Tensor,
-    progress: Tensor,
-) -> Term:
+def pairing(
+    frame_of_row: Tensor, text_of_row: Tensor, goal_id: Tensor, scene_id: Tensor, frames: int, texts: int
+) -> Pairing:
+    """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts."""
+    goals, goal_of_row = goal_id.unique(return_inverse=True)
+    scenes, scene_of_row = scene_id.unique(return_inverse=True)
+    goal_texts = torch.zeros(len(goals), texts, dtype=torch.bool, device=goal_id.device)
+    goal_texts[goal_of_row, text_of_row] = True
+    scene_texts = torch.zeros(len(scenes), texts, dtype=torch.bool, device=goal_id.device)
+    scene_texts[scene_of_row, text_of_row] = True
+    known = torch.where(scene_id >= 0, scene_of_row, -1)
+    scene_of_frame = known.new_full((frames,), -1).index_copy_(0, frame_of_row, known)
+    return Pairing(frame_of_row, goal_of_row, scene_of_frame, goal_texts, scene_texts)
+
+
+def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor) -> Term:
     """Symmetric multi-positive InfoNCE between images and the batch's distinct texts, positives by goal.
 
     An early frame does not determine its instruction, so images weigh in by their progress.
@@ -41,28 +77,63 @@ def vision_language_term(
     Args:
         vision: (f, d) unit norm. language: (u, d) unit norm, one row a distinct text.
         scale: () exponentiated.
-        positives: (f, u) bool, see `goal_positives`.
+        pairs: which of them belong together.
         progress: (f,) in (0, 1], share of the episode that has passed.
     """
-    loss = info_nce(vision, language, scale, positives, weights=progress)
-    back = info_nce(language, vision, scale, positives.T)
-    chance = info_nce_chance(positives, weights=progress) + info_nce_chance(positives.T)
-    return Term((loss + back) / 2, chance / 2, torch.zeros_like(loss))
+    images, texts, weight = len(vision), len(language), progress.sum()
+
+    def to_texts(span: slice, vision: Tensor, language: Tensor, scale: Tensor) -> Term:
+        positives, weights = pairs.positives(span), progress[span]
+        loss = info_nce(vision[span], language, scale, positives, weights=weights)
+        return weights.sum() / weight * _term(loss, info_nce_chance(positives, weights=weights))
+
+    def to_images(span: slice, vision: Tensor, language: Tensor, scale: Tensor) -> Term:
+        positives = pairs.positives(slice(None), span).T
+        loss = info_nce(language[span], vision, scale, positives)
+        return len(positives) / texts * _term(loss, info_nce_chance(positives))
+
+    tensors = (vision, language, scale)
+    return 0.5 * (in_parts(to_texts, images, texts, *tensors) + in_parts(to_images, texts, images, *tensors))
 
 
-def word_patch_term(similarity: Tensor, scale: Tensor, positives: Tensor, valid: Tensor) -> Term:
+def vision_language_sigmoid_term(
+    vision: Tensor, language: Tensor, scale: Tensor, bias: Tensor, pairs: Pairing, progress: Tensor
+) -> Term:
+    """The same pairs as independent yes-or-no questions: the multi-label sigmoid loss, averaged over images.
+
+    Args: those of `vision_language_term`, and () `bias` of all logits.
+    """
+    weight = progress.sum()
+
+    def part(span: slice, vision: Tensor, language: Tensor, scale: Tensor, bias: Tensor) -> Term:
+        positives, weights = pairs.positives(span), progress[span]
+        loss = sigmoid_loss(vision[span], language, scale, bias, positives, weights=weights)
+        return weights.sum() / weight * _term(loss, sigmoid_chance(positives, weights=weights))
+
+    return in_parts(part, len(vision), len(language), vision, language, scale, bias)
+
+
+def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing) -> Term:
     """Symmetric multi-positive InfoNCE on the late interaction of images and texts (`late_interaction`).
 
     Args:
         similarity: (f, u). scale: () exponentiated.
-        positives: (f, u) bool, see `goal_positives`.
-        valid: (f, u) bool, False where a text of another goal is true of the picture too.
+        pairs: which of them belong together; texts that are merely true of an image are left out.
     """
-    valid = valid | positives
-    logits = scale * at_least_float32(similarity)
-    loss = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
-    chance = info_nce_chance(positives, valid) + info_nce_chance(positives.T, valid.T)
-    return Term(loss / 2, chance / 2, torch.zeros_like(loss))
+    images, texts = similarity.shape
+
+    def to_texts(span: slice, similarity: Tensor, scale: Tensor) -> Term:
+        positives, valid = pairs.positives(span), pairs.decided(span)
+        loss = info_nce_of(scale * at_least_float32(similarity[span]), positives, valid=valid)
+        return len(positives) / images * _term(loss, info_nce_chance(positives, valid))
+
+    def to_images(span: slice, similarity: Tensor, scale: Tensor) -> Term:
+        positives, valid = pairs.positives(slice(None), span).T, pairs.decided(slice(None), span).T
+        loss = info_nce_of(scale * at_least_float32(similarity[:, span].T), positives, valid=valid)
+        return len(positives) / texts * _term(loss, info_nce_chance(positives, valid))
+
+    tensors = (similarity, scale)
+    return 0.5 * (in_parts(to_texts, images, texts, *tensors) + in_parts(to_images, texts, images, *tensors))
 
 
 def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpness: float = 20.0) -> Tensor:
@@ -89,57 +160,42 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
         return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
 
 
-def goal_positives(frame_of_row: Tensor, goal_of_row: Tensor, text_of_row: Tensor, goal_of_text: Tensor) -> Tensor:
-    """(f, u) bool: the texts of an image's rows, and all others of their goals.
-
-    Args:
-        frame_of_row, goal_of_row, text_of_row: (b,) image index, goal id and text index of each row.
-        goal_of_text: (u,) goal id of each text.
-    """
-    own = torch.nn.functional.one_hot(text_of_row, len(goal_of_text)).bool()
-    same = (own | (goal_of_row[:, None] == goal_of_text[None, :])).float()  # (b, u)
-    frames = int(frame_of_row.max()) + 1
-    return same.new_zeros(frames, same.shape[1]).index_add_(0, frame_of_row, same) > 0
-
-
-def other_scene(scene_of_row: Tensor, text_of_row: Tensor, texts: int) -> Tensor:
-    """(b, u) bool: False where a text is used in the row's own scene, whose objects it then names truly."""
-    known = scene_of_row >= 0
-    same = (scene_of_row[:, None] == scene_of_row[None, :]) & known[:, None] & known[None, :]  # (b, b)
-    uses = torch.nn.functional.one_hot(text_of_row, texts).float()  # (b, u)
-    return (same.float() @ uses) == 0
-
-
 def soft_term(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor,
-    distances: Tensor,
+    encoded: Tensor,
     beta: float,
-    valid: Tensor,
+    invalid: Callable[[slice], Tensor],
     weights: Tensor,
 ) -> Term:
     """Symmetric InfoNCE between rows and rows, soft targets by the distance of what the keys encode.
 
     Args:
         queries, keys: (b, d) unit norm. scale: () exponentiated.
-        distances: (b, b) symmetric. beta: width of the targets in the unit of the distances.
-        valid: (b, b) symmetric bool with a true diagonal. weights: (b,), 0 leaves a row out as query.
+        encoded: (b, ...) what the keys encode; targets fall with the mean squared difference.
+        beta: width of the targets in the unit of the mean squared differences.
+        invalid: rows -> (rows, b) bool, pairs that count neither way, symmetric; never a row with itself.
+        weights: (b,), 0 leaves a row out as query.
     """
-    targets = soft_targets(distances, beta, valid)
-    forward = soft_info_nce(queries, keys, scale, targets, valid=valid, weights=weights)
-    backward = soft_info_nce(keys, queries, scale, targets, valid=valid, weights=weights)
-    return Term(
-        (forward + backward) / 2,
-        weighted_mean(valid.sum(1).float().log(), weights),
-        entropy(targets, weights),
-    )
+    flat, weight, count = at_least_float32(encoded.flatten(1)), weights.sum(), len(queries)
+
+    def part(span: slice, queries: Tensor, keys: Tensor, scale: Tensor) -> Term:
+        valid, w = ~invalid(span), weights[span]
+        targets = soft_targets(mean_squared_distances(flat, span), beta, valid)
+        forward = soft_info_nce(queries[span], keys, scale, targets, valid=valid, weights=w)
+        backward = soft_info_nce(keys[span], queries, scale, targets, valid=valid, weights=w)
+        chance = weighted_mean(valid.sum(1).float().log(), w)
+        return w.sum() / weight * Term((forward + backward) / 2, chance, entropy(targets, w))
+
+    return in_parts(part, count, count, queries, keys, scale)
 
 
-def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int) -> Tensor:
-    """(b, b) bool: other frames of the same episode closer than `gap` timesteps; neither positive nor negative."""
-    close = (episode_id[:, None] == episode_id[None, :]) & ((timestep[:, None] - timestep[None, :]).abs() < gap)
-    return close.fill_diagonal_(False)
+def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int, rows: slice = slice(None)) -> Tensor:
+    """(rows, b) bool: other frames of the same episode closer than `gap` timesteps; neither positive nor negative."""
+    index = torch.arange(len(timestep), device=timestep.device)
+    close = (episode_id[rows, None] == episode_id[None, :]) & ((timestep[rows, None] - timestep[None, :]).abs() < gap)
+    return close & (index[rows, None] != index[None, :])
 
 
 def idle_chunks(action_chunk: Tensor, action_is_pad: Tensor, rest: Tensor, tolerance: float = 0.05) -> Tensor:
@@ -148,10 +204,11 @@ def idle_chunks(action_chunk: Tensor, action_is_pad: Tensor, rest: Tensor, toler
     return (at_rest | action_is_pad).all(-1)
 
 
-def mean_squared_distances(x: Tensor) -> Tensor:
-    """(b, ...) -> (b, b) mean squared differences, float32 at least, exactly zero on the diagonal."""
-    flat = at_least_float32(x.flatten(1))
-    return (torch.cdist(flat, flat).square() / flat.shape[1]).fill_diagonal_(0.0)
+def mean_squared_distances(flat: Tensor, rows: slice = slice(None)) -> Tensor:
+    """(b, n) -> (rows, b) mean squared differences, exactly zero between a row and itself."""
+    index = torch.arange(len(flat), device=flat.device)
+    squared = torch.cdist(flat[rows], flat).square() / flat.shape[1]
+    return squared.masked_fill(index[rows, None] == index[None, :], 0.0)
 
 
 def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
@@ -162,3 +219,8 @@ def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, T
         "collision_rate": collision_rate(goal_id),
         "idle_rate": idle.float().mean(),
     }
+
+
+def _term(loss: Tensor, chance: Tensor) -> Term:
+    """A term whose loss can reach zero."""
+    return Term(loss, chance, torch.zeros_like(chance))

@@ -51,6 +51,44 @@ def info_nce_of(
     return weighted_mean(per_query, weights)
 
 
+def sigmoid_loss(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    positives: Tensor,
+    *,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Multi-label sigmoid loss: each pair is a yes-or-no question, any number of keys may be right for a query.
+
+    Args:
+        queries: (q, d) unit norm.
+        keys: (k, d) unit norm.
+        logit_scale: () already exponentiated, 1 / temperature.
+        logit_bias: () added to every logit; about -log k answers "no" at the start.
+        positives: (q, k) bool.
+        weights: (q,) of each query in the mean. Default: equal.
+    Returns:
+        () mean over queries of the sum over keys, in nats.
+    Raises:
+        ValueError: shapes disagree.
+    References:
+        arXiv:2303.15343 (SigLIP) with one positive a query; true pairs off its diagonal count as positive here.
+    """
+    _check_shapes(queries, keys, positives=positives, weights=weights)
+    logits = _logits(queries, keys, logit_scale) + logit_bias
+    signs = 2 * positives.to(logits.dtype) - 1
+    return weighted_mean(-torch.nn.functional.logsigmoid(signs * logits).sum(1), weights)
+
+
+def sigmoid_chance(positives: Tensor, weights: Tensor | None = None) -> Tensor:
+    """() loss of `sigmoid_loss` when every key of a query gets the query's share of positives as its probability."""
+    share = positives.float().mean(1)
+    per_key = torch.special.entr(share) + torch.special.entr(1 - share)
+    return weighted_mean(positives.shape[1] * per_key, weights)
+
+
 def soft_info_nce(
     queries: Tensor,
     keys: Tensor,

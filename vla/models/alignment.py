@@ -52,6 +52,7 @@ class AlignmentModel(nn.Module):
         queries: int,
         temperature: float,
         learn_temperature: bool,
+        sigmoid: bool = False,
     ) -> None:
         super().__init__()
         self.clip = clip
@@ -73,6 +74,8 @@ class AlignmentModel(nn.Module):
         self.logit_scales = nn.ParameterDict(
             {pair: nn.Parameter(start.clone(), requires_grad=learn_temperature) for pair in PAIRS}
         )
+        # -log of the number of texts in a batch, or so: at the start the answer is no (arXiv:2303.15343).
+        self.logit_bias = nn.Parameter(torch.tensor(-5.0)) if sigmoid else None
         clip.logit_scale.requires_grad_(False)  # the trained scale is written there by `exported_clip`
 
     def scale(self, pair: str) -> Tensor:

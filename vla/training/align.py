@@ -27,7 +27,7 @@ from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.eval.alignment import measure_alignment
 from vla.eval.alignment_report import write_alignment_report
-from vla.losses.alignment import Term
+from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import build_clip, load_clip, resize_positions, save_clip, tokenize
 from vla.training.align_step import forward_backward, on_device
@@ -184,6 +184,7 @@ def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> Alig
         queries=config.loss.queries,
         temperature=config.loss.temperature,
         learn_temperature=config.loss.learn_temperature,
+        sigmoid=config.loss.vision_language_kind == "sigmoid",
     )
 
 

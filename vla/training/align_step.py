@@ -1,14 +1,16 @@
-"""One step of stage one up to the gradients: embed, compare, back-propagate, in pieces where memory asks for it.
+"""One step of stage one up to the gradients: embed, compare, back-propagate, in pieces and on many processes if asked for.
 
-In pieces, the whole batch is embedded without gradients, the loss is taken over all of it, and each piece is embedded once
-more to carry on the gradients of its own embeddings (gradient caching, arXiv:2101.06983). The texts are a leaf of
-their own, shared by all pieces. Random state is replayed, so the gradients are those of the unbroken batch. Plain accumulation of losses over small
-batches would leave out the negatives between them.
+Embeddings are made piece by piece and gathered, the loss is taken over the whole batch, then each piece carries on the
+gradients of its own embeddings (gradient caching, arXiv:2101.06983). A process with one piece keeps its graph; one with
+several embeds each anew, with the random state replayed, so that memory does not grow with the batch. Either way the
+gradients are those of the unbroken batch. Plain accumulation of losses over small batches would leave out the negatives
+between them.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,57 +18,71 @@ from torch import Tensor
 
 from vla.config import LossConfig
 from vla.losses.alignment import (
-    Term,
     batch_health,
-    goal_positives,
     idle_chunks,
-    mean_squared_distances,
     near_duplicates,
-    other_scene,
+    pairing,
     soft_term,
+    vision_language_sigmoid_term,
     vision_language_term,
     word_patch_term,
 )
+from vla.losses.rowwise import Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds, TextEmbeds
 from vla.models.clip import pixel_values
 from vla.training.checkpoint import restore_rng, rng_tensors
+from vla.training.processes import ALONE, Processes
 from vla.types import TripletBatch
+
+type Autocast = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A batch's f distinct images, u distinct texts and b rows on the device, for `AlignmentModel` and the losses."""
+    """A batch's f distinct images, u distinct texts and b rows in the order of their images, on the device."""
 
-    pixels: Tensor  # (f, 3, H, W)
-    frame_of_row: Tensor  # (b,)
+    pixels: Callable[[slice], Tensor]  # images -> (images, 3, H, W), normalised
+    frame_of_row: Tensor  # (b,) ascending
+    shown: Tensor  # (f,) the first row of each image
     input_ids: Tensor  # (u, l)
     attention_mask: Tensor  # (u, l)
     text_of_row: Tensor  # (b,)
     action_chunk: Tensor  # (b, h, a)
     action_is_pad: Tensor  # (b, h)
     state: Tensor  # (f, s)
-    shown: Tensor  # (f,) a row of each image
     ids: dict[str, Tensor]  # goal_id, scene_id, episode_id, timestep, progress: (b,) each
+
+    def rows(self, images: slice) -> slice:
+        """The rows that show some consecutive images."""
+        bounds = torch.tensor([images.start, images.stop], device=self.frame_of_row.device)
+        return slice(*torch.searchsorted(self.frame_of_row, bounds).tolist())
 
 
 def on_device(batch: TripletBatch, input_ids: Tensor, attention_mask: Tensor, device: torch.device) -> DeviceBatch:
     """Move a batch; of the (t, l) ids and masks of all texts, those that it holds."""
-    names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
-    text_id = torch.from_numpy(batch.text_id).to(device)
-    shown = torch.from_numpy(np.unique(batch.frame_of_row, return_index=True)[1]).to(device)
-    texts, text_of_row = text_id.unique(return_inverse=True)
+    order = np.argsort(batch.frame_of_row, kind="stable")
+
+    def moved(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array[order]).to(device)
+
+    def pixels(images: slice) -> Tensor:
+        return pixel_values(torch.from_numpy(batch.frames[images]).to(device))
+
+    shown = torch.from_numpy(np.unique(batch.frame_of_row[order], return_index=True)[1]).to(device)
+    texts, text_of_row = moved(batch.text_id).unique(return_inverse=True)
     length = int(attention_mask[texts].sum(1).max())
+    names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
     return DeviceBatch(
-        pixels=pixel_values(torch.from_numpy(batch.frames).to(device)),
-        frame_of_row=torch.from_numpy(batch.frame_of_row).to(device),
+        pixels=pixels,
+        frame_of_row=moved(batch.frame_of_row),
+        shown=shown,
         input_ids=input_ids[texts, :length],
         attention_mask=attention_mask[texts, :length],
         text_of_row=text_of_row,
-        action_chunk=torch.from_numpy(batch.action_chunk).to(device),
-        action_is_pad=torch.from_numpy(batch.action_is_pad).to(device),
-        state=torch.from_numpy(batch.state).to(device)[shown],
-        shown=shown,
-        ids={name: torch.from_numpy(getattr(batch, name)).to(device) for name in names},
+        action_chunk=moved(batch.action_chunk),
+        action_is_pad=moved(batch.action_is_pad),
+        state=moved(batch.state)[shown],
+        ids={name: moved(getattr(batch, name)) for name in names},
     )
 
 
@@ -85,11 +101,16 @@ def batch_terms(
         language: (u, d) embeddings of the distinct texts. rows: those of images and rows.
         rest: (a,) the resting action, normalised.
     """
-    ids, shown, text_of_row = batch.ids, batch.shown, batch.text_of_row
-    texts = len(batch.input_ids)
-    goal_of_text = ids["goal_id"].new_zeros(texts).index_copy_(0, text_of_row, ids["goal_id"])
-    positives = goal_positives(batch.frame_of_row, ids["goal_id"], text_of_row, goal_of_text)
-    valid = ~near_duplicates(ids["episode_id"], ids["timestep"], gap)
+    ids, shown = batch.ids, batch.shown
+    pairs = pairing(
+        batch.frame_of_row,
+        batch.text_of_row,
+        ids["goal_id"],
+        ids["scene_id"],
+        frames=len(shown),
+        texts=len(batch.input_ids),
+    )
+    episode, timestep = ids["episode_id"], ids["timestep"]
     idle = idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(shown.device))
     moving = (~idle).float() if not idle.all() else torch.ones_like(idle, dtype=torch.float32)
     terms: dict[str, Term] = {}
@@ -98,26 +119,29 @@ def batch_terms(
             rows.context,
             rows.action,
             model.scale("context_action"),
-            mean_squared_distances(batch.action_chunk),
+            batch.action_chunk,
             loss.action_beta,
-            valid,
+            partial(near_duplicates, episode, timestep, gap),
             moving,
         )
     if loss.vision_language:
-        terms["vision_language"] = vision_language_term(
-            rows.vision, language, model.scale("vision_language"), positives, ids["progress"][shown]
-        )
+        scale, progress = model.scale("vision_language"), ids["progress"][shown]
+        if loss.vision_language_kind == "sigmoid":
+            terms["vision_language"] = vision_language_sigmoid_term(
+                rows.vision, language, scale, model.logit_bias, pairs, progress
+            )
+        else:
+            terms["vision_language"] = vision_language_term(rows.vision, language, scale, pairs, progress)
     if rows.similarity is not None:
-        valid_texts = other_scene(ids["scene_id"], text_of_row, texts)[shown]
-        terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), positives, valid_texts)
+        terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), pairs)
     if rows.scene is not None and rows.state is not None:
         terms["state"] = soft_term(
             rows.scene,
             rows.state,
             model.scale("state"),
-            mean_squared_distances(batch.state),
+            batch.state,
             loss.state_beta,
-            valid[shown][:, shown],
+            partial(near_duplicates, episode[shown], timestep[shown], gap),
             torch.ones(len(shown), device=shown.device),
         )
     return terms, batch_health(ids["goal_id"], ids["scene_id"], idle)
@@ -131,64 +155,67 @@ def forward_backward(
     *,
     gap: int,
     chunk: int,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Autocast,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, Term], dict[str, Tensor]]:
-    """Add the gradients of the batch to the parameters; returns the loss, its terms and the batch's health.
+    """Set the parameters' gradients to those of the batch; returns the loss, its terms and the batch's health.
 
-    `chunk` images are embedded at a time; 0 embeds all at once. `autocast` is the context the towers run in.
+    Args:
+        rest: (a,) the resting action, normalised.
+        chunk: images, and texts, that are embedded at a time; 0 embeds all of the process's at once.
+        autocast: makes the context the towers run in.
+        processes: which share of the batch is this process's; all of them return the same.
     """
+    text_shares, image_shares = processes.shares(len(batch.input_ids)), processes.shares(len(batch.shown))
 
-    def total(language: Tensor, rows: RowEmbeds) -> tuple[Tensor, dict[str, Term], dict[str, Tensor]]:
-        terms, health = batch_terms(model, batch, language, rows, rest, loss, gap)
-        return torch.stack([getattr(loss, name) * term.loss for name, term in terms.items()]).sum(), terms, health
+    def rows_too(name: str, images: slice) -> slice:
+        return batch.rows(images) if name in ROW_WISE else images
 
-    if chunk == 0 or chunk >= len(batch.pixels):
-        with autocast():
-            texts = model.texts(batch.input_ids, batch.attention_mask)
-            rows = embed(model, batch, texts, loss)
-        result = total(texts.language, rows)
-        result[0].backward()
-        return result
+    def own(shares: list[slice]) -> list[slice]:
+        share = shares[processes.rank]
+        length = share.stop - share.start
+        return [slice(share.start + s.start, share.start + s.stop) for s in spans(length, chunk or max(1, length))]
 
-    pieces, order = split(batch, chunk)
-    random = [rng_tensors()]
-    with torch.no_grad(), autocast():
-        texts = leaves(model.texts(batch.input_ids, batch.attention_mask))
-        parts = []
-        for piece in pieces:
-            random.append(rng_tensors())
-            parts.append(embed(model, piece, texts, loss))
-    after = rng_tensors()
-    whole = leaves(joined(parts, order))
-    result = total(texts.language, whole)
-    result[0].backward()
-    first_frame = 0
-    for piece, rows, state in zip(pieces, order.split([len(p.frame_of_row) for p in pieces]), random[1:], strict=True):
-        restore_rng(state)
-        with autocast():
-            again = embed(model, piece, texts, loss)
-        frames = slice(first_frame, first_frame + len(piece.pixels))
-        first_frame = frames.stop
-        carry_on(again, {name: whole_gradient(whole, name, rows, frames) for name in names_of(again)})
-    restore_rng(random[0])
-    with autocast():
-        again = model.texts(batch.input_ids, batch.attention_mask)
-    carry_on(again, {name: getattr(texts, name).grad for name in names_of(again)})
-    restore_rng(after)
-    return result
+    own_texts = Pieces(own(text_shares), partial(embed_texts, model, batch), autocast)
+    texts = own_texts.gathered(processes, text_shares)
+    own_rows = Pieces(own(image_shares), partial(embed_rows, model, batch, texts, loss), autocast, rows_too)
+    rows = own_rows.gathered(processes, image_shares)
+
+    terms, health = batch_terms(model, batch, texts.language, rows, rest, loss, gap)
+    total = torch.stack([getattr(loss, name) * term.loss for name, term in terms.items()]).sum()
+    total.backward()
+    if processes.rank > 0:  # all took the same loss: what hangs on it directly, as the scales do, counts once
+        model.zero_grad()
+        texts.language.grad = None
+    own_rows.carry_on(rows)
+    for name in names_of(texts):
+        leaf = getattr(texts, name)
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    processes.add([getattr(texts, name).grad for name in names_of(texts)])
+    own_texts.carry_on(texts)
+    processes.add_gradients([p for p in model.parameters() if p.requires_grad])
+    return total.detach(), terms, health
 
 
-def embed(model: AlignmentModel, batch: DeviceBatch, texts: TextEmbeds, loss: LossConfig) -> RowEmbeds:
-    """Embed the images and rows of a batch, what the switched-on terms need of them."""
+def embed_texts(model: AlignmentModel, batch: DeviceBatch, texts: slice) -> TextEmbeds:
+    """Embed some of the batch's texts."""
+    return model.texts(batch.input_ids[texts], batch.attention_mask[texts])
+
+
+def embed_rows(
+    model: AlignmentModel, batch: DeviceBatch, texts: TextEmbeds, loss: LossConfig, images: slice
+) -> RowEmbeds:
+    """Embed some of the batch's images and the rows that show them, what the switched-on terms need of them."""
+    rows = batch.rows(images)
     return model.rows(
         texts,
         batch.attention_mask,
-        batch.pixels,
-        batch.frame_of_row,
-        batch.text_of_row,
-        batch.action_chunk,
-        batch.action_is_pad,
-        batch.state if loss.state else None,
+        batch.pixels(images),
+        batch.frame_of_row[rows] - images.start,
+        batch.text_of_row[rows],
+        batch.action_chunk[rows],
+        batch.action_is_pad[rows],
+        batch.state[images] if loss.state else None,
         late=loss.word_patch > 0,
     )
 
@@ -196,57 +223,65 @@ def embed(model: AlignmentModel, batch: DeviceBatch, texts: TextEmbeds, loss: Lo
 ROW_WISE = ("context", "action")  # the other embeddings are of images
 
 
-def split(batch: DeviceBatch, chunk: int) -> tuple[list[DeviceBatch], Tensor]:
-    """Pieces of at most `chunk` images with the rows that show them, and the (b,) rows in the pieces' order.
+class Pieces[E: (TextEmbeds, RowEmbeds)]:
+    """The embeddings of this process's pieces of a batch, and their way back."""
 
-    The pieces hold all texts; what only the losses read (`shown`, `ids`) stays the whole batch's.
-    """
-    pieces, order = [], []
-    for first in range(0, len(batch.pixels), chunk):
-        frames = slice(first, first + chunk)
-        rows = ((batch.frame_of_row >= first) & (batch.frame_of_row < first + chunk)).nonzero()[:, 0]
-        order.append(rows)
-        pieces.append(
-            replace(
-                batch,
-                pixels=batch.pixels[frames],
-                state=batch.state[frames],
-                frame_of_row=batch.frame_of_row[rows] - first,
-                text_of_row=batch.text_of_row[rows],
-                action_chunk=batch.action_chunk[rows],
-                action_is_pad=batch.action_is_pad[rows],
-            )
-        )
-    return pieces, torch.cat(order)
+    def __init__(
+        self,
+        pieces: list[slice],
+        embed: Callable[[slice], E],
+        autocast: Autocast,
+        places: Callable[[str, slice], slice] = lambda name, piece: piece,
+    ) -> None:
+        """Embed every piece; `places` says where an embedding of a piece is in the whole batch, by its name."""
+        self.pieces, self.embed, self.autocast, self.places = pieces, embed, autocast, places
+        self.random: list[dict[str, Tensor]] = []
+        self.embeds: list[E] = []
+        for piece in pieces:
+            self.random.append(rng_tensors())
+            with torch.set_grad_enabled(self.kept), autocast():
+                self.embeds.append(embed(piece))
+        if not pieces:  # more processes than texts or images: the shapes of one, and nothing of it
+            with torch.no_grad(), autocast():
+                one = embed(slice(0, 1))
+            self.embeds.append(replace(one, **{name: getattr(one, name)[:0] for name in names_of(one)}))
 
+    @property
+    def kept(self) -> bool:
+        """Whether the graph is kept: that of one piece is."""
+        return len(self.pieces) == 1
 
-def joined(parts: list[RowEmbeds], order: Tensor) -> RowEmbeds:
-    """The embeddings of the whole batch, rows back in their places."""
-    whole = {}
-    for name in names_of(parts[0]):
-        values = torch.cat([getattr(part, name) for part in parts])
-        whole[name] = torch.empty_like(values).index_copy_(0, order, values) if name in ROW_WISE else values
-    return replace(parts[0], **whole)
+    def gathered(self, processes: Processes, shares: list[slice]) -> E:
+        """The embeddings of the whole batch, as leaves that collect gradients."""
+        whole = {}
+        for name in names_of(self.embeds[0]):
+            own = torch.cat([getattr(part, name).detach() for part in self.embeds])
+            lengths = [place.stop - place.start for place in (self.places(name, share) for share in shares)]
+            whole[name] = processes.gather(own, lengths).requires_grad_()
+        example = self.embeds[0]
+        if not self.kept:
+            self.embeds.clear()
+        return replace(example, **whole)
+
+    def carry_on(self, whole: E) -> None:
+        """Back-propagate the gradients that the leaves have collected to what the pieces were made from."""
+        after = rng_tensors()
+        for number, piece in enumerate(self.pieces):
+            if self.kept:
+                part = self.embeds[0]
+            else:
+                restore_rng(self.random[number])
+                with self.autocast():
+                    part = self.embed(piece)
+            pairs = [
+                (getattr(part, name), getattr(whole, name).grad[self.places(name, piece)])
+                for name in names_of(part)
+                if getattr(part, name).requires_grad and getattr(whole, name).grad is not None
+            ]
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+        restore_rng(after)
 
 
 def names_of(embeds: RowEmbeds | TextEmbeds) -> list[str]:
     """The embeddings that are there."""
     return [field.name for field in fields(embeds) if getattr(embeds, field.name) is not None]
-
-
-def leaves[E: RowEmbeds | TextEmbeds](embeds: E) -> E:
-    """The same values as leaves that collect gradients."""
-    return replace(embeds, **{name: getattr(embeds, name).detach().requires_grad_() for name in names_of(embeds)})
-
-
-def whole_gradient(whole: RowEmbeds, name: str, rows: Tensor, frames: slice) -> Tensor | None:
-    """The part of an embedding's gradient that belongs to a piece; None if the loss does not depend on it."""
-    gradient = getattr(whole, name).grad
-    return gradient if gradient is None else gradient[rows] if name in ROW_WISE else gradient[frames]
-
-
-def carry_on(embeds: RowEmbeds | TextEmbeds, gradients: dict[str, Tensor | None]) -> None:
-    """Back-propagate gradients of embeddings to what they were made from."""
-    pairs = [(getattr(embeds, name), gradient) for name, gradient in gradients.items() if gradient is not None]
-    pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
-    torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])

@@ -1,0 +1,76 @@
+"""Losses over all pairs of a large batch in memory that grows with its rows, not with its pairs.
+
+A part of the rows is compared with all columns at a time. Its gradients are taken at once, so that no part's pairs are
+kept: the row-chunked log-sum-exp of arXiv:2410.17243 in plain autograd.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAIRS = 1 << 22  # pairs that are compared at a time
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss term with what makes its value readable, all () in nats."""
+
+    loss: Tensor
+    chance: Tensor
+    floor: Tensor
+
+    def __add__(self, other: "Term") -> "Term":
+        return Term(self.loss + other.loss, self.chance + other.chance, self.floor + other.floor)
+
+    def __rmul__(self, factor: float | Tensor) -> "Term":
+        return Term(factor * self.loss, factor * self.chance, factor * self.floor)
+
+
+type Part = Callable[..., Term]  # (slice of the rows, *tensors) -> their share of the term
+
+
+def in_parts(part: Part, rows: int, columns: int, *tensors: Tensor, pairs: int | None = None) -> Term:
+    """Sum of `part(span, *tensors)` over spans of the rows; its loss is differentiable, once, by the tensors.
+
+    Args:
+        part: the share of a span of the rows; must read what needs a gradient from `tensors`.
+        rows, columns: how many there are.
+        tensors: embeddings and scales.
+        pairs: rows times columns of a part at most, but one row at least. Default: `PAIRS`.
+    """
+    size = max(1, (pairs or PAIRS) // max(1, columns))
+    return Term(*_InParts.apply(part, tuple(spans(rows, size)), *tensors))
+
+
+def spans(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `count`."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Part, parts: tuple[slice, ...], *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[2:]
+        leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+        sums: Term | None = None
+        for span in parts:
+            with torch.set_grad_enabled(any(wanted)):
+                share = part(span, *leaves)
+                if share.loss.requires_grad:
+                    share.loss.backward()
+            share = Term(share.loss.detach(), share.chance.detach(), share.floor.detach())
+            sums = share if sums is None else sums + share
+        gradients = [
+            torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves if leaf.requires_grad
+        ]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(sums.chance, sums.floor)
+        return sums.loss, sums.chance, sums.floor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor, *_: Tensor):
+        saved = iter(ctx.saved_tensors)
+        return None, None, *[gradient * next(saved) if want else None for want in ctx.needs_input_grad[2:]]
