@@ -122,6 +122,7 @@ def triplets(root: Path, config: BenchConfig) -> float:
             text_of_episode=None,
             shuffle_actions=False,
         )
+        batch.frames.load(slice(0, len(batch.frames)))
         return len(batch.frame_of_row)
 
     return rate(one_batch, config.seconds)

@@ -30,17 +30,25 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line and holds the next command; exit status 2."""
 
 
+class Indexed(Protocol):
+    """What is indexed like an array's first axis."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class TripletBatch:
     """Vision-language-action triplets, rows aligned; goals of one scene share the picture they start from.
 
-    frames: (f, H, W, 3) uint8, distinct. frame_of_row: (b,) int64, which of them a row shows.
+    frames: (f, H, W, 3) uint8, distinct, read when indexed. frame_of_row: (b,) int64, which of them a row shows.
     state: (b, s) float32, normalised. action_chunk: (b, h, a) float32, normalised.
     action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
     """
 
-    frames: np.ndarray
+    frames: Indexed
     frame_of_row: np.ndarray
     state: np.ndarray
     action_chunk: np.ndarray

@@ -66,3 +66,38 @@ def test_stage_two_resumes_exactly(policy_config, tmp_path, tune):
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def launch(config, folder: Path, kill_at: int | None = None) -> None:
+    """Stage one on two processes, through accelerate's launcher; all of it is killed when step `kill_at` is logged."""
+    path = folder.parent / f"{folder.name}.yaml"
+    save_yaml(config, path)
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += [str(ROOT / "scripts" / "train_align.py"), "--config_path", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    log = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if kill_at is not None and log.is_file() and f'"step": {kill_at},' in log.read_text():
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.001)
+    assert process.wait() == (0 if kill_at is None else -signal.SIGKILL)
+
+
+def test_stage_one_on_two_processes_killed_and_resumed_repeats_the_run_and_is_that_of_one_process(
+    align_config, tmp_path
+):
+    config = replace(align_config, steps=6, eval_every=0, save_every=2, precision="no", output=str(tmp_path / "two"))
+    launch(config, tmp_path / "two")
+    broken = replace(config, output=str(tmp_path / "broken"))
+    launch(broken, tmp_path / "broken", kill_at=3)
+    launch(replace(broken, resume=True), tmp_path / "broken")
+    two, again = metrics(tmp_path / "two"), metrics(tmp_path / "broken")
+    assert again == two
+    train_align(replace(config, output=str(tmp_path / "one")))
+    first, one = two[0], metrics(tmp_path / "one")[0]
+    assert first["samples"] == one["samples"]
+    assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)

@@ -1,31 +1,46 @@
 """Image augmentation on uint8 batches: random shift and colour. No flips, which change the meaning of "left"."""
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
 
-def augment(frames: np.ndarray, rng: np.random.Generator, shift_px: int, color_jitter: float) -> np.ndarray:
-    """Shift each picture by up to `shift_px` (edges repeated) and change its brightness, contrast and colour balance.
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to each of b pictures: a shift in pixels, and a colour look-up table, unless colours stay."""
+
+    shifts: np.ndarray  # (b, 2) down and right
+    most: int  # largest shift
+    tables: np.ndarray | None  # (b, 1, 256, 3) uint8
+
+    def apply(self, frames: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+        """Change (n, H, W, 3) uint8 frames, which are the (n,) `pictures` of the batch; returns new memory."""
+        out = np.empty_like(frames)
+        for index, picture in enumerate(pictures):
+            moved = shift(frames[index], *self.shifts[picture], self.most) if self.most else frames[index]
+            if self.tables is None:
+                out[index] = moved
+            else:
+                cv2.LUT(moved, self.tables[picture], dst=out[index])
+        return out
+
+
+def draw_augmentation(rng: np.random.Generator, count: int, shift_px: int, color_jitter: float) -> Augmentation:
+    """Shift each of `count` pictures by up to `shift_px` (edges repeated) and change its brightness, contrast and colours.
 
     Args:
-        frames: (b, H, W, 3) uint8.
         rng: all randomness.
         shift_px: largest shift on each axis.
         color_jitter: gains and contrast in 1 +- this, a different gain for each channel by a quarter of it.
-    Returns:
-        (b, H, W, 3) uint8, new memory.
     """
-    count = len(frames)
     shifts = rng.integers(-shift_px, shift_px + 1, size=(count, 2))
-    tables = color_tables(rng, count, color_jitter) if color_jitter else None
-    out = np.empty_like(frames)
-    for index in range(count):
-        moved = shift(frames[index], *shifts[index], shift_px) if shift_px else frames[index]
-        if tables is None:
-            out[index] = moved
-        else:
-            cv2.LUT(moved, tables[index], dst=out[index])
-    return out
+    return Augmentation(shifts, shift_px, color_tables(rng, count, color_jitter) if color_jitter else None)
+
+
+def augment(frames: np.ndarray, rng: np.random.Generator, shift_px: int, color_jitter: float) -> np.ndarray:
+    """(b, H, W, 3) uint8 -> the same, augmented; see `draw_augmentation`."""
+    return draw_augmentation(rng, len(frames), shift_px, color_jitter).apply(frames, np.arange(len(frames)))
 
 
 def shift(image: np.ndarray, down: int, right: int, most: int) -> np.ndarray:

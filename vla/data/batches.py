@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla.data.augmentation import augment
+from vla.data.augmentation import Augmentation, draw_augmentation
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats, normalize_quantile
 from vla.data.sampler import GoalSampler
@@ -18,6 +18,30 @@ class Normalizers:
 
     action: NormStats
     state: NormStats
+
+
+class Pictures:
+    """The f distinct pictures of a batch, read and augmented when they are asked for; indexed like an array's first axis."""
+
+    def __init__(
+        self, episodes: Episodes, store: np.ndarray, rows: np.ndarray, augmentation: Augmentation | None = None
+    ) -> None:
+        self.episodes, self.store, self.rows, self.augmentation = episodes, store, rows, augmentation
+        self._loaded: tuple[slice, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        """(n, H, W, 3) uint8."""
+        if isinstance(index, slice) and self._loaded is not None and self._loaded[0] == index:
+            return self._loaded[1]
+        frames = self.episodes.gather_frames(self.store, self.rows[index])
+        return self.augmentation.apply(frames, np.arange(len(self))[index]) if self.augmentation else frames
+
+    def load(self, index: slice) -> None:
+        """Keep some of them in memory, ahead of time."""
+        self._loaded = (index, self[index])
 
 
 class TripletSource:
@@ -35,7 +59,7 @@ class TripletSource:
         action_chunk, action_is_pad = gather_chunks(episodes, rows, self.horizon)
         pictures, frame_of_row = np.unique(self.picture_of_row[rows], return_inverse=True)
         return TripletBatch(
-            frames=episodes.gather_frames(self.frames, pictures),
+            frames=Pictures(episodes, self.frames, pictures),
             frame_of_row=frame_of_row,
             state=normalize_quantile(episodes.state[rows], self.stats.state),
             action_chunk=normalize_quantile(action_chunk, self.stats.action),
@@ -79,11 +103,11 @@ def training_batch(
     text_of_episode: np.ndarray | None,
     shuffle_actions: bool,
 ) -> TripletBatch:
-    """Batch `step`: sampled, relabelled if it is a control, augmented."""
+    """Batch `step`: sampled, relabelled if it is a control, augmented; its pictures are not read yet."""
     batch = source.gather(sampler.rows(step), text_of_episode)
     rng = np.random.default_rng([sampler.seed, step, 1])
-    changes: dict[str, np.ndarray] = {"frames": augment(batch.frames, rng, shift_px, color_jitter)}
-    if shuffle_actions:
-        order = rng.permutation(len(batch.frame_of_row))
-        changes |= {"action_chunk": batch.action_chunk[order], "action_is_pad": batch.action_is_pad[order]}
-    return batch.replace(**changes)
+    batch.frames.augmentation = draw_augmentation(rng, len(batch.frames), shift_px, color_jitter)
+    if not shuffle_actions:
+        return batch
+    order = rng.permutation(len(batch.frame_of_row))
+    return batch.replace(action_chunk=batch.action_chunk[order], action_is_pad=batch.action_is_pad[order])

@@ -40,6 +40,7 @@ from vla.training.checkpoint import (
 )
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
+from vla.training.processes import Processes
 from vla.training.run import RunFolder
 from vla.types import TripletBatch, UserError
 from vla.versions import versions
@@ -53,10 +54,15 @@ def train_align(config: AlignConfig) -> Path:
     """
     torch.set_num_threads(config.threads)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
-    if accelerator.num_processes > 1:
-        raise UserError("stage one gathers no negatives across processes; start it with one process")
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    if accelerator.gradient_accumulation_steps > 1:
+        raise UserError(
+            "gradient accumulation would leave out the negatives between the small batches; use --chunk=N, which needs as "
+            "little memory and is exact"
+        )
     torch.manual_seed(config.seed)
-    run = RunFolder(Path(config.output), config, resume=config.resume)
+    with accelerator.main_process_first():
+        run = RunFolder(Path(config.output), config, resume=config.resume, writes=accelerator.is_main_process)
     if (run.folder / "report.html").is_file():
         say(accelerator, f"{run.folder}: finished already")
         return run.folder / "clip"
@@ -65,7 +71,8 @@ def train_align(config: AlignConfig) -> Path:
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
     train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
     rows = rows_of(episodes, train)
-    source = make_source(config, episodes, rows)
+    with accelerator.local_main_process_first():
+        source = make_source(config, episodes, rows)
     sampler = GoalSampler(
         episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
     )
@@ -75,8 +82,7 @@ def train_align(config: AlignConfig) -> Path:
     model = make_model(config, clip, episodes)
     tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
     optimizer = make_optimizers([(model.clip, tower_lr), (model, config.optimizer.lr)], config.optimizer.weight_decay)
-    model, *members = accelerator.prepare(model, *optimizer.members)
-    optimizer = Optimizers(tuple(members))
+    model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), source.stats.action))
 
@@ -84,7 +90,7 @@ def train_align(config: AlignConfig) -> Path:
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
     def make_batch(step: int) -> TripletBatch:
-        return training_batch(
+        batch = training_batch(
             source,
             sampler,
             step,
@@ -93,32 +99,36 @@ def train_align(config: AlignConfig) -> Path:
             text_of_episode=relabel,
             shuffle_actions=config.shuffle in ("action", "all"),
         )
+        if not config.chunk:
+            batch.frames.load(processes.shares(len(batch.frames))[processes.rank])
+        return batch
 
     window: list[dict[str, float]] = []
     started = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0)
+    bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
     for step, batch, waited in prefetch(make_batch, first, config.steps):
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         loss, terms, health = forward_backward(
-            accelerator.unwrap_model(model),
+            model,
             on_device(batch, input_ids, attention_mask, accelerator.device),
             rest,
             config.loss,
             gap=config.batch.gap,
             chunk=config.chunk,
             autocast=accelerator.autocast,
+            processes=processes,
         )
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         if not torch.isfinite(loss + grad_norm):
             stop_on_nonfinite(run.folder, step, batch, terms)
         optimizer.step()
         optimizer.zero_grad()
-        accelerator.unwrap_model(model).clamp_scales()
+        model.clamp_scales()
 
         seconds = time.perf_counter() - begun
         window.append(
-            step_metrics(terms, health, loss, grad_norm, accelerator.unwrap_model(model))
+            step_metrics(terms, health, loss, grad_norm, model)
             | {
                 "triplets_per_s": len(batch.frame_of_row) / (seconds + waited),
                 "data_wait": waited / (seconds + waited),
@@ -133,22 +143,25 @@ def train_align(config: AlignConfig) -> Path:
             run.log(done, metrics | {"samples": digest(batch)})
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
-        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
+        if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            measured = measure(model, source, train, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
-        if saves:
+        if run.writes and saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, accelerator.unwrap_model(model), optimizer, elapsed)
-        if done in config.snapshots:
-            export_encoder(run.folder / "snapshots" / str(done), accelerator.unwrap_model(model), tokenizer)
+            checkpoint(run, done, model, optimizer, elapsed)
+        if run.writes and done in config.snapshots:
+            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer)
     bar.close()
 
-    measured = measure(model, source, train, validation, input_ids, attention_mask, accelerator)
-    run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
-    seconds = before + time.perf_counter() - started
-    encoder = export(run.folder, config, episodes, accelerator.unwrap_model(model), tokenizer, measured, seconds)
-    write_alignment_report(run.folder)
-    run.close()
+    if run.writes:
+        measured = measure(model, source, train, validation, input_ids, attention_mask)
+        run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
+        seconds = before + time.perf_counter() - started
+        export(run.folder, config, episodes, model, tokenizer, measured, seconds)
+        write_alignment_report(run.folder)
+        run.close()
+    accelerator.wait_for_everyone()
+    encoder = run.folder / "clip"
     say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
     return encoder
 
@@ -204,13 +217,11 @@ def measure(
     validation: np.ndarray,
     input_ids: Tensor,
     attention_mask: Tensor,
-    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Alignment measures on the held-out episodes."""
-    unwrapped = accelerator.unwrap_model(model)
-    unwrapped.eval()
-    measured = measure_alignment(unwrapped, source, train, validation, input_ids, attention_mask)
-    unwrapped.train()
+    model.eval()
+    measured = measure_alignment(model, source, train, validation, input_ids, attention_mask)
+    model.train()
     return measured
 
 
@@ -222,7 +233,7 @@ def shuffled_labels(count: int, seed: int) -> np.ndarray:
 def digest(batch: TripletBatch) -> str:
     """A fingerprint of the sampled rows and the augmented pixels, so that a resumed run can be compared."""
     ids = np.stack([batch.episode_id, batch.timestep]).tobytes()
-    return hashlib.sha256(ids + batch.frames[::17, ::7, ::7].tobytes()).hexdigest()[:16]
+    return hashlib.sha256(ids + batch.frames[::17][:, ::7, ::7].tobytes()).hexdigest()[:16]
 
 
 def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers, seconds: float) -> None:
@@ -252,9 +263,9 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> tup
 
 def export(
     folder: Path, config: AlignConfig, episodes: Episodes, model: AlignmentModel, tokenizer, measured, seconds
-) -> Path:
+) -> None:
     """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
-    encoder = export_encoder(folder, model, tokenizer)
+    export_encoder(folder, model, tokenizer)
     record = {
         "loss": asdict(config.loss),
         "shuffle": config.shuffle,
@@ -269,10 +280,9 @@ def export(
         "versions": versions(),
     }
     (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
-    return encoder
 
 
-def export_encoder(folder: Path, model: AlignmentModel, tokenizer) -> Path:
+def export_encoder(folder: Path, model: AlignmentModel, tokenizer) -> None:
     """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model."""
     folder.mkdir(parents=True, exist_ok=True)
     others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
@@ -282,14 +292,14 @@ def export_encoder(folder: Path, model: AlignmentModel, tokenizer) -> Path:
     save_clip(partial, model.exported_clip(), tokenizer)
     shutil.rmtree(encoder, ignore_errors=True)
     partial.rename(encoder)
-    return encoder
 
 
 def stop_on_nonfinite(folder: Path, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:
     """Save the batch that broke the loss, then stop."""
     bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
     path = folder / f"nonfinite_step_{step:06d}.safetensors"
-    save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in vars(batch).items()}, path)
+    arrays = vars(batch) | {"frames": batch.frames[:]}
+    save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
     raise UserError(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}; "
         "try a lower --optimizer.lr or --precision=no with another --output"

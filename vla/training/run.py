@@ -31,15 +31,15 @@ FREE_FIELDS = (
 
 
 class RunFolder:
-    """`outputs/STAGE/NAME/` of one training run.
+    """`outputs/STAGE/NAME/` of one training run; of many processes one `writes`.
 
     Raises:
         UserError: the folder holds a run and `resume` is off, the run was begun with another configuration, or another
             process is at it.
     """
 
-    def __init__(self, folder: Path, config: Any, *, resume: bool) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: Any, *, resume: bool, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
         begun = (folder / "metrics.jsonl").is_file()  # a run that ended before its first step may be started anew
         if begun and not resume:
             raise UserError(
@@ -47,16 +47,20 @@ class RunFolder:
             )
         if begun:
             self._refuse_other_config(config)
+        self._metrics = folder / "metrics.jsonl"
+        self._tensorboard: SummaryWriter | None = None
+        if not writes:
+            return
         self._lock = lock_folder(folder)
         save_yaml(config, folder / "config.yaml")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         with (folder / "log.txt").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
-        self._metrics = folder / "metrics.jsonl"
-        self._tensorboard: SummaryWriter | None = None
 
     def log(self, step: int, metrics: dict[str, float | str]) -> None:
         """Append one line; numbers go to TensorBoard too."""
+        if not self.writes:
+            return
         with self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._tensorboard is None:
@@ -67,7 +71,7 @@ class RunFolder:
 
     def truncate(self, step: int) -> None:
         """Drop metrics after `step`, which a resumed run writes again."""
-        if self._metrics.is_file():
+        if self.writes and self._metrics.is_file():
             lines = self._metrics.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             self._metrics.write_text("".join(line + "\n" for line in kept))
