@@ -154,8 +154,11 @@ class AlignmentModel(nn.Module):
         `patches` (f, n, d) and `named` (u, l, d) are their embeddings in the joint space.
         """
         words, named = (text_gradient * x + (1 - text_gradient) * x.detach() for x in (words, named))
-        similarity = named[text_of_row] @ patches[frame_of_row].transpose(1, 2)
-        return self.pooler(tokens[frame_of_row], words[text_of_row], mask[text_of_row], similarity).flatten(1)
+        # index_select, whose gradient is faster than that of [].
+        tokens, patches = (x.index_select(0, frame_of_row) for x in (tokens, patches))
+        words, named = (x.index_select(0, text_of_row) for x in (words, named))
+        similarity = named @ patches.transpose(1, 2)
+        return self.pooler(tokens, words, mask[text_of_row], similarity).flatten(1)
 
     def scene_features(self, tokens: Tensor) -> Tensor:
         """(b, q * width): the patch tokens (b, n, w) pooled without a text."""
