@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,14 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
     folder, others = tmp_path_factory.mktemp("compare"), tmp_path_factory.mktemp("dinov2")
     sizes = {"image_size": 70, "patch_size": 14, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(others)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
     command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "scripts" / "compare.py")]
     command += ["--config_path", "configs/compare/debug.yaml", f"--align.data.root={data_root}"]
     command += [
@@ -42,6 +50,7 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
     command += ["--demonstrations=[1]"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^compare: \d+ jobs", done.stdout, re.MULTILINE)) == 2
     return folder
 
 

@@ -72,7 +72,7 @@ def launch(config, folder: Path, kill_at: int | None = None) -> None:
     """Stage one on two processes, through accelerate's launcher; all of it is killed when step `kill_at` is logged."""
     path = folder.parent / f"{folder.name}.yaml"
     save_yaml(config, path)
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes=2"]
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     command += [str(ROOT / "scripts" / "train_align.py"), "--config_path", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -84,6 +84,8 @@ def launch(config, folder: Path, kill_at: int | None = None) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.001)
     assert process.wait() == (0 if kill_at is None else -signal.SIGKILL)
+    if kill_at is None:
+        assert json.loads((folder / "alignment.json").read_text())["processes"] == 2
 
 
 def test_stage_one_on_two_processes_killed_and_resumed_repeats_the_run_and_is_that_of_one_process(

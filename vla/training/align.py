@@ -157,7 +157,7 @@ def train_align(config: AlignConfig) -> Path:
         measured = measure(model, source, train, validation, input_ids, attention_mask)
         run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
         seconds = before + time.perf_counter() - started
-        export(run.folder, config, episodes, model, tokenizer, measured, seconds)
+        export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes)
         write_alignment_report(run.folder)
         run.close()
     accelerator.wait_for_everyone()
@@ -262,7 +262,14 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> tup
 
 
 def export(
-    folder: Path, config: AlignConfig, episodes: Episodes, model: AlignmentModel, tokenizer, measured, seconds
+    folder: Path,
+    config: AlignConfig,
+    episodes: Episodes,
+    model: AlignmentModel,
+    tokenizer,
+    measured: dict[str, float],
+    seconds: float,
+    processes: Processes,
 ) -> None:
     """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
     export_encoder(folder, model, tokenizer)
@@ -275,6 +282,7 @@ def export(
             "episodes": len(episodes.goal_id),
         },
         "steps": config.steps,
+        "processes": processes.count,
         "seconds": round(seconds, 1),
         "metrics": measured,
         "versions": versions(),
