@@ -11,6 +11,8 @@ from vla.losses.contrastive import (
     entropy,
     info_nce,
     info_nce_chance,
+    sigmoid_chance,
+    sigmoid_loss,
     soft_info_nce,
     soft_targets,
 )
@@ -152,3 +154,25 @@ def test_soft_targets_put_nothing_on_invalid_pairs():
 
 def test_collision_rate_counts_rows_that_share_their_goal():
     assert collision_rate(torch.tensor([1, 1, 2, 3])).item() == 0.5
+
+
+def test_the_sigmoid_loss_is_binary_cross_entropy_summed_over_the_keys():
+    queries, keys, positives = unit(3, 8), unit(5, 8, seed=1), torch.rand(3, 5) < 0.4
+    bias = torch.tensor(-2.0, dtype=torch.float64)
+    logits = SCALE * queries @ keys.T + bias
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, positives.double(), reduction="none")
+    torch.testing.assert_close(sigmoid_loss(queries, keys, SCALE, bias, positives), each.sum(1).mean())
+
+
+def test_repeated_goals_can_all_be_right_for_the_sigmoid_loss_but_not_for_its_diagonal():
+    vectors = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]]  # the first two rows have one goal
+    arguments = (vectors, vectors, torch.tensor(60.0), torch.tensor(-30.0))
+    assert sigmoid_loss(*arguments, (vectors @ vectors.T).bool()) < 1e-9
+    assert sigmoid_loss(*arguments, torch.eye(4, dtype=torch.bool)) > 10
+
+
+def test_the_sigmoid_loss_of_a_constant_answer_is_its_chance_level():
+    positives = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    vectors = torch.zeros(2, 3), torch.zeros(4, 3)
+    bias = torch.tensor(1 / 3).log()  # a probability of 1 / 4
+    torch.testing.assert_close(sigmoid_loss(*vectors, SCALE.float(), bias, positives), sigmoid_chance(positives))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from vla.training.align import train_align
+from vla.training.align import at_chance, train_align
 from vla.types import UserError
 
 
@@ -58,6 +58,19 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(align_config,
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(align_config, tmp_path):
     broken = replace(align_config.optimizer, lr=1e30, warmup=0)
     config = replace(align_config, optimizer=broken, steps=20, output=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="not finite at step"):
+    with pytest.raises(UserError, match=r"not finite at step .* the same command with .* repeats it from"):
         train_align(config)
     assert list((tmp_path / "run").glob("nonfinite_step_*.safetensors"))
+
+
+def test_a_term_that_stays_at_its_chance_level_is_named():
+    metrics = {"a/loss": 4.59, "a/chance": 4.6, "a/excess": 4.59, "b/loss": 4.0, "b/chance": 4.6, "b/excess": 3.0}
+    assert at_chance(metrics) == ["a"]
+
+
+def test_what_does_not_learn_raises_the_alarm(align_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vla.training.align.SETTLED", 0)
+    optimizer = replace(align_config.optimizer, lr=1e-9, warmup=0)
+    train_align(replace(align_config, optimizer=optimizer, steps=2, log_every=1, output=str(tmp_path / "run")))
+    out = capsys.readouterr()
+    assert "still at its chance level" in out.out + out.err

@@ -45,6 +45,8 @@ from vla.training.run import RunFolder
 from vla.types import TripletBatch, UserError
 from vla.versions import versions
 
+SETTLED = 100  # steps after the warm-up by which every term should have left its chance level
+
 
 def train_align(config: AlignConfig) -> Path:
     """Run stage one and return the folder of the aligned encoder.
@@ -104,6 +106,7 @@ def train_align(config: AlignConfig) -> Path:
         return batch
 
     window: list[dict[str, float]] = []
+    warned: list[str] = []
     started = time.perf_counter()
     bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
     for step, batch, waited in prefetch(make_batch, first, config.steps):
@@ -121,7 +124,7 @@ def train_align(config: AlignConfig) -> Path:
         )
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         if not torch.isfinite(loss + grad_norm):
-            stop_on_nonfinite(run.folder, step, batch, terms)
+            stop_on_nonfinite(run, step, batch, terms)
         optimizer.step()
         optimizer.zero_grad()
         model.clamp_scales()
@@ -141,6 +144,14 @@ def train_align(config: AlignConfig) -> Path:
             metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
             run.log(done, metrics | {"samples": digest(batch)})
+            if done >= config.optimizer.warmup + SETTLED and (
+                stuck := [t for t in at_chance(metrics) if t not in warned]
+            ):
+                warned += stuck
+                bar.write(
+                    f"step {done}: {', '.join(stuck)} still at its chance level: it teaches nothing yet. Are the instructions "
+                    "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)?"
+                )
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
@@ -302,16 +313,30 @@ def export_encoder(folder: Path, model: AlignmentModel, tokenizer) -> None:
     partial.rename(encoder)
 
 
-def stop_on_nonfinite(folder: Path, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:
+def stop_on_nonfinite(run: RunFolder, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:
     """Save the batch that broke the loss, then stop."""
     bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
-    path = folder / f"nonfinite_step_{step:06d}.safetensors"
-    arrays = vars(batch) | {"frames": batch.frames[:]}
-    save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
+    path = run.folder / f"nonfinite_step_{step:06d}.safetensors"
+    if run.writes:
+        arrays = vars(batch) | {"frames": batch.frames[:]}
+        save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
+    last = latest_checkpoint(run.folder)
+    replay = f"--resume=true repeats it from {last.name}" if last else "another --output repeats it from the start"
     raise UserError(
-        f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}; "
+        f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and the same command with {replay}; "
         "try a lower --optimizer.lr or --precision=no with another --output"
     )
+
+
+def at_chance(metrics: dict[str, float]) -> list[str]:
+    """The terms whose loss has come less than a fiftieth of the way from its chance level down to its floor."""
+    names = [key.removesuffix("/chance") for key in metrics if key.endswith("/chance")]
+
+    def stays(name: str) -> bool:
+        loss, chance, excess = (metrics[f"{name}/{key}"] for key in ("loss", "chance", "excess"))
+        return loss > chance - 0.02 * (chance - (loss - excess))
+
+    return [name for name in names if stays(name)]
 
 
 def describe(
