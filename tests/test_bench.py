@@ -7,9 +7,13 @@ from vla.config import BenchConfig
 
 
 def test_bench_writes_every_figure(tmp_path, data_root):
-    config = BenchConfig(output=str(tmp_path / "bench"), data=str(data_root), seconds=0.05, expert_seeds=2, episodes=3)
+    small = {"seconds": 0.05, "expert_seeds": 2, "episodes": 3, "alignment_steps": 1, "alignment_rows": (8, 16)}
+    config = BenchConfig(output=str(tmp_path / "bench"), data=str(data_root), **small)
     written = json.loads(bench(config).read_text())
     assert written["triplets_per_s"] > written["lerobot_samples_per_s"] > 0
+    alignment = written["alignment"]
+    assert all(alignment[name]["rows_per_s"] > 0 for name in ("step", "open_clip", "open_clip, trimmed"))
+    assert all(alignment[name]["peak_mib"] > 100 for name in ("plain", "cached", "large"))
     assert 0 < written["policy_latency_ms"]["p50"] <= written["policy_latency_ms"]["p95"]
     assert written["tabletop"]["steps_per_s"] > 0
     assert all(run["episodes_per_minute"] > 0 for run in written["evaluation"]["runs"].values())

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 
 from envs import env_class, make_env, make_expert
+from vla.bench_alignment import alignment_speed
 from vla.bench_evaluation import evaluation_speed
 from vla.config import BatchConfig, BenchConfig, CollectConfig, TowerConfig
 from vla.data.batches import Normalizers, TripletSource, training_batch
@@ -44,6 +46,7 @@ def bench(config: BenchConfig) -> Path:
     read_episodes(root)  # names what is wrong with it
     peer = lerobot_samples(root, config)  # first: the page cache is warm for both, since reading fingerprints the files
     ours = triplets(root, config)
+    alignment = alignment_speed(root, len(os.sched_getaffinity(0)), config.alignment_steps, *config.alignment_rows)
     latency = policy_latency()
     simulator = tabletop_steps(config)
     with TemporaryDirectory(dir=output) as folder:
@@ -57,6 +60,7 @@ def bench(config: BenchConfig) -> Path:
         "horizon": config.horizon,
         "triplets_per_s": ours,
         "lerobot_samples_per_s": peer,
+        "alignment": alignment,
         "policy_latency_ms": latency,
         "tabletop": simulator,
         "evaluation": evaluation,
@@ -68,6 +72,8 @@ def bench(config: BenchConfig) -> Path:
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"  triplets with {config.horizon}-step chunks, augmented, warm frame store   {ours:10,.0f} /s")
     print(f"  LeRobotDataset with delta_timestamps, not augmented            {peer:10,.0f} /s")
+    for line in alignment["in_words"]:
+        print(f"  {line}")
     print(f"  one action, default tower, batch 1: p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms")
     print(
         f"  tabletop, 96 px, rendered every step {simulator['steps_per_s']:,.0f} steps/s, reset {simulator['reset_ms']:.1f} ms"

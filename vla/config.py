@@ -241,10 +241,12 @@ class BenchConfig:
     horizon: int = number(16, 1)  # timesteps of an action chunk
     seconds: float = number(10.0, 0.01)  # of each measurement
     threads: int = number(1, 1)  # CPU threads
+    alignment_steps: int = number(10, 1)  # steps of stage one and of its peer that are timed
+    alignment_rows: tuple[int, ...] = (1024, 8192)  # rows of the two batches whose memory is compared
     policy: str | None = (
         None  # LeRobot policy folder for the tabletop, evaluated beside lerobot-eval; default: untrained
     )
-    episodes: int = number(500, 1)  # of each of those evaluations
+    episodes: int = number(1000, 1)  # of each of those evaluations
     expert_seeds: int = number(200, 1)  # scenes of each task that the tabletop's expert is tried on
 
 

@@ -1,0 +1,225 @@
+"""The step of stage one beside open_clip's, and its memory at a large batch. Each measurement is a process of its own.
+
+    python -m vla.bench_alignment '{"what": "step", "root": "outputs/bench/data", "rows": 192, "chunk": 0, "steps": 5, "threads": 2}'
+
+prints one JSON object. The peer gets the same towers, pictures and rows, in the same precision, and open_clip's model and loss.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla.config import AlignConfig, BatchConfig, DataConfig
+from vla.data.batches import TripletSource, training_batch
+from vla.data.episodes import read_episodes, rows_of
+from vla.data.normalization import normalize_quantile
+from vla.data.sampler import GoalSampler
+from vla.models.clip import pixel_values, tokenize
+from vla.training.align import make_encoders, make_model, make_source
+from vla.training.align_step import forward_backward, on_device
+from vla.training.optim import make_optimizers
+from vla.types import TripletBatch
+
+CONTEXT = 77  # tokens that open_clip pads every text to
+CHUNK = 128  # pictures at a time
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process measures: `what` is "step", "peer" (texts of CONTEXT tokens) or "peer_trimmed"."""
+
+    what: str
+    root: str
+    rows: int
+    chunk: int
+    steps: int
+    threads: int
+
+
+def alignment_speed(root: Path, threads: int, steps: int, small: int, large: int) -> dict[str, Any]:
+    """Rows a second of both steps, and seconds and memory of cached ones.
+
+    Args:
+        root: tabletop data set.
+        threads: CPU threads.
+        steps: that the speeds are averaged over.
+        small, large: rows of the batches whose memory is compared.
+    """
+
+    def measured(what: str, rows: int, chunk: int, steps: int) -> dict[str, float]:
+        return in_a_process(Measurement(what, str(root), rows, chunk, steps, threads))
+
+    rows = BatchConfig().goals * BatchConfig().frames
+    result = {
+        "rows": rows,
+        "chunk": CHUNK,
+        "step": measured("step", rows, 0, steps),
+        "open_clip": measured("peer", rows, 0, steps),
+        "open_clip, trimmed": measured("peer_trimmed", rows, 0, steps),
+        "plain": measured("step", small, 0, 2),
+        "cached": measured("step", small, CHUNK, 2),
+        "large": measured("step", large, CHUNK, 1),
+    }
+    return result | {"in_words": in_words(result)}
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """What the figures say."""
+    ours, peer, trimmed = (result[name]["rows_per_s"] for name in ("step", "open_clip", "open_clip, trimmed"))
+    plain, cached, large = result["plain"], result["cached"], result["large"]
+    return [
+        f"stage one, a step of {result['rows']} rows: {ours:,.0f} rows/s; open_clip with the same towers {peer:,.0f} rows/s at {CONTEXT} "
+        f"tokens ({ours / peer:.1f} times), {trimmed:,.0f} at the texts' own length ({ours / trimmed:.1f} times)",
+        f"{plain['rows']} rows at once {plain['seconds']:.1f} s, {result['chunk']} pictures at a time {cached['seconds']:.1f} s "
+        f"({100 * (cached['seconds'] / plain['seconds'] - 1):.0f} % more)",
+        f"{large['rows']} rows, {result['chunk']} pictures at a time: {large['peak_mib']:,.0f} MiB of anonymous memory at most, "
+        f"{large['peak_mib'] - cached['peak_mib']:,.0f} more than {cached['rows']} rows",
+    ]
+
+
+def in_a_process(measurement: Measurement) -> dict[str, float]:
+    """Run one measurement; its memory is that of a fresh process."""
+    command = [sys.executable, "-m", "vla.bench_alignment", json.dumps(vars(measurement))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{measurement} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(m: Measurement) -> dict[str, float]:
+    """Rows a second and seconds of a step, after one to warm up, and the peak of anonymous memory (MiB)."""
+    torch.set_num_threads(m.threads)
+    torch.manual_seed(0)
+    goals = m.rows // BatchConfig().frames
+    config = AlignConfig(data=DataConfig(root=m.root), batch=replace(BatchConfig(), goals=goals), threads=m.threads)
+    episodes = read_episodes(m.root)
+    everything = np.arange(len(episodes.goal_id))
+    source = make_source(config, episodes, rows_of(episodes, everything))
+    sampler = GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, everything, seed=0, **vars(config.batch))
+    step = (
+        our_step(config, source, m.chunk) if m.what == "step" else peer_step(config, source, m.what == "peer_trimmed")
+    )
+    seconds, rows = [], []
+    with PeakMemory() as peak:
+        for number in range(m.steps + 1):
+            batch = training_batch(
+                source, sampler, number, shift_px=4, color_jitter=0.2, text_of_episode=None, shuffle_actions=False
+            )
+            if not m.chunk:
+                batch.frames.load(slice(0, len(batch.frames)))
+            started = time.perf_counter()
+            step(batch)
+            seconds.append(time.perf_counter() - started)
+            rows.append(len(batch.frame_of_row))
+    return {
+        "rows_per_s": sum(rows[1:]) / sum(seconds[1:]),
+        "rows": rows[-1],
+        "seconds": sum(seconds[1:]) / m.steps,
+        "peak_mib": peak.mib,
+    }
+
+
+def our_step(config: AlignConfig, source: TripletSource, chunk: int):
+    """The whole step of stage one, all default terms."""
+    episodes = source.episodes
+    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    model = make_model(config, clip, episodes)
+    optimizer = make_optimizers([(model, LEARNING_RATE)], config.optimizer.weight_decay)
+    ids, mask = tokenize(tokenizer, episodes.texts)
+    rest = torch.from_numpy(normalize_quantile(np.median(episodes.action, axis=0), source.stats.action))
+
+    def step(batch: TripletBatch) -> None:
+        forward_backward(
+            model,
+            on_device(batch, ids, mask, torch.device("cpu")),
+            rest,
+            config.loss,
+            gap=config.batch.gap,
+            chunk=chunk,
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+        )
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.clamp_scales()
+
+    return step
+
+
+def peer_step(config: AlignConfig, source: TripletSource, batches: list[TripletBatch], what: str):
+    """The step of open_clip's training loop: both towers on every row, its loss, AdamW, the scale clamped.
+
+    Its texts have one length for all batches: CONTEXT, or if trimmed that of the longest text in these batches.
+    """
+    from open_clip.loss import ClipLoss
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    tower, episodes = config.tower, source.episodes
+    _, tokenizer = make_encoders(tower, config.data.image_size, episodes.texts)
+    ids, mask = tokenize(tokenizer, episodes.texts)
+    used = torch.from_numpy(np.unique(np.concatenate([batch.text_id for batch in batches])))
+    length = int(mask[used].sum(1).max()) if what == "peer_trimmed" else CONTEXT
+    ids = torch.nn.functional.pad(ids, (0, max(0, length - ids.shape[1])))[:, :length]
+    vision = CLIPVisionCfg(
+        layers=tower.layers,
+        width=tower.width,
+        head_width=tower.width // tower.heads,
+        patch_size=tower.patch_size,
+        image_size=config.data.image_size,
+    )
+    text = CLIPTextCfg(
+        context_length=length,
+        vocab_size=len(tokenizer),
+        width=tower.text_width,
+        heads=tower.text_heads,
+        layers=tower.text_layers,
+    )
+    model = CLIP(tower.embed_dim, vision, text)
+    loss_of = ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6)
+
+    def step(batch: TripletBatch) -> None:
+        pixels = pixel_values(torch.from_numpy(batch.frames[:][batch.frame_of_row]))
+        texts = ids[torch.from_numpy(batch.text_id)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(*model(pixels, texts))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+
+    return step
+
+
+class PeakMemory:
+    """The highest anonymous memory of this process while the block runs, in MiB."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.mib, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            status = Path("/proc/self/status").read_text()
+            anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            self.mib = max(self.mib, int(anonymous.split()[1]) / 1024)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Measurement(**json.loads(sys.argv[1])))))
