@@ -16,7 +16,19 @@ def script(name: str, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "name", ["collect", "train_align", "train_policy", "evaluate", "compare", "doctor", "bench", "pipeline", "results"]
+    "name",
+    [
+        "collect",
+        "train_align",
+        "train_policy",
+        "evaluate",
+        "compare",
+        "sweep",
+        "doctor",
+        "bench",
+        "pipeline",
+        "results",
+    ],
 )
 def test_every_script_has_help(name):
     result = script(name, "--help")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PolicyTrainConfig
+from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PolicyTrainConfig, SweepConfig
 from vla.config_io import load_config
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
@@ -15,7 +15,8 @@ NAMES = sorted({path.stem for path in FILES if path.parent.name in CLASSES})
 
 def load(stage: str, name: str):
     return load_config(
-        (CLASSES | {"compare": CompareConfig})[stage], ["--config_path", str(ROOT / stage / f"{name}.yaml")]
+        (CLASSES | {"compare": CompareConfig, "sweep": SweepConfig})[stage],
+        ["--config_path", str(ROOT / stage / f"{name}.yaml")],
     )
 
 

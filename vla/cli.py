@@ -72,6 +72,16 @@ def compare(argv: list[str]) -> Path | None:
     return report.parent / "comparison.json" if report else None
 
 
+def sweep(argv: list[str]) -> Path | None:
+    """All stages once for every value of a field."""
+    from vla.comparison.sweep import split_flags
+    from vla.comparison.sweep import sweep as run
+    from vla.config import SweepConfig
+
+    swept, rest = split_flags(argv)
+    return run(load_config(SweepConfig, rest), swept) / "sweep.json"
+
+
 def doctor(argv: list[str]) -> Path | None:
     """Check the machine, a data set and checkpoints."""
     from vla.config import DoctorConfig
@@ -111,7 +121,7 @@ def results(argv: list[str]) -> Path | None:
 
 VERBS: dict[str, Callable[[list[str]], Path | None]] = {
     function.__name__: function
-    for function in (collect, align, policy, evaluate, compare, doctor, bench, pipeline, results)
+    for function in (collect, align, policy, evaluate, compare, sweep, doctor, bench, pipeline, results)
 }
 
 

@@ -222,6 +222,18 @@ class CompareConfig:
 
 
 @dataclass
+class SweepConfig:
+    """All stages once for every value of a field of align or policy: --sweep.FIELD=a,b,c; several fields give every combination."""
+
+    output: str = "outputs/sweep"  # folder of everything the sweep makes
+    seeds: tuple[int, ...] = (0,)  # training seeds
+    collect: CollectConfig = field(default_factory=CollectConfig)  # the demonstrations, if align.data.root is absent
+    align: AlignConfig = field(default_factory=AlignConfig)  # stage one
+    policy: PolicyTrainConfig = field(default_factory=_compared_policy)  # stage two, on stage one's data
+    eval: EvalConfig = field(default_factory=EvalConfig)  # the evaluation
+
+
+@dataclass
 class DoctorConfig:
     """Check the machine, and what is named of a data set, an encoder and a policy; one line a check, with its remedy."""
 

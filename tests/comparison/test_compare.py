@@ -137,7 +137,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
     config = debug(CompareConfig, "compare", output=str(finished))
     config.align.data.root = str(data_root)
     config.policy = replace(config.policy, steps=3)
-    with pytest.raises(UserError, match="holds a comparison with another policy"):
+    with pytest.raises(UserError, match="was begun with another policy"):
         compare(config)
 
 

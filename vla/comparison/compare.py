@@ -15,7 +15,7 @@ from vla.comparison.jobs import Job, duration, run_jobs
 from vla.comparison.plan import chosen_arms, plan_jobs, write_json
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
-from vla.config import CompareConfig
+from vla.config import CompareConfig, SweepConfig
 from vla.config_io import to_dict
 from vla.eval.report import write_report
 from vla.eval.statistics import visible_difference
@@ -34,7 +34,7 @@ def compare(config: CompareConfig) -> Path | None:
     """Run what is left of the comparison, alone or together with other processes, and return the report.
 
     Raises:
-        UserError: unusable configuration, or the folder holds a comparison with another one.
+        UserError: unusable configuration, or the folder was begun with another one.
     """
     torch.set_num_threads(config.policy.threads)
     for name in LAUNCHER:  # every job is a run of one process; `accelerate launch` only starts several of us
@@ -50,7 +50,7 @@ def compare(config: CompareConfig) -> Path | None:
         for job in left:
             print(f"  {job.name:40} {duration(job.seconds):>12}")
         return None
-    check_same_comparison(folder, config)
+    check_same(folder, config)
     run_jobs(jobs, folder / "jobs", print)
     return finish(config, folder)
 
@@ -88,8 +88,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         table.writerows(rows)
 
 
-def check_same_comparison(folder: Path, config: CompareConfig) -> None:
-    """Refuse to mix the cells of two configurations; arms, encoders, seeds and numbers may be added.
+def check_same(folder: Path, config: CompareConfig | SweepConfig) -> None:
+    """Refuse to mix the results of two configurations; arms, encoders, seeds and numbers may be added.
 
     Raises:
         UserError: a field that changes results differs from what the folder was begun with.
@@ -102,7 +102,7 @@ def check_same_comparison(folder: Path, config: CompareConfig) -> None:
         made_with = json.loads(path.read_text())
         differ = [key for key in wanted if made_with.get(key) != wanted[key]]
         if differ:
-            raise UserError(f"{folder}: holds a comparison with another {', '.join(differ)}; choose another --output")
+            raise UserError(f"{folder}: was begun with another {', '.join(differ)}; choose another --output")
     else:
         write_json(path, wanted)
 

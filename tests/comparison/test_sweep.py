@@ -1,0 +1,91 @@
+"""A whole small sweep down to closed-loop success, and what is refused before anything runs."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from vla.comparison.sweep import at_point, label, points, split_flags, sweep
+from vla.config import SweepConfig
+from vla.config_io import load_config
+from vla.types import UserError
+
+
+@pytest.fixture(scope="module")
+def config(data_root, tmp_path_factory) -> SweepConfig:
+    loaded = load_config(SweepConfig, ["--config_path", "configs/sweep/debug.yaml", f"--align.data.root={data_root}"])
+    return replace(loaded, output=str(tmp_path_factory.mktemp("sweep")))
+
+
+@pytest.fixture(scope="module")
+def finished(config):
+    swept = {"align.loss.temperature": ("0.05", "0.2"), "policy.steps": ("1", "2")}
+    return sweep(config, swept)
+
+
+def test_every_combination_is_carried_down_to_success(finished):
+    rows = json.loads((finished / "sweep.json").read_text())["rows"]
+    assert [tuple(row["point"].values()) for row in rows] == [("0.05", "1"), ("0.05", "2"), ("0.2", "1"), ("0.2", "2")]
+    assert all(row["interval"][0] <= row["success"] <= row["interval"][1] and row["n"] == 6 for row in rows)
+    assert "target_probe_r2" in rows[0]["measures"]
+    with (finished / "sweep.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+def test_points_that_differ_in_stage_two_share_their_alignment(finished):
+    assert len(list((finished / "align").glob("*/0/clip"))) == 2
+    assert len(list((finished / "policy").glob("*/0/policy"))) == 4
+
+
+def test_the_value_reaches_the_run(finished):
+    temperatures = {
+        (p.parent.parent.name, p.read_text().count("temperature: 0.05")) for p in finished.glob("align/*/0/config.yaml")
+    }
+    assert temperatures == {("loss.temperature=0.05", 1), ("loss.temperature=0.2", 0)}
+
+
+def test_the_report_has_a_figure_for_each_field(finished):
+    page = (finished / "report.html").read_text()
+    assert "Success against align.loss.temperature" in page
+    assert "Success against policy.steps" in page
+
+
+def test_a_finished_sweep_runs_nothing_again(finished, config):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("eval/*/0/eval.json")}
+    sweep(config, {"align.loss.temperature": ("0.05", "0.2"), "policy.steps": ("1", "2")})
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_flags_are_split_into_fields_and_the_rest():
+    swept, rest = split_flags(["--sweep.align.steps=1,2", "--output=x", "--sweep.policy.tune=[true,false]"])
+    assert swept == {"align.steps": ("1", "2"), "policy.tune": ("true", "false")}
+    assert rest == ["--output=x"]
+    assert [label(point) for point in points(swept)][:2] == ["steps=1,tune=true", "steps=1,tune=false"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sweep.align.loss.temprature=1,2", "did you mean temperature"),
+        ("--sweep.align.steps=1,two", "must be an int"),
+        ("--sweep.align.steps=0", "at least 1"),
+        ("--sweep.eval.episodes=1,2", "fields of align and policy"),
+        ("--sweep.align.steps=", "different values"),
+        ("--sweep.align.steps=1,1", "different values"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(config, flag, message):
+    with pytest.raises(UserError, match=message):
+        [at_point(config, point) for point in points(split_flags([flag])[0])]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished, config):
+    other = replace(config, eval=replace(config.eval, episodes=12))
+    with pytest.raises(UserError, match="was begun with another eval"):
+        sweep(other, {"align.loss.temperature": ("0.05",)})
+
+
+def test_a_sweep_of_nothing_is_refused(config):
+    with pytest.raises(UserError, match=r"add --sweep\.FIELD"):
+        sweep(config, {})

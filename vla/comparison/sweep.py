@@ -1,0 +1,217 @@
+"""A sweep: stage one, stage two and evaluation once for every value of a field, down to closed-loop success.
+
+    python scripts/sweep.py --config_path configs/sweep/demo.yaml --sweep.align.loss.temperature=0.03,0.07,0.2
+
+Several swept fields give every combination. Points that differ in stage two alone share their alignment.
+"""
+
+import csv
+import itertools
+import json
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vla.comparison.compare import check_same
+from vla.comparison.jobs import Job, run_jobs
+from vla.config import SweepConfig
+from vla.config_io import ConfigError, check, set_field, to_dict
+from vla.data.episodes import read_episodes
+from vla.data.frames import open_frames
+from vla.eval.evaluate import evaluate
+from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with_interval, write_report
+from vla.integrations.collect import collect
+from vla.training.align import train_align
+from vla.training.policy import train_policy
+from vla.versions import versions
+
+SWEPT = ("align", "policy")  # stages whose fields can be swept
+MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_probe_r2", "state_probe_r2")
+
+Point = dict[str, str]  # dotted field -> the value's text
+
+
+def split_flags(argv: list[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """`--sweep.FIELD=a,b,c` flags as {FIELD: (a, b, c)}, and the other flags.
+
+    Raises:
+        ConfigError: a sweep without a value, or of a field twice.
+    """
+    swept: dict[str, tuple[str, ...]] = {}
+    rest = []
+    for argument in argv:
+        if not argument.startswith("--sweep."):
+            rest.append(argument)
+            continue
+        name, _, values = argument.removeprefix("--sweep.").partition("=")
+        texts = tuple(value.strip() for value in values.strip("[]").split(",") if value.strip())
+        if not texts or name in swept or len(set(texts)) < len(texts):
+            raise ConfigError(f"{argument}: a sweep is --sweep.FIELD=a,b,c with different values, each field once")
+        swept[name] = texts
+    return swept, rest
+
+
+def points(swept: dict[str, tuple[str, ...]]) -> list[Point]:
+    """Every combination of the swept values."""
+    return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+
+
+def at_point(config: SweepConfig, point: Point) -> SweepConfig:
+    """The configuration with a point's values.
+
+    Raises:
+        ConfigError: an unknown field or a value that does not fit it.
+    """
+    config = deepcopy(config)
+    for name, text in point.items():
+        if name.partition(".")[0] not in SWEPT:
+            raise ConfigError(
+                f"--sweep.{name}: fields of {' and '.join(SWEPT)} can be swept, as in --sweep.align.steps=..."
+            )
+        set_field(config, name, text, where="sweep", from_text=True)
+    check(config)
+    return config
+
+
+def label(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
+    """`loss.temperature=0.07,steps=1000`, of some stages' fields; also a folder's name."""
+    parts = [f"{n.partition('.')[2]}={v}" for n, v in point.items() if n.partition(".")[0] in stages]
+    return ",".join(parts).replace("/", "_") or "default"
+
+
+def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path:
+    """Run what is left of the sweep, alone or together with other processes, and return its folder.
+
+    Raises:
+        UserError: nothing is swept, or a field or value that cannot be.
+    """
+    if not swept:
+        raise ConfigError(
+            "nothing is swept; add --sweep.FIELD=a,b,c, as in --sweep.align.loss.temperature=0.03,0.07,0.2"
+        )
+    folder = Path(config.output)
+    check_same(folder, config)
+    runs = [(point, seed, at_point(config, point)) for point in points(swept) for seed in config.seeds]
+    jobs = {job.name: job for point, seed, at in runs for job in jobs_of(at, folder, point, seed)}
+    run_jobs(list(jobs.values()), folder / "jobs", print)
+    rows = [row_of(folder, point, seed) for point, seed, _ in runs]
+    result = {"swept": swept, "rows": rows, "config": to_dict(config), "versions": versions()}
+    (folder / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=[*swept, "seed", "success", "low", "high", "n", *MEASURES])
+        table.writeheader()
+        table.writerows(flat(row) for row in rows)
+    write_report(folder / "report.html", sweep_report(swept, rows))
+    for row in rows:
+        print(f"  {label(row['point']):40} seed {row['seed']}  {with_interval(row['success'], row['interval'])}")
+    print(f"wrote {folder / 'sweep.json'} and {folder / 'report.html'}")
+    return folder
+
+
+def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[Job]:
+    """The jobs of one point and training seed; points may share the first ones."""
+    aligned = folder / "align" / label(point, ("align",)) / str(seed)
+    run = folder / "policy" / label(point) / str(seed)
+    result = folder / "eval" / label(point) / str(seed)
+    align = replace(config.align, output=str(aligned), seed=seed, resume=True)
+    policy = replace(
+        config.policy, output=str(run), encoder=str(aligned / "clip"), data=config.align.data, seed=seed, resume=True
+    )
+    evaluation = replace(config.eval, policy=str(run / "policy"), output=str(result), workers=1)
+    data = Job("data", folder / "data.json", partial(make_data, config))
+    first = Job(
+        f"align-{label(point, ('align',))}-{seed}", aligned / "report.html", partial(train_align, align), ("data",)
+    )
+    second = Job(f"policy-{label(point)}-{seed}", run / "policy", partial(train_policy, policy), (first.name,))
+    third = Job(f"eval-{label(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,))
+    return [data, first, second, third]
+
+
+def make_data(config: SweepConfig) -> None:
+    """Collect the demonstrations, unless they are there, and decode their pictures once."""
+    data = config.align.data
+    if not (Path(data.root) / "meta" / "info.json").is_file():
+        collect(replace(config.collect, output=data.root))
+    episodes = read_episodes(data.root, data.camera)
+    open_frames(episodes, data.image_size, data.cache, data.workers)
+    path = Path(config.output) / "data.json"
+    path.write_text(json.dumps({"root": data.root, "fingerprint": episodes.fingerprint}) + "\n")
+
+
+def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
+    """What came out of one point and training seed."""
+    aligned = json.loads((folder / "align" / label(point, ("align",)) / str(seed) / "alignment.json").read_text())
+    result = json.loads((folder / "eval" / label(point) / str(seed) / "eval.json").read_text())
+    return {
+        "point": point,
+        "seed": seed,
+        "success": result["success_rate"],
+        "interval": result["interval"],
+        "n": result["n"],
+        "grounding": result["grounding"].get("score"),
+        "measures": {name: aligned["metrics"][name] for name in MEASURES if name in aligned["metrics"]},
+        "minutes": round(aligned["seconds"] / 60, 1),
+    }
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the CSV."""
+    low, high = row["interval"]
+    rates = {"seed": row["seed"], "success": row["success"], "low": low, "high": high, "n": row["n"]}
+    return row["point"] | rates | row["measures"]
+
+
+def sweep_report(swept: dict[str, tuple[str, ...]], rows: list[dict[str, Any]]) -> Report:
+    """One table, and a figure for each swept field."""
+    best = max(rows, key=lambda row: row["success"])
+    lines = tuple(
+        (
+            label(row["point"]),
+            str(row["seed"]),
+            with_interval(row["success"], row["interval"]),
+            *(f"{row['measures'][name]:.3f}" if name in row["measures"] else "-" for name in MEASURES),
+            f"{row['minutes']:.0f}",
+        )
+        for row in rows
+    )
+    header = (
+        "values",
+        "training seed",
+        "success",
+        *(name.replace("_", " ") for name in MEASURES),
+        "minutes of stage one",
+    )
+    return Report(
+        title=f"Sweep of {', '.join(swept)}",
+        answers=(
+            f"The highest success, {with_interval(best['success'], best['interval'])}, is at {label(best['point'])} (training seed "
+            f"{best['seed']}). The best of several is too high by chance; its neighbours say whether it stands out.",
+        ),
+        sections=(
+            Section("All points", "", (Table("Success and alignment measures", header, lines),)),
+            *(Section(name, "", (field_figure(name, values, rows),)) for name, values in swept.items()),
+        ),
+        command=" ".join(["python", *sys.argv]),
+        protocol={key: str(value) for key, value in versions().items()},
+    )
+
+
+def field_figure(name: str, values: tuple[str, ...], rows: list[dict[str, Any]]) -> Figure:
+    """Success with its interval, and the probe for the instructed object, against one field's values."""
+
+    def draw(axes) -> None:
+        for row in rows:
+            x = values.index(row["point"][name])
+            spread = [[row["success"] - row["interval"][0]], [row["interval"][1] - row["success"]]]
+            axes.errorbar([x], [row["success"]], yerr=spread, marker="o", capsize=3, color=COLORS[0])
+            if "target_probe_r2" in row["measures"]:
+                axes.plot([x], [max(0.0, row["measures"]["target_probe_r2"])], marker="s", color=COLORS[1])
+        axes.set(xticks=range(len(values)), xticklabels=values, ylim=(0, 1), xlabel=name)
+        axes.set_ylabel("success (dots), probe for the instructed object (squares)", fontsize=8)
+        axes.grid(axis="y", alpha=0.3)
+
+    said = "; ".join(f"{row['point'][name]}: {with_interval(row['success'], row['interval'])}" for row in rows)
+    return figure(draw, f"Success against {name}: {said}.")
