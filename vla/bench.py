@@ -17,14 +17,15 @@ from lerobot.policies.factory import make_pre_post_processors
 from envs import env_class, make_env, make_expert
 from vla.bench_alignment import alignment_speed
 from vla.bench_evaluation import evaluation_speed
-from vla.config import BatchConfig, BenchConfig, CollectConfig, TowerConfig
+from vla.config import BatchConfig, BenchConfig, CollectConfig, DataConfig, TowerConfig
+from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats
 from vla.data.sampler import GoalSampler
-from vla.models.clip import build_clip
 from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.training.align import make_encoders
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
 from vla.versions import versions
 
@@ -123,8 +124,7 @@ def triplets(root: Path, config: BenchConfig) -> float:
             source,
             sampler,
             next(counter),
-            shift_px=4,
-            color_jitter=0.2,
+            augmenter=augmenter(DataConfig()),
             text_of_episode=None,
             shuffle_actions=False,
         )
@@ -153,8 +153,7 @@ def lerobot_samples(root: Path, config: BenchConfig) -> float:
 
 def untrained_policy() -> ConcordPolicy:
     """The default policy for the tabletop, with random weights."""
-    sizes = {key: value for key, value in vars(TowerConfig()).items() if key != "pretrained"}
-    clip, tokenizer = build_clip((TEXT,), image_size=96, **sizes)
+    clip, tokenizer = make_encoders(TowerConfig(), 96, (TEXT,))
     config = ConcordConfig(
         device="cpu",
         precision="bf16",

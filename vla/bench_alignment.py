@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from vla.config import AlignConfig, BatchConfig, DataConfig
+from vla.data.augmentation import augmenter
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import read_episodes, rows_of
 from vla.data.normalization import normalize_quantile
@@ -105,15 +106,12 @@ def measure(m: Measurement) -> dict[str, float]:
     everything = np.arange(len(episodes.goal_id))
     source = make_source(config, episodes, rows_of(episodes, everything))
     sampler = GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, everything, seed=0, **vars(config.batch))
-    step = (
-        our_step(config, source, m.chunk) if m.what == "step" else peer_step(config, source, m.what == "peer_trimmed")
-    )
     seconds, rows = [], []
     with PeakMemory() as peak:
-        for number in range(m.steps + 1):
-            batch = training_batch(
-                source, sampler, number, shift_px=4, color_jitter=0.2, text_of_episode=None, shuffle_actions=False
-            )
+        changes = {"augmenter": augmenter(config.data), "text_of_episode": None, "shuffle_actions": False}
+        batches = [training_batch(source, sampler, number, **changes) for number in range(m.steps + 1)]
+        step = our_step(config, source, m.chunk) if m.what == "step" else peer_step(config, source, batches, m.what)
+        for batch in batches:
             if not m.chunk:
                 batch.frames.load(slice(0, len(batch.frames)))
             started = time.perf_counter()

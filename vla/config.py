@@ -43,12 +43,14 @@ class DataConfig:
     episodes_per_task: int | None = None  # use at most this many training episodes of each task
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
     color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
+    pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them
     workers: int = number(2, 1)  # processes that build the frame store
 
 
 @dataclass
 class TowerConfig:
     pretrained: str | None = None  # CLIP model to start from: hub id or local folder; the sizes below are then ignored
+    locked: bool = False  # stage one leaves the vision tower as it is and trains the rest (locked-image tuning)
     patch_size: int = number(12, 1)  # px
     width: int = number(128, 1)  # vision transformer width
     layers: int = number(4, 1)  # vision transformer layers
@@ -92,6 +94,7 @@ class BatchConfig:
 class OptimizerConfig:
     lr: float = number(3e-3, 0)  # peak learning rate of Muon and AdamW, after warm-up, then cosine to 1 %
     pretrained_lr: float = number(1e-5, 0)  # learning rate of pretrained towers in stage one
+    layer_decay: float = number(1.0, 0.01, 1)  # factor on stage one's learning rate for each layer below a tower's last
     weight_decay: float = number(0.05, 0)  # decoupled weight decay on matrices
     warmup: int = number(200, 0)  # steps of linear warm-up
     clip_norm: float = number(1.0, 1e-6)  # gradient norm is clipped to this

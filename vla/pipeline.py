@@ -19,6 +19,7 @@ def pipeline(config: PipelineConfig) -> Path:
     from vla.integrations.collect import collect, parts_folder
     from vla.training.align import train_align
     from vla.training.policy import train_policy
+    from vla.workers import worker_context
 
     def of_stage(cls: type, stage: str):
         return load_config(cls, ["--config_path", f"configs/{stage}/{config.name}.yaml"])
@@ -55,6 +56,7 @@ def pipeline(config: PipelineConfig) -> Path:
     stage(1, "collect", lambda: collect(data))
     stage(2, "align", lambda: train_align(align))
     stage(3, "policy", lambda: train_policy(policy))
+    worker_context()  # imports in the background, while the policy is loaded here
     stage(4, "evaluate", lambda: evaluate(evaluation))
 
     print(f"\nDone; the four stages took {sum(seconds.values()) / 60:.1f} minutes.")

@@ -180,3 +180,23 @@ def test_a_job_waits_for_what_it_needs(tmp_path):
     ]
     run_jobs(jobs, tmp_path / "jobs", lambda text: None)
     assert order == ["first", "second"]
+
+
+def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
+    ran = []
+
+    def make(name: str):
+        return lambda: (ran.append(name), (tmp_path / name).touch())
+
+    jobs = [
+        Job("weights", tmp_path / "weights", make("weights")),
+        Job("first result", tmp_path / "first", make("first"), ("weights",)),
+        Job("second result", tmp_path / "second", make("second"), ("weights",)),
+    ]
+    (tmp_path / "first").touch()
+    (tmp_path / "second").touch()
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None)
+    assert ran == []
+    (tmp_path / "second").unlink()
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None)
+    assert ran == ["weights", "second"]

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vla.data.augmentation import augment
+from vla.data.augmentation import Augmenter
 from vla.data.episodes import data_files, read_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats, normalize_quantile, unnormalize_quantile
@@ -78,7 +78,7 @@ def test_augmentation_shifts_by_at_most_the_given_pixels_and_never_flips():
     picture = np.zeros((1, 32, 32, 3), np.uint8)
     picture[0, 10:14, 4:6] = 255
     for seed in range(30):
-        moved = augment(picture, np.random.default_rng(seed), 3, 0.0)[0, :, :, 0]
+        moved = Augmenter(3, 0.0)(picture, np.random.default_rng(seed))[0, :, :, 0]
         rows, columns = np.nonzero(moved)
         assert abs(rows.min() - 10) <= 3
         assert abs(columns.min() - 4) <= 3
@@ -86,6 +86,14 @@ def test_augmentation_shifts_by_at_most_the_given_pixels_and_never_flips():
 
 def test_augmentation_depends_on_its_generator_alone():
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    once, again = (augment(frames, np.random.default_rng(5), 4, 0.2) for _ in range(2))
+    once, again = (Augmenter(4, 0.2, 0.5)(frames, np.random.default_rng(5)) for _ in range(2))
     np.testing.assert_array_equal(once, again)
     assert not np.array_equal(once, frames)
+
+
+def test_shapes_are_pasted_over_the_asked_share_of_the_pictures_and_leave_most_of_each():
+    frames = np.full((400, 48, 48, 3), 200, np.uint8)
+    changed = (Augmenter(0, 0.0, 0.5)(frames, np.random.default_rng(0)) != 200).any(-1)  # (b, H, W)
+    assert 0.4 < changed.any((1, 2)).mean() < 0.6
+    assert changed.mean((1, 2)).max() < 0.15
+    assert (frames == 200).all()  # the pictures of the data set stay as they are

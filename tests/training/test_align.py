@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vla.training.align import at_chance, train_align
 from vla.types import UserError
@@ -74,3 +76,13 @@ def test_what_does_not_learn_raises_the_alarm(align_config, tmp_path, capsys, mo
     train_align(replace(align_config, optimizer=optimizer, steps=2, log_every=1, output=str(tmp_path / "run")))
     out = capsys.readouterr()
     assert "still at its chance level" in out.out + out.err
+
+
+def test_a_locked_vision_tower_stays_as_it_was_and_the_rest_learns(align_config, encoder, tmp_path):
+    tower = replace(align_config.tower, pretrained=str(encoder), locked=True)
+    clip = train_align(replace(align_config, tower=tower, output=str(tmp_path / "run")))
+    before, after = (load_file(folder / "model.safetensors") for folder in (encoder, clip))
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert not {key for key in changed if key.startswith("vision_model.")}
+    assert "visual_projection.weight" in changed
+    assert any(key.startswith("text_model.") for key in changed)

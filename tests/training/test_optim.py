@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vla.training.optim import make_optimizers, schedule
+from tests.conftest import small_alignment_model
+from vla.training.optim import layer_groups, make_optimizers, schedule
 
 
 class Net(nn.Module):
@@ -67,3 +68,15 @@ def test_the_rate_warms_up_then_falls_to_a_hundredth():
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[9] == 1.0
     assert factors[-1] < 0.012
+
+
+def test_the_learning_rate_falls_from_layer_to_layer_below_the_last():
+    clip = small_alignment_model(("a text",), layers=3)[0].clip
+    groups = make_optimizers(layer_groups(clip, 1.0, 0.5), 0.1).param_groups
+    rate_of = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    vision = clip.vision_model
+    rates = [rate_of[id(layer.mlp.fc1.weight)] for layer in vision.encoder.layers]
+    assert rates == [0.25, 0.5, 1.0]
+    assert rate_of[id(vision.embeddings.patch_embedding.weight)] == 0.125
+    assert rate_of[id(clip.visual_projection.weight)] == 1.0
+    assert set(rate_of) == {id(p) for p in clip.parameters() if p.requires_grad}

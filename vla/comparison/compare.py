@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vla.comparison.jobs import Job, duration, run_jobs
+from vla.comparison.jobs import Job, duration, needed, run_jobs
 from vla.comparison.plan import chosen_arms, plan_jobs, write_json
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
@@ -41,7 +41,7 @@ def compare(config: CompareConfig) -> Path | None:
         os.environ.pop(name, None)
     folder = Path(config.output)
     jobs = with_estimates(config, plan_jobs(config))
-    left = [job for job in jobs if not job.makes.exists()]
+    left = needed(jobs)
     print(
         f"compare: {len(jobs)} jobs, {len(left)} left, about {duration(sum(job.seconds for job in left))} in one process"
     )

@@ -1,6 +1,6 @@
 """The jobs of a comparison: what each needs, what it makes, and several processes working through them.
 
-A job is done when the path it makes exists. A process takes the first job whose needs are met and that no other process
+A job is done when the path it makes exists, and is run only if a missing result depends on it. A process takes the first job whose needs are met and that no other process
 holds; so the same command, started several times or by `accelerate launch`, shares the work, and started again it goes
 on. What a job prints goes into its log.txt.
 """
@@ -28,13 +28,24 @@ class Job:
     seconds: float = 0.0  # estimate
 
 
+def needed(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs left to run: results (what no other job needs) that are missing, and what is missing on the way to them."""
+    by_name = {job.name: job for job in jobs}
+    inner = {name for job in jobs for name in job.needs}
+    wanted, stack = set(), [job for job in jobs if job.name not in inner]
+    while stack:
+        job = stack.pop()
+        if job.name not in wanted and not job.makes.exists():
+            wanted.add(job.name)
+            stack += [by_name[name] for name in job.needs]
+    return [job for job in jobs if job.name in wanted]
+
+
 def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None]) -> None:
-    """Work through the jobs together with other processes until all are done; `folder` takes locks and logs."""
-    while True:
-        done = {job.name for job in jobs if job.makes.exists()}
-        if len(done) == len(jobs):
-            return
-        ready = [job for job in jobs if job.name not in done and set(job.needs) <= done]
+    """Work through the jobs together with other processes until no result is missing; `folder` takes locks and logs."""
+    while left := needed(jobs):
+        missing = {job.name for job in left}
+        ready = [job for job in left if not missing & set(job.needs)]
         if not any(take(job, jobs, folder, say) for job in ready):
             time.sleep(POLL)
 
@@ -48,9 +59,9 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
     with lock:
         if job.makes.exists():
             return False
-        left = sum(other.seconds for other in jobs if not other.makes.exists())
-        number = 1 + sum(other.makes.exists() for other in jobs)
-        say(f"[{number} of {len(jobs)}] {job.name}; about {duration(left)} of work left")
+        left = needed(jobs)
+        seconds = sum(other.seconds for other in left)
+        say(f"[{len(jobs) - len(left) + 1} of {len(jobs)}] {job.name}; about {duration(seconds)} of work left")
         started = time.monotonic()
         with (folder / job.name / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             job.run()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla.data.augmentation import Augmentation, draw_augmentation
+from vla.data.augmentation import Augmentation, Augmenter
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats, normalize_quantile
 from vla.data.sampler import GoalSampler
@@ -98,15 +98,14 @@ def training_batch(
     sampler: GoalSampler,
     step: int,
     *,
-    shift_px: int,
-    color_jitter: float,
+    augmenter: Augmenter,
     text_of_episode: np.ndarray | None,
     shuffle_actions: bool,
 ) -> TripletBatch:
     """Batch `step`: sampled, relabelled if it is a control, augmented; its pictures are not read yet."""
     batch = source.gather(sampler.rows(step), text_of_episode)
     rng = np.random.default_rng([sampler.seed, step, 1])
-    batch.frames.augmentation = draw_augmentation(rng, len(batch.frames), shift_px, color_jitter)
+    batch.frames.augmentation = augmenter.draw(rng, len(batch.frames))
     if not shuffle_actions:
         return batch
     order = rng.permutation(len(batch.frame_of_row))

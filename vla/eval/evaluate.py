@@ -194,11 +194,11 @@ def chosen_failures(config: EvalConfig, records: list[EpisodeRecord]) -> list[in
 
 
 def film(config: EvalConfig, make_policy, specs: list[EpisodeSpec], folder: Path) -> list[EpisodeRecord]:
-    """Run episodes once more, with a camera."""
+    """Run episodes once more, with a camera; encoding takes longest, so every process gets its share."""
     return run_rollouts(
         make_policy,
         specs,
-        batch_size=config.batch_size,
+        batch_size=max(1, min(config.batch_size, -(-len(specs) // config.workers))),
         workers=config.workers,
         record_video=frozenset(range(len(specs))),
         video_folder=folder,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPModel
 
 from vla.config import AlignConfig, TowerConfig
+from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
@@ -38,7 +39,7 @@ from vla.training.checkpoint import (
     rng_tensors,
     save_checkpoint,
 )
-from vla.training.optim import Optimizers, make_optimizers, schedule
+from vla.training.optim import Optimizers, layer_groups, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.processes import Processes
 from vla.training.run import RunFolder
@@ -83,7 +84,12 @@ def train_align(config: AlignConfig) -> Path:
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     model = make_model(config, clip, episodes)
     tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
-    optimizer = make_optimizers([(model.clip, tower_lr), (model, config.optimizer.lr)], config.optimizer.weight_decay)
+    if config.tower.locked:
+        model.clip.vision_model.requires_grad_(False)
+    optimizer = make_optimizers(
+        [*layer_groups(model.clip, tower_lr, config.optimizer.layer_decay), (model, config.optimizer.lr)],
+        config.optimizer.weight_decay,
+    )
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), source.stats.action))
@@ -96,8 +102,7 @@ def train_align(config: AlignConfig) -> Path:
             source,
             sampler,
             step,
-            shift_px=config.data.shift_px,
-            color_jitter=config.data.color_jitter,
+            augmenter=augmenter(config.data),
             text_of_episode=relabel,
             shuffle_actions=config.shuffle in ("action", "all"),
         )
@@ -215,7 +220,7 @@ def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> Alig
 def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
     """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer)."""
     if tower.pretrained is None:
-        sizes = {key: value for key, value in asdict(tower).items() if key != "pretrained"}
+        sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked")}
         return build_clip(texts, image_size=image_size, **sizes)
     clip, tokenizer = load_clip(tower.pretrained)
     return resize_positions(clip, image_size), tokenizer

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,20 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
     if other_groups:
         members.append(torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6))
     return Optimizers(tuple(members))
+
+
+def layer_groups(clip: CLIPModel, lr: float, decay: float) -> list[tuple[nn.Module, float]]:
+    """(module, peak learning rate) groups of both towers: `lr` for the last layer and what follows it, less below.
+
+    Each layer below the last one has `decay` times the rate of the one above, the embeddings that of a layer below the
+    first (arXiv:2106.08254), so that pretrained features survive.
+    """
+    groups: list[tuple[nn.Module, float]] = []
+    for tower in (clip.vision_model, clip.text_model):
+        layers = tower.encoder.layers
+        groups.append((tower.embeddings, lr * decay ** len(layers)))
+        groups += [(layer, lr * decay ** (len(layers) - 1 - depth)) for depth, layer in enumerate(layers)]
+    return [*groups, (clip, lr)]
 
 
 def schedule(step: int, total: int, warmup: int, final: float = 0.01) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla.config import PolicyTrainConfig
-from vla.data.augmentation import augment
+from vla.data.augmentation import augmenter
 from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, select, split_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
@@ -110,8 +110,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             episodes,
             frames,
             copies=config.cached_shifts,
-            shift_px=config.data.shift_px,
-            color_jitter=config.data.color_jitter,
+            augmenter=augmenter(config.data),
             folder=Path(config.data.cache) if config.data.cache else episodes.root / ".concord",
             accelerator=accelerator,
         )
@@ -249,7 +248,7 @@ def gather(
     else:
         inputs = episodes.gather_frames(frames, rows)
         if rng is not None:
-            inputs = augment(inputs, rng, config.data.shift_px, config.data.color_jitter)
+            inputs = augmenter(config.data)(inputs, rng)
     return CloningBatch(
         rows=rows,
         inputs=inputs,

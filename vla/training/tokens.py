@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from vla.data.augmentation import augment
+from vla.data.augmentation import Augmenter
 from vla.data.episodes import Episodes
 from vla.models.clip import patch_tokens, pixel_values
 from vla.types import UserError
@@ -26,8 +26,7 @@ def open_tokens(
     frames: np.ndarray,
     *,
     copies: int,
-    shift_px: int,
-    color_jitter: float,
+    augmenter: Augmenter,
     folder: Path,
     accelerator: Accelerator,
 ) -> np.ndarray:
@@ -42,7 +41,7 @@ def open_tokens(
     """
     vision = clip.config.vision_config
     shape = (copies, len(episodes.frame_row), (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
-    settings = (shape, shift_px, color_jitter, episodes.fingerprint, episodes.camera, accelerator.mixed_precision)
+    settings = (shape, augmenter, episodes.fingerprint, episodes.camera, accelerator.mixed_precision)
     key = hashlib.sha256((repr(settings) + weights_digest(clip)).encode() + episodes.frame_row.tobytes()).hexdigest()[
         :16
     ]
@@ -54,7 +53,7 @@ def open_tokens(
     with (folder / f"tokens_{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run of the same encoder waits, then reads
         if not path.is_file():
-            build(path, partial, progress, shape, clip, episodes, frames, shift_px, color_jitter, accelerator)
+            build(path, partial, progress, shape, clip, episodes, frames, augmenter, accelerator)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -66,8 +65,7 @@ def build(
     clip: CLIPModel,
     episodes: Episodes,
     frames: np.ndarray,
-    shift_px: int,
-    color_jitter: float,
+    augmenter: Augmenter,
     accelerator: Accelerator,
 ) -> None:
     """Compute a cache of `shape`, or go on with an interrupted one, and move it to `path`."""
@@ -80,7 +78,7 @@ def build(
             np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
         print(f"token cache: {shape[1]} frames x {shape[0]} copies, {size / 1e9:.1f} GB in {folder}")
         store = np.lib.format.open_memmap(partial, mode="r+")
-        fill(store, clip, episodes, frames, first, shift_px, color_jitter, progress, accelerator)
+        fill(store, clip, episodes, frames, first, augmenter, progress, accelerator)
         store.flush()
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -97,8 +95,7 @@ def fill(
     episodes: Episodes,
     frames: np.ndarray,
     first: int,
-    shift_px: int,
-    color_jitter: float,
+    augmenter: Augmenter,
     progress: Path,
     accelerator: Accelerator,
 ) -> None:
@@ -113,7 +110,7 @@ def fill(
             for copy in range(copies):
                 images = plain
                 if copy:
-                    images = augment(plain, np.random.default_rng([copy, begin]), shift_px, color_jitter)
+                    images = augmenter(plain, np.random.default_rng([copy, begin]))
                 with accelerator.autocast():
                     tokens = patch_tokens(clip, pixel_values(torch.from_numpy(images).to(accelerator.device)))
                 store[copy, rows] = tokens.to(torch.float16).cpu().numpy()
