@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from vla.losses import rowwise
 from vla.losses.alignment import (
     idle_chunks,
+    late_interaction,
     mean_squared_distances,
     near_duplicates,
     pairing,
@@ -156,3 +157,21 @@ def test_the_terms_are_the_losses_over_masks_of_all_pairs():
     torch.testing.assert_close(
         term.floor, -(targets * targets.clamp_min(1e-30).log()).sum(1) @ progress / progress.sum()
     )
+
+
+def test_late_interaction_in_blocks_computed_anew_has_the_same_value_and_gradients(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    patches = normalize(torch.randn(7, 4, 6, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+    words = normalize(torch.randn(3, 5, 6, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    weights = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+
+    def value_and_gradients():
+        similarity = late_interaction(patches, words, mask)
+        return similarity, *torch.autograd.grad((weights * similarity).sum(), (patches, words))
+
+    whole = value_and_gradients()
+    monkeypatch.setattr("vla.losses.alignment.COSINES", 100)
+    monkeypatch.setattr("vla.losses.alignment.KEPT_COSINES", 0)
+    for got, expected in zip(value_and_gradients(), whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vla.losses.contrastive import (
     at_least_float32,
@@ -23,6 +24,9 @@ from vla.losses.contrastive import (
     weighted_mean,
 )
 from vla.losses.rowwise import Term, in_parts
+
+COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
+KEPT_COSINES = 1 << 25  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,18 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
     """
     real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
     named = words.flatten(0, 1)[real]  # (w, d)
-    # Images at a time: what fits a CPU's cache is faster.
-    images = 16 if patches.device.type == "cpu" else len(patches)
-    blocks = []
-    for block in patches.split(images):
+
+    def best_of(named: Tensor, block: Tensor) -> Tensor:
         # The products are the towers' work, in their precision; everything after is float32.
         cosines = at_least_float32(named @ block.flatten(0, 1).T).unflatten(-1, block.shape[:2])  # (w, images, n)
-        blocks.append(((sharpness * cosines).softmax(-1) * cosines).sum(-1))
-    best = torch.cat(blocks, dim=1)  # (w, b)
+        return ((sharpness * cosines).softmax(-1) * cosines).sum(-1)
+
+    images = max(1, COSINES // max(1, len(named) * patches.shape[1]))
+    if len(patches) * len(named) * patches.shape[1] <= KEPT_COSINES:
+        best = torch.cat([best_of(named, block) for block in patches.split(images)], dim=1)  # (w, b)
+    else:
+        blocks = [checkpoint(best_of, named, block, use_reentrant=False) for block in patches.split(images)]
+        best = torch.cat(blocks, dim=1)
     text = real // words_mask.shape[1]  # (w,)
     share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
     return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
