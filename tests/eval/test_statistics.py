@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance
+from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance, uniformity
 from vla.eval.statistics import (
     crossed_interval,
     episodes_needed,
@@ -140,3 +140,8 @@ def test_power_equals_published_numbers(first, second, n):
 def test_the_visible_difference_is_the_smallest_that_the_episodes_suffice_for():
     difference = visible_difference(300, around=0.7)
     assert episodes_needed(0.7, 0.7 - difference) <= 300 < episodes_needed(0.7, 0.71 - difference)
+
+
+def test_uniformity_is_zero_for_one_point_and_the_potential_of_the_distance_for_two():
+    assert uniformity(np.ones((5, 1))) == 0
+    assert uniformity(np.eye(2)) == pytest.approx(-4)  # squared distance 2

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeClassifier
 from torch import Tensor
 
 from vla.data.batches import TripletSource
-from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance
+from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance, uniformity
 from vla.models.alignment import AlignmentModel, unit
 from vla.models.clip import patch_embeds, pixel_values, text_features, vision_features, word_embeds
 from vla.types import TripletBatch
@@ -25,6 +25,8 @@ class Embedded:
     vision: np.ndarray  # (b, d)
     language: np.ndarray  # (u, d)
     context: np.ndarray  # (b, d)
+    context_of_other_text: np.ndarray  # (b, d), the pictures with the instructions of other rows
+    context_of_other_image: np.ndarray  # (b, d), the instructions with the pictures of other rows
     action: np.ndarray  # (b, d)
     pooled_context: np.ndarray  # (b, q * width), before the projection
     pooled_scene: np.ndarray  # (b, q * width), pooled without a text
@@ -48,8 +50,16 @@ def measure_alignment(
     measures |= probe_measures(seen, held_out, source)
     texts = np.unique(held_out.batch.text_id)
     measures["modality_gap"] = float(np.linalg.norm(held_out.vision.mean(0) - held_out.language[texts].mean(0)))
+    own = held_out.language[held_out.batch.text_id]
+    measures["alignment"] = float(((held_out.vision - own) ** 2).sum(1).mean())
     for name in ("vision", "context", "action"):
         measures[f"rank_me_{name}"] = rank_me(getattr(held_out, name))
+        measures[f"uniformity_{name}"] = uniformity(getattr(held_out, name))
+    measures["uniformity_language"] = uniformity(held_out.language[texts])
+    goals = [held_out.context[held_out.batch.goal_id == goal] for goal in np.unique(held_out.batch.goal_id)]
+    within = [uniformity(members) for members in goals if len(members) > 1]
+    if within:
+        measures["uniformity_context_within_goal"] = float(np.mean(within))
     return measures
 
 
@@ -82,16 +92,24 @@ def embed_rows(
         text_of_row = torch.from_numpy(batch.text_id[part]).to(device)
         scene = model.scene_features(tokens)
         row = torch.arange(len(tokens), device=device)
-        context = model.context_features(
-            tokens, patch_embeds(model.clip, tokens), words, named, attention_mask, row, text_of_row
-        )
+        patches, half = patch_embeds(model.clip, tokens), len(tokens) // 2
+        contexts = [
+            model.context_features(seen, embeds, words, named, attention_mask, row, texts)
+            for seen, embeds, texts in (
+                (tokens, patches, text_of_row),
+                (tokens, patches, text_of_row.roll(half)),
+                (tokens.roll(half, 0), patches.roll(half, 0), text_of_row),
+            )
+        ]
         chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
         pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
         outputs = {
             "vision": unit(model.clip.visual_projection(pooled)),
-            "context": model.context_projection(context),
+            "context": model.context_projection(contexts[0]),
+            "context_of_other_text": model.context_projection(contexts[1]),
+            "context_of_other_image": model.context_projection(contexts[2]),
             "action": model.action_projection(model.action_encoder(chunk, pad)),
-            "pooled_context": context,
+            "pooled_context": contexts[0],
             "pooled_scene": scene,
         }
         for name, value in outputs.items():
@@ -102,6 +120,9 @@ def embed_rows(
 
 def retrieval_measures(held_out: Embedded) -> dict[str, float]:
     """Multi-positive R@1 and R@5: image -> instruction, instruction -> image, context -> action chunk.
+
+    The last one also counterfactually, with the instruction or the picture of another row in the context: an embedding
+    that uses both falls to chance level.
 
     For actions a key is right if it is the row's own chunk or one at most 0.01 mean squared units away.
     """
@@ -125,6 +146,11 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
         for k in (1, 5):
             measures[f"{name}_r{k}"] = recall_at_k(similarity, positives, k)
             measures[f"{name}_r{k}/chance"] = recall_at_k_chance(positives, k)
+    for other in ("text", "image"):
+        context = getattr(held_out, f"context_of_other_{other}")
+        name = f"context_to_action_r1_of_other_{other}"
+        measures[name] = recall_at_k(context @ held_out.action.T, near, 1)
+        measures[f"{name}/chance"] = measures["context_to_action_r1/chance"]
     return measures
 
 
@@ -158,14 +184,17 @@ def zero_shot_measures(held_out: Embedded, source: TripletSource) -> dict[str, f
 
 
 def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) -> dict[str, float]:
-    """R^2 on held-out episodes of ridge probes fitted on seen ones.
+    """Linear probes on held-out episodes, fitted on seen ones.
 
-    For the proprio state, from the patch tokens pooled without a text, and for the instructed object's position, from
-    the text-conditioned context; the latter also without the text.
+    R^2 for the proprio state, from the patch tokens pooled without a text, and for the share of the episode that is left and
+    the instructed object's position, from the text-conditioned context; the latter also without the text. Accuracy for
+    the goal, from the pooled image, among the goals that were seen.
     """
+    to_go = [1 - e.batch.progress[:, None] for e in (seen, held_out)]
     measures = {
-        "state_probe_r2": ridge_r2(seen.pooled_scene, seen.batch.state, held_out.pooled_scene, held_out.batch.state)
-    }
+        "state_probe_r2": ridge_r2(seen.pooled_scene, seen.batch.state, held_out.pooled_scene, held_out.batch.state),
+        "time_to_go_probe_r2": ridge_r2(seen.pooled_context, to_go[0], held_out.pooled_context, to_go[1]),
+    } | goal_probe(seen, held_out)
     if source.episodes.target is not None:
         targets = [
             source.episodes.target[source.episodes.start[e.batch.episode_id] + e.batch.timestep]
@@ -175,6 +204,17 @@ def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) ->
             for name, features in (("target_probe_r2", "pooled_context"), ("target_probe_r2_no_text", "pooled_scene")):
                 measures[name] = ridge_r2(getattr(seen, features), targets[0], getattr(held_out, features), targets[1])
     return measures
+
+
+def goal_probe(seen: Embedded, held_out: Embedded) -> dict[str, float]:
+    """Accuracy of a linear classifier of the goal on the held-out rows whose goal it was fitted on; nothing if it cannot be."""
+    known = np.isin(held_out.batch.goal_id, seen.batch.goal_id)
+    goals, counts = np.unique(held_out.batch.goal_id[known], return_counts=True)
+    if len(np.unique(seen.batch.goal_id)) < 2 or len(goals) == 0:
+        return {}
+    model = RidgeClassifier(alpha=1.0).fit(seen.vision, seen.batch.goal_id)
+    right = model.predict(held_out.vision[known]) == held_out.batch.goal_id[known]
+    return {"goal_probe": float(right.mean()), "goal_probe/chance": float(counts.max() / counts.sum())}
 
 
 def ridge_r2(seen: np.ndarray, seen_targets: np.ndarray, features: np.ndarray, targets: np.ndarray) -> float:

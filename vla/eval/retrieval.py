@@ -1,6 +1,7 @@
 """Retrieval and classification with several right answers, always beside their chance level."""
 
 import numpy as np
+from scipy.spatial.distance import pdist
 from scipy.special import gammaln
 
 
@@ -33,3 +34,9 @@ def rank_me(embeds: np.ndarray) -> float:
     p = singular / max(singular.sum(), 1e-12)
     p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def uniformity(embeds: np.ndarray) -> float:
+    """Log of the mean Gaussian potential exp(-2 |x - y|^2) between (b, d) unit vectors: 0 if all are equal (arXiv:2005.10242)."""
+    distances = pdist(embeds, "sqeuclidean")
+    return float(np.log(np.exp(-2 * distances).mean())) if len(distances) else float("nan")
