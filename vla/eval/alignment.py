@@ -221,7 +221,8 @@ def ridge_r2(seen: np.ndarray, seen_targets: np.ndarray, features: np.ndarray, t
     """R^2, averaged over target dimensions that vary, of a ridge regression fitted on the seen rows."""
     mean, std = seen.mean(0), seen.std(0) + 1e-6
     model = Ridge(alpha=10.0).fit((seen - mean) / std, seen_targets)
-    residual = ((targets - model.predict((features - mean) / std)) ** 2).sum(0)
+    predicted = model.predict((features - mean) / std).reshape(targets.shape)
+    residual = ((targets - predicted) ** 2).sum(0)
     total = ((targets - targets.mean(0)) ** 2).sum(0)
     varies = total > 1e-8
     return float((1 - residual[varies] / total[varies]).mean()) if varies.any() else float("nan")
