@@ -98,7 +98,10 @@ def test_stage_one_on_two_processes_killed_and_resumed_repeats_the_run_and_is_th
     launch(replace(broken, resume=True), tmp_path / "broken")
     two, again = metrics(tmp_path / "two"), metrics(tmp_path / "broken")
     assert again == two
-    train_align(replace(config, output=str(tmp_path / "one")))
+    alone = tmp_path / "one.yaml"
+    save_yaml(replace(config, output=str(tmp_path / "one")), alone)
+    command = [sys.executable, str(ROOT / "scripts" / "train_align.py"), "--config_path", str(alone)]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     first, one = two[0], metrics(tmp_path / "one")[0]
     assert first["samples"] == one["samples"]
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
