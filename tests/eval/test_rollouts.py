@@ -9,8 +9,9 @@ import pytest
 from envs import make_env, make_expert
 from envs.metaworld.language import INSTRUCTIONS
 from vla.eval.grounding import BLANK, SWAP, WRONG, grounding_specs, grounding_summary
-from vla.eval.rollouts import EpisodeSpec, run_rollouts
+from vla.eval.rollouts import EpisodeSpec, rollout_workers, run_rollouts
 from vla.policies.loading import load_chunk_policy
+from vla.types import UserError
 
 TASKS = ("reach", "push", "place")
 
@@ -74,9 +75,16 @@ def test_the_size_of_a_batch_changes_nothing():
 
 def test_two_processes_do_what_one_does(policy_folder):
     make_policy = partial(load_chunk_policy, policy_folder)
-    assert run_rollouts(make_policy, specs(), batch_size=3, workers=2) == run_rollouts(
-        make_policy, specs(), batch_size=3
-    )
+    with rollout_workers(make_policy, 2) as workers:
+        shared = run_rollouts(make_policy, specs(), batch_size=3, workers=workers)
+    assert shared == run_rollouts(make_policy, specs(), batch_size=3)
+
+
+def test_a_policy_that_workers_cannot_load_is_a_users_mistake(tmp_path, capfd):
+    make_policy = partial(load_chunk_policy, tmp_path)
+    with rollout_workers(make_policy, 2) as workers, pytest.raises(UserError, match="not a policy folder"):
+        run_rollouts(make_policy, specs(), batch_size=3, workers=workers)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_expert_succeeds_and_an_idle_policy_does_not():

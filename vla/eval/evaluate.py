@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import time
+from concurrent.futures import Executor
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import zip_longest
@@ -18,7 +19,7 @@ from vla.config_io import to_dict
 from vla.eval.evaluation_report import evaluation_report, failures_report
 from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
-from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, run_rollouts
+from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_workers, run_rollouts
 from vla.eval.statistics import summarise
 from vla.locks import lock_folder
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
@@ -34,6 +35,13 @@ def evaluate(config: EvalConfig) -> Path:
     """
     cv2.setNumThreads(1)
     policy_folder = Path(config.policy)
+    make_policy = partial(load_chunk_policy, policy_folder)
+    with rollout_workers(make_policy, config.workers) as workers:
+        return evaluate_with(config, policy_folder, make_policy, workers)
+
+
+def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePolicy, workers: Executor | None) -> Path:
+    """`evaluate` in processes that load the policy already."""
     policy = load_chunk_policy(policy_folder)  # fails early, before anything is simulated
     trained = trained_on(policy_folder)
     config = replace(config, env=config.env or trained.get("env") or "tabletop")
@@ -53,16 +61,17 @@ def evaluate(config: EvalConfig) -> Path:
     specs += grounding_specs(base[: config.grounding_episodes])
     started = time.perf_counter()
     print(f"evaluate: {len(specs)} episodes of {config.env} with {config.workers} processes into {output}")
-    make_policy = partial(load_chunk_policy, policy_folder)
     records = run_rollouts(
         make_policy,
         specs,
         batch_size=config.batch_size,
-        workers=config.workers,
+        workers=workers,
         journal=output / "episodes.jsonl",
     )
-    films = film(config, make_policy, [specs[i] for i in chosen_plain(config, records)], output / "videos")
-    failures = film(config, make_policy, [specs[i] for i in chosen_failures(config, records)], output / "failures")
+    films = film(config, make_policy, workers, [specs[i] for i in chosen_plain(config, records)], output / "videos")
+    failures = film(
+        config, make_policy, workers, [specs[i] for i in chosen_failures(config, records)], output / "failures"
+    )
     result = summary(config, records) | {
         "wall_time_s": round(time.perf_counter() - started, 1),
         "command": " ".join(["python", *sys.argv]),
@@ -193,13 +202,19 @@ def chosen_failures(config: EvalConfig, records: list[EpisodeRecord]) -> list[in
     return sorted(turns[: config.failures])
 
 
-def film(config: EvalConfig, make_policy, specs: list[EpisodeSpec], folder: Path) -> list[EpisodeRecord]:
+def film(
+    config: EvalConfig,
+    make_policy: MakePolicy,
+    workers: Executor | None,
+    specs: list[EpisodeSpec],
+    folder: Path,
+) -> list[EpisodeRecord]:
     """Run episodes once more, with a camera; encoding takes longest, so every process gets its share."""
     return run_rollouts(
         make_policy,
         specs,
         batch_size=max(1, min(config.batch_size, -(-len(specs) // config.workers))),
-        workers=config.workers,
+        workers=workers,
         record_video=frozenset(range(len(specs))),
         video_folder=folder,
     )

@@ -6,8 +6,9 @@ depend on the specification alone, not on batch size or number of processes (up 
 """
 
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from envs import make_env
 from vla.eval.video import beside_attention, write_video
-from vla.types import ChunkPolicy
+from vla.types import ChunkPolicy, UserError
 from vla.workers import worker_context
 
 MakePolicy = Callable[[], ChunkPolicy]
@@ -65,12 +66,29 @@ class EpisodeRecord:
     video: str | None = None
 
 
+@contextmanager
+def rollout_workers(make_policy: MakePolicy, count: int) -> Iterator[Executor | None]:
+    """Processes for `run_rollouts`, one thread each, that load the policy while this one goes on; none if `count` is 1.
+
+    `make_policy` must be picklable.
+    """
+    if count == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(
+        count, mp_context=worker_context(), initializer=_start_worker, initargs=(make_policy,)
+    ) as pool:
+        for _ in range(count):  # a process is started when there is work for it
+            pool.submit(_loaded)
+        yield pool
+
+
 def run_rollouts(
     make_policy: MakePolicy,
     specs: Sequence[EpisodeSpec],
     *,
     batch_size: int = 32,
-    workers: int = 1,
+    workers: Executor | None = None,
     record_video: frozenset[int] = frozenset(),
     video_folder: Path | None = None,
     journal: Path | None = None,
@@ -78,10 +96,10 @@ def run_rollouts(
     """Run every spec and return the records in their order.
 
     Args:
-        make_policy: builds the policy, once in every process; must be picklable if `workers` > 1.
+        make_policy: builds the policy, if there are no workers, which have theirs.
         specs: the episodes.
         batch_size: environments stepped together in one process.
-        workers: processes, one thread each; 1 runs in this process.
+        workers: from `rollout_workers`, of the same policy; None runs in this process.
         record_video: indices of the episodes to film into `video_folder`.
         video_folder: where `NNNNN.mp4` files go.
         journal: file of finished records; an interrupted call with the same specs goes on from it.
@@ -91,17 +109,10 @@ def run_rollouts(
     bar = tqdm(total=len(specs), initial=len(done), desc="rollouts", unit="episode", mininterval=1.0)
     arguments = [([(i, specs[i]) for i in group], record_video & set(group), video_folder) for group in groups]
     with bar:
-        if workers == 1 or len(groups) <= 1:
-            results = map(_run_group, [make_policy()] * len(groups), arguments) if groups else []
-            _take(results, done, journal, bar)
-        else:
-            with ProcessPoolExecutor(
-                min(workers, len(groups)),
-                mp_context=worker_context(),
-                initializer=_start_worker,
-                initargs=(make_policy,),
-            ) as pool:
-                _take(pool.map(_run_in_worker, arguments), done, journal, bar)
+        if workers is not None:
+            _take(workers.map(_run_in_worker, arguments), done, journal, bar)
+        elif groups:
+            _take(map(_run_group, [make_policy()] * len(groups), arguments), done, journal, bar)
     return [done[i] for i in range(len(specs))]
 
 
@@ -132,7 +143,7 @@ def read_journal(path: Path, specs: Sequence[EpisodeSpec]) -> dict[int, EpisodeR
     return done
 
 
-_policy: ChunkPolicy | None = None
+_policy: ChunkPolicy | UserError | None = None
 _environments: dict[tuple, list[gym.Env]] = {}
 
 
@@ -143,11 +154,24 @@ def _start_worker(make_policy: MakePolicy) -> None:
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    _policy = make_policy()
+    try:
+        _policy = make_policy()
+    except UserError as error:  # told by whoever asks for the policy, not by a traceback from here
+        _policy = error
+
+
+def _loaded() -> bool:
+    return _policy is not None
+
+
+def _policy_here() -> ChunkPolicy:
+    if isinstance(_policy, UserError):
+        raise _policy
+    return _policy
 
 
 def _run_in_worker(arguments):
-    return _run_group(_policy, arguments)
+    return _run_group(_policy_here(), arguments)
 
 
 def _take(results, done: dict[int, EpisodeRecord], journal: Path | None, bar: tqdm) -> None:

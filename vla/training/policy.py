@@ -338,7 +338,7 @@ def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dic
         )
         for i in range(config.rollouts)
     ]
-    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs), workers=1)
+    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs))
     successes = sum(record.success for record in records)
     low, high = wilson(successes, len(records))
     return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}
