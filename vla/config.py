@@ -257,7 +257,7 @@ class BenchConfig:
     seconds: float = number(10.0, 0.01)  # of each measurement
     threads: int = number(1, 1)  # CPU threads
     alignment_steps: int = number(10, 1)  # steps of stage one and of its peer that are timed
-    alignment_rows: tuple[int, ...] = (1024, 8192)  # rows of the two batches whose memory is compared
+    alignment_rows: tuple[int, ...] = (512, 2048)  # rows of the two batches whose memory is compared
     policy: str | None = (
         None  # LeRobot policy folder for the tabletop, evaluated beside lerobot-eval; default: untrained
     )

@@ -26,7 +26,7 @@ from vla.losses.contrastive import (
 from vla.losses.rowwise import Term, in_parts
 
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
-KEPT_COSINES = 1 << 25  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
+KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
 
 
 @dataclass(frozen=True)
