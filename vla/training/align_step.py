@@ -2,7 +2,7 @@
 
 Embeddings are made piece by piece and gathered, the loss is taken over the whole batch, then each piece carries on the
 gradients of its own embeddings (gradient caching, arXiv:2101.06983). A process with one piece keeps its graph; one with
-several embeds each anew, with the random state replayed, so that memory does not grow with the batch. Either way the
+several embeds each anew, with the random state replayed, so that graphs do not grow with the batch. Either way the
 gradients are those of the unbroken batch. Plain accumulation of losses over small batches would leave out the negatives
 between them.
 """
