@@ -86,3 +86,11 @@ def test_a_locked_vision_tower_stays_as_it_was_and_the_rest_learns(align_config,
     assert not {key for key in changed if key.startswith("vision_model.")}
     assert "visual_projection.weight" in changed
     assert any(key.startswith("text_model.") for key in changed)
+
+
+def test_gradient_accumulation_is_refused_with_the_reason(align_config, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2"
+    )  # `accelerate launch --gradient_accumulation_steps=2`
+    with pytest.raises(UserError, match="negatives between the small batches; use --chunk"):
+        train_align(replace(align_config, output=str(tmp_path / "run")))

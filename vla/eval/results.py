@@ -184,7 +184,7 @@ def bench_section(r: dict[str, Any]) -> str:
             "\n".join(f"* {line}" for line in r["alignment"]["in_words"]) + "\n" if "alignment" in r else "",
             f"One policy on the same episodes with {evaluation['cores']} cores; the runs' successes agree with the first one's in "
             f"{', '.join(map(str, evaluation['agree']))} episodes. `lerobot-eval` ends episodes at the first success, and its seconds leave out "
-            "starting and loading; `evaluate` includes the start of its workers.\n",
+            "starting and loading, as those of `evaluate` do.\n",
             table(episodes),
             table(expert),
         ]
