@@ -51,6 +51,7 @@ class DataConfig:
 class TowerConfig:
     pretrained: str | None = None  # CLIP model to start from: hub id or local folder; the sizes below are then ignored
     locked: bool = False  # stage one leaves the vision tower as it is and trains the rest (locked-image tuning)
+    lora_rank: int = number(0, 0)  # stage one trains updates of this rank to a pretrained tower (LoRA); 0: its weights
     patch_size: int = number(12, 1)  # px
     width: int = number(128, 1)  # vision transformer width
     layers: int = number(4, 1)  # vision transformer layers
@@ -110,6 +111,10 @@ class AlignConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    wise_ft: tuple[float, ...] = ()  # shares of the way from a pretrained start at which it is exported, too (WiSE-FT)
+    forgetting: str | None = (
+        None  # data set of the pretrained start, whose held-out goals are measured before and after
+    )
     horizon: int = number(16, 1)  # timesteps of an action chunk
     chunk: int = number(0, 0)  # images embedded at a time: less memory, the same gradients, more time; 0: all at once
     steps: int = number(6000, 1)  # optimiser updates

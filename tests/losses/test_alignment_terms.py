@@ -8,6 +8,8 @@ from torch.nn.functional import normalize
 
 from vla.losses import rowwise
 from vla.losses.alignment import (
+    grouped_late_interaction,
+    groups_of,
     idle_chunks,
     late_interaction,
     mean_squared_distances,
@@ -110,7 +112,7 @@ def sigmoid_of(leaves, pairs, progress, invalid, encoded):
 
 
 def word_patch_of(leaves, pairs, progress, invalid, encoded):
-    return word_patch_term(leaves[0] @ leaves[1].T, leaves[2], pairs)
+    return word_patch_term(leaves[0] @ leaves[1].T, leaves[2], pairs, groups_of(pairs))
 
 
 def soft_of(leaves, pairs, progress, invalid, encoded):
@@ -146,7 +148,7 @@ def test_the_terms_are_the_losses_over_masks_of_all_pairs():
     torch.testing.assert_close(vision_language_term(vision, language, scale, pairs, progress).loss, both / 2)
     logits = scale * vision @ language.T
     both = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
-    torch.testing.assert_close(word_patch_term(vision @ language.T, scale, pairs).loss, both / 2)
+    torch.testing.assert_close(word_patch_term(vision @ language.T, scale, pairs, groups_of(pairs)).loss, both / 2)
     keys, mask = vision.roll(1, 0), ~invalid(slice(None))
     targets = soft_targets(torch.cdist(encoded, encoded).square() / 6, 0.3, mask)
     both = sum(
@@ -157,6 +159,40 @@ def test_the_terms_are_the_losses_over_masks_of_all_pairs():
     torch.testing.assert_close(
         term.floor, -(targets * targets.clamp_min(1e-30).log()).sum(1) @ progress / progress.sum()
     )
+
+
+def test_word_patch_compares_within_groups_of_images_only(monkeypatch):
+    leaves, pairs, *_ = batch()
+    similarity, scale = leaves[0] @ leaves[1].T, leaves[2]
+    monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
+    groups = groups_of(pairs)
+    assert [group.images for group in groups] == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert groups[2].texts.tolist() == [2, 3]  # the last image is asked text 3, whose goal text 2 is of too
+    expected, texts = 0, sum(len(group.texts) for group in groups)
+    for group in groups:
+        logits = scale * similarity[group.images][:, group.texts]
+        positives, valid = pairs.positives(group.images)[:, group.texts], pairs.decided(group.images)[:, group.texts]
+        expected += len(logits) / 9 * info_nce_of(logits, positives, valid=valid)
+        expected += len(group.texts) / texts * info_nce_of(logits.T, positives.T, valid=valid.T)
+    compared = torch.zeros(9, max(len(group.texts) for group in groups), dtype=torch.float64)
+    for group in groups:
+        compared[group.images, : len(group.texts)] = similarity[group.images][:, group.texts]
+    torch.testing.assert_close(word_patch_term(compared, scale, pairs, groups).loss, expected / 2)
+
+
+def test_late_interaction_of_some_of_the_images_is_that_of_their_groups(monkeypatch):
+    *_, pairs, _, _, _ = batch()
+    generator = torch.Generator().manual_seed(5)
+    patches = normalize(torch.randn(9, 4, 6, generator=generator, dtype=torch.float64), dim=-1)
+    words = normalize(torch.randn(5, 3, 6, generator=generator, dtype=torch.float64), dim=-1)
+    mask = torch.arange(3) < torch.tensor([[3], [2], [3], [1], [2]])
+    monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
+    groups = groups_of(pairs)
+    whole = grouped_late_interaction(patches, words, mask, groups)
+    for group in groups:
+        expected = late_interaction(patches[group.images], words, mask)[:, group.texts]
+        torch.testing.assert_close(whole[group.images, : len(group.texts)], expected)
+    torch.testing.assert_close(grouped_late_interaction(patches[3:7], words, mask, groups, 3), whole[3:7])
 
 
 def test_late_interaction_in_blocks_computed_anew_has_the_same_value_and_gradients(monkeypatch):

@@ -248,7 +248,7 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
         if surplus:
             raise UserError(f"{extra}: unexpected keys {surplus[:3]}; delete {folder.parent} and run again")
     model.eval()
-    measures = measure_alignment(
+    measures, _ = measure_alignment(
         model,
         make_source(align, episodes, rows_of(episodes, train)),
         train,

@@ -8,9 +8,10 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from torch import Tensor
 
 from vla.data.batches import TripletSource
+from vla.data.episodes import Episodes
 from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance, uniformity
 from vla.models.alignment import AlignmentModel, unit
-from vla.models.clip import patch_embeds, pixel_values, text_features, vision_features, word_embeds
+from vla.models.clip import Encoder, patch_embeds, pixel_values, text_features, vision_features, word_embeds
 from vla.types import TripletBatch
 
 MAX_ROWS = 1500
@@ -39,14 +40,15 @@ def measure_alignment(
     positions: np.ndarray,
     input_ids: Tensor,
     attention_mask: Tensor,
-) -> dict[str, float]:
-    """All measures on the episodes at `positions`, each `NAME` with its `NAME/chance` where one exists.
+) -> tuple[dict[str, float], Embedded]:
+    """All measures on the episodes at `positions`, each `NAME` with its `NAME/chance` where one exists, and the rows' features.
 
     Probes are fitted on the episodes at `train`, evenly chosen.
     """
     held_out = embed_rows(model, source, spread_rows(source, positions, 12), input_ids, attention_mask)
     seen = embed_rows(model, source, spread_rows(source, train, 4), input_ids, attention_mask)
-    measures = retrieval_measures(held_out) | zero_shot_measures(held_out, source)
+    measures = retrieval_measures(held_out)
+    measures |= zero_shot_measures(held_out.vision, held_out.language, held_out.batch, source.episodes)
     measures |= probe_measures(seen, held_out, source)
     texts = np.unique(held_out.batch.text_id)
     measures["modality_gap"] = float(np.linalg.norm(held_out.vision.mean(0) - held_out.language[texts].mean(0)))
@@ -60,7 +62,24 @@ def measure_alignment(
     within = [uniformity(members) for members in goals if len(members) > 1]
     if within:
         measures["uniformity_context_within_goal"] = float(np.mean(within))
-    return measures
+    return measures, held_out
+
+
+@torch.no_grad()
+def encoder_measures(
+    clip: Encoder, source: TripletSource, positions: np.ndarray, input_ids: Tensor, attention_mask: Tensor
+) -> dict[str, float]:
+    """The measures that need the encoders alone, on the episodes at `positions`: retrieval and zero-shot accuracy."""
+    batch = source.gather(spread_rows(source, positions, 12))
+    _, pooled = text_features(clip, input_ids, attention_mask)
+    language = unit(clip.text_projection(pooled))
+    vision = []
+    for first in range(0, len(batch.frame_of_row), BATCH):
+        frames = batch.frames[batch.frame_of_row[first : first + BATCH]]
+        pixels = pixel_values(torch.from_numpy(frames).to(input_ids.device))
+        vision.append(unit(clip.visual_projection(vision_features(clip, pixels)[1])))
+    features = torch.cat(vision).float().cpu().numpy(), language.float().cpu().numpy()
+    return picture_text_measures(*features, batch) | zero_shot_measures(*features, batch, source.episodes)
 
 
 def spread_rows(source: TripletSource, positions: np.ndarray, most: int) -> np.ndarray:
@@ -127,25 +146,13 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
     For actions a key is right if it is the row's own chunk or one at most 0.01 mean squared units away.
     """
     batch = held_out.batch
-    texts, first = np.unique(batch.text_id, return_index=True)
-    text_goal = batch.goal_id[first]
-    image_text = held_out.vision @ held_out.language[texts].T  # (b, u)
-    same_goal = batch.goal_id[:, None] == text_goal[None, :]
     flat = batch.action_chunk.reshape(len(batch.action_chunk), -1)
     squared = (flat**2).sum(1)
     distance = (squared[:, None] + squared[None, :] - 2 * flat @ flat.T) / flat.shape[1]
     near = distance <= 0.01
     np.fill_diagonal(near, True)
-    pairs = {
-        "image_to_text": (image_text, same_goal),
-        "text_to_image": (image_text.T, same_goal.T),
-        "context_to_action": (held_out.context @ held_out.action.T, near),
-    }
-    measures = {}
-    for name, (similarity, positives) in pairs.items():
-        for k in (1, 5):
-            measures[f"{name}_r{k}"] = recall_at_k(similarity, positives, k)
-            measures[f"{name}_r{k}/chance"] = recall_at_k_chance(positives, k)
+    measures = picture_text_measures(held_out.vision, held_out.language, batch)
+    measures |= recalls("context_to_action", held_out.context @ held_out.action.T, near)
     for other in ("text", "image"):
         context = getattr(held_out, f"context_of_other_{other}")
         name = f"context_to_action_r1_of_other_{other}"
@@ -154,12 +161,30 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
     return measures
 
 
-def zero_shot_measures(held_out: Embedded, source: TripletSource) -> dict[str, float]:
+def picture_text_measures(vision: np.ndarray, language: np.ndarray, batch: TripletBatch) -> dict[str, float]:
+    """R@1 and R@5 between the pictures of b rows and the distinct texts among them: (b, d), and (u, d) of all texts."""
+    texts, first = np.unique(batch.text_id, return_index=True)
+    similarity = vision @ language[texts].T  # (b, distinct)
+    same_goal = batch.goal_id[:, None] == batch.goal_id[first][None, :]
+    return recalls("image_to_text", similarity, same_goal) | recalls("text_to_image", similarity.T, same_goal.T)
+
+
+def recalls(name: str, similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]:
+    """Multi-positive R@1 and R@5 beside their chance levels."""
+    measures = {}
+    for k in (1, 5):
+        measures[f"{name}_r{k}"] = recall_at_k(similarity, positives, k)
+        measures[f"{name}_r{k}/chance"] = recall_at_k_chance(positives, k)
+    return measures
+
+
+def zero_shot_measures(
+    vision: np.ndarray, language: np.ndarray, batch: TripletBatch, episodes: Episodes
+) -> dict[str, float]:
     """Is the episode's own instruction the most similar one among its scene's goals, in the second half of it?
 
     Where scenes are unknown or have one goal, the candidates are the instructions of all held-out goals.
     """
-    batch, episodes = held_out.batch, source.episodes
     late = batch.progress > 0.5
     scene_goals: dict[int, dict[int, int]] = {}
     for scene, goal, text in zip(episodes.scene_id, episodes.goal_id, episodes.text_id, strict=True):
@@ -175,7 +200,7 @@ def zero_shot_measures(held_out: Embedded, source: TripletSource) -> dict[str, f
             continue
         goals = list(candidates)
         texts = np.array([candidates[g] for g in goals])
-        best = goals[int((held_out.language[texts] @ held_out.vision[row]).argmax())]
+        best = goals[int((language[texts] @ vision[row]).argmax())]
         hits.append(best == int(batch.goal_id[row]))
         chance.append(1 / len(goals))
     if not hits:

@@ -1,9 +1,14 @@
-"""The report of an alignment run, from its metrics.jsonl and alignment.json alone."""
+"""The report of an alignment run, from its metrics.jsonl, alignment.json and views.safetensors alone."""
 
 import json
+import textwrap
 from pathlib import Path
 
-from vla.eval.report import Figure, Report, Section, Table, figure, percent, write_report
+import numpy as np
+from matplotlib.patches import Rectangle
+
+from vla.eval.alignment_views import Views, load_views
+from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, percent, write_report
 
 TITLES = {
     "context_action": "context -> action (text-conditioned patches against the action chunk)",
@@ -31,6 +36,12 @@ def write_alignment_report(folder: Path) -> Path:
                 (measure_table(record["metrics"]),),
             ),
             Section("Measures over training", "", tuple(measure_figures(validation))),
+            Section(
+                "Held-out rows",
+                "Pictures and instructions that stage one has not trained on.",
+                tuple(view_figures(load_views(folder / "views.safetensors"))),
+            ),
+            *([way_section(record["way"])] if record["way"] else []),
             Section(
                 "Losses",
                 "The dashed line is the chance level, the dotted one the floor of soft targets.",
@@ -115,6 +126,114 @@ def measure_figures(validation: list[dict]) -> list[Figure]:
         axes.legend(frameon=False)
 
     return [figure(draw, "Held-out measures over training: " + ", ".join(names) + ".")]
+
+
+def way_section(way: list[dict[str, float]]) -> Section:
+    """What the encoder tells apart at shares of the way from its pretrained start to its trained weights."""
+    names = [name for name in way[0] if name != "share" and not name.endswith("/chance")]
+    shown = [name for name in names if name.endswith(("zero_shot", "image_to_text_r1", "text_to_image_r1"))]
+    shares = [point["share"] for point in way]
+
+    def draw(axes) -> None:
+        for color, name in zip(COLORS, shown, strict=False):
+            style = "--" if name.startswith("old/") else "-"
+            axes.plot(shares, [point[name] for point in way], style, marker="o", color=color, label=name)
+        axes.set(xlabel="share of the way from the start (0) to the trained weights (1)", ylim=(0, 1))
+        axes.legend(frameon=False, fontsize=8)
+
+    kept = [f"{name} {way[0][name]:.2f} -> {way[-1][name]:.2f}" for name in shown]
+    rows = tuple((f"{point['share']:g}", *(f"{point[name]:.3f}" for name in shown)) for point in way)
+    return Section(
+        "From the pretrained start",
+        "Weights between the start and the trained ones, on the held-out episodes of the new data, and of the start's own (old) where "
+        "they are given: what falls there was forgotten.",
+        (
+            figure(draw, "From start to end: " + "; ".join(kept) + "."),
+            Table("Measures along the way", ("share", *shown), rows),
+        ),
+    )
+
+
+def view_figures(views: Views) -> list[Figure]:
+    """Similarity heat map, map of the embeddings, nearest neighbours."""
+    figures = [heat_map(views)]
+    if len(views.position):
+        figures.append(embedding_map(views))
+    return [*figures, neighbours(views)]
+
+
+def heat_map(views: Views) -> Figure:
+    """Pictures against instructions; the right ones are framed."""
+
+    def draw(axes) -> None:
+        count, texts = views.similarity.shape
+        image = axes.imshow(views.similarity, cmap="viridis")
+        for row, picture in enumerate(views.pictures):
+            axes.imshow(picture, extent=(-1.7, -0.7, row + 0.5, row - 0.5))
+        for row, column in np.argwhere(views.right):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#e4572e", linewidth=2))
+        axes.set(xlim=(-1.75, texts - 0.5), ylim=(count - 0.5, -0.5), yticks=[])
+        axes.set_xticks(range(texts), [plain(text, 26) for text in views.instructions], rotation=90, fontsize=7)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.figure.colorbar(image, ax=axes, label="cosine", shrink=0.6)
+
+    first = int((views.similarity.argmax(1) == views.right.argmax(1)).sum())
+    return figure(
+        draw,
+        f"Cosine of {len(views.pictures)} pictures at the end of their episodes with their instructions; the right one is framed "
+        f"and is the most similar for {first} of them.",
+        size=(7.0, 6.0),
+    )
+
+
+def embedding_map(views: Views) -> Figure:
+    """Two copies of the map, coloured by goal and by progress."""
+
+    def draw(axes) -> None:
+        by_goal, by_progress = axes
+        by_goal.scatter(*views.position.T, s=3, color="#bbb")
+        for color, (goal, text) in zip(COLORS, views.named_goals.items(), strict=False):
+            by_goal.scatter(*views.position[views.goal_id == int(goal)].T, s=12, color=color, label=plain(text, 34))
+        by_goal.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.02))
+        points = by_progress.scatter(*views.position.T, s=4, c=views.progress, cmap="viridis", vmin=0, vmax=1)
+        by_progress.figure.colorbar(points, ax=by_progress, label="progress", location="bottom")
+        for one in axes:
+            one.set(xticks=[], yticks=[])
+
+    return figure(
+        draw,
+        f"Map of the contexts of {len(views.position)} held-out rows (t-SNE of the cosines): on the left the most frequent goals in "
+        "colour, on the right the share of the episode that has passed.",
+        size=(7.0, 4.6),
+        grid=(1, 2),
+    )
+
+
+def neighbours(views: Views) -> Figure:
+    """Each query in the first column, its neighbours after it."""
+    queries, columns = views.neighbour_goal_id.shape
+    right = views.neighbour_goal_id[:, 1:] == views.neighbour_goal_id[:, :1]
+
+    def draw(axes) -> None:
+        for number, one in enumerate(np.atleast_2d(axes).flat):
+            row, column = divmod(number, columns)
+            one.imshow(views.neighbours[row, column])
+            one.set(xticks=[], yticks=[])
+            color = "#4d4d4d" if column == 0 else "#2a9d5c" if right[row, column - 1] else "#999"
+            one.set_title(plain(views.neighbour_instructions[number], 22), fontsize=6.5, color=color)
+
+    return figure(
+        draw,
+        f"{queries} pictures with their instructions (first column) and the {columns - 1} rows of other episodes whose context is the most "
+        f"similar; {int(right.sum())} of {right.size} have the same goal (green).",
+        size=(7.0, 1.75 * queries),
+        grid=(queries, columns),
+    )
+
+
+def plain(text: str, width: int) -> str:
+    """A text in lines of at most `width`, that the drawing does not take for a formula."""
+    return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
 
 
 def health_table(train: list[dict]) -> Table:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 COLORS = ("#1f5fbf", "#d1495b", "#2a9d5c", "#8a5fbf", "#c77d1e", "#4d4d4d", "#0f8b8d", "#b0578d")  # of lines
 
@@ -99,13 +99,16 @@ def markdown(report: Report, title: str, pictures: Path, prefix: str) -> str:
     return "\n".join(parts)
 
 
-def figure(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = (7.0, 3.2)) -> Figure:
-    """An SVG figure; `draw` gets the axes. Colours follow the page, light or dark."""
+def figure(
+    draw: Callable[..., None], description: str, size: tuple[float, float] = (7.0, 3.2), grid: tuple[int, int] = (1, 1)
+) -> Figure:
+    """An SVG figure; `draw` gets the axes, as an array of `grid` where there are several. Colours follow the page, light or dark."""
     with plt.rc_context(
         {"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "axes.edgecolor": "#888"}
     ):
-        canvas, axes = plt.subplots(figsize=size, layout="constrained")
-        axes.spines[["top", "right"]].set_visible(False)
+        canvas, axes = plt.subplots(*grid, figsize=size, layout="constrained")
+        for one in np.atleast_1d(axes).flat:
+            one.spines[["top", "right"]].set_visible(False)
         draw(axes)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

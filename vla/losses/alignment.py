@@ -3,11 +3,11 @@
 No term keeps a mask of all pairs: parts of the rows are compared with all columns, and who belongs to whom is looked up by id.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vla.losses.contrastive import (
@@ -23,8 +23,9 @@ from vla.losses.contrastive import (
     soft_targets,
     weighted_mean,
 )
-from vla.losses.rowwise import Term, in_parts
+from vla.losses.rowwise import Term, in_parts, spans
 
+GROUP = 512  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
 KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
 
@@ -43,7 +44,7 @@ class Pairing:
     goal_texts: Tensor  # (g, u) bool: the texts a goal is asked with
     scene_texts: Tensor  # (s, u) bool: the texts used in a scene
 
-    def positives(self, frames: slice, texts: slice = slice(None)) -> Tensor:
+    def positives(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
         """(frames, texts) bool."""
         first, stop, _ = frames.indices(len(self.scene_of_frame))
         rows = ((self.frame_of_row >= first) & (self.frame_of_row < stop)).nonzero()[:, 0]
@@ -51,7 +52,7 @@ class Pairing:
         found = torch.zeros(stop - first, asked.shape[1], device=asked.device)
         return found.index_add_(0, self.frame_of_row[rows] - first, asked.float()) > 0
 
-    def decided(self, frames: slice, texts: slice = slice(None)) -> Tensor:
+    def decided(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
         """(frames, texts) bool: whether a text is right or wrong of an image, not merely true."""
         scene = self.scene_of_frame[frames]
         named = self.scene_texts[scene.clamp_min(0)][:, texts] & (scene >= 0)[:, None]
@@ -117,27 +118,65 @@ def vision_language_sigmoid_term(
     return in_parts(part, len(vision), len(language), vision, language, scale, bias)
 
 
-def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing) -> Term:
-    """Symmetric multi-positive InfoNCE on the late interaction of images and texts (`late_interaction`).
+@dataclass(frozen=True)
+class Group:
+    """Consecutive images that are compared word by word, with the texts of their goals and no others."""
+
+    images: slice
+    texts: Tensor  # (t,) ascending
+
+
+def groups_of(pairs: Pairing) -> list[Group]:
+    """Groups of at most `GROUP` images, so that comparing words with patches grows with the batch and not with its square.
+
+    A batch's images are in the data set's order, so a group holds whole scenes: its negatives are the hard ones.
+    """
+    groups = []
+    for images in spans(len(pairs.scene_of_frame), GROUP):
+        rows = (pairs.frame_of_row >= images.start) & (pairs.frame_of_row < images.stop)
+        groups.append(Group(images, pairs.goal_texts[pairs.goal_of_row[rows]].any(0).nonzero()[:, 0]))
+    return groups
+
+
+def grouped_late_interaction(
+    patches: Tensor, words: Tensor, words_mask: Tensor, groups: Sequence[Group], first: int = 0
+) -> Tensor:
+    """(b, t) `late_interaction` of images with the texts of their group; 0 in columns beyond these.
 
     Args:
-        similarity: (f, u). scale: () exponentiated.
-        pairs: which of them belong together; texts that are merely true of an image are left out.
+        patches: (b, n, d) of the consecutive images from `first` on. words, words_mask: of all texts, (u, l, d) and (u, l).
+        groups: of the whole batch.
     """
-    images, texts = similarity.shape
+    width, parts = max(len(group.texts) for group in groups), []
+    for group in groups:
+        own = patches[max(0, group.images.start - first) : max(0, group.images.stop - first)]
+        if len(own):
+            named = words.index_select(0, group.texts)
+            similarity = late_interaction(own, named, words_mask[group.texts])
+            parts.append(nn.functional.pad(similarity, (0, width - len(group.texts))))
+    return torch.cat(parts)
 
-    def to_texts(span: slice, similarity: Tensor, scale: Tensor) -> Term:
-        positives, valid = pairs.positives(span), pairs.decided(span)
-        loss = info_nce_of(scale * at_least_float32(similarity[span]), positives, valid=valid)
-        return len(positives) / images * _term(loss, info_nce_chance(positives, valid))
 
-    def to_images(span: slice, similarity: Tensor, scale: Tensor) -> Term:
-        positives, valid = pairs.positives(slice(None), span).T, pairs.decided(slice(None), span).T
-        loss = info_nce_of(scale * at_least_float32(similarity[:, span].T), positives, valid=valid)
-        return len(positives) / texts * _term(loss, info_nce_chance(positives, valid))
+def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: Sequence[Group]) -> Term:
+    """Symmetric multi-positive InfoNCE on the late interaction of images and the texts of their group.
 
-    tensors = (similarity, scale)
-    return 0.5 * (in_parts(to_texts, images, texts, *tensors) + in_parts(to_images, texts, images, *tensors))
+    Args:
+        similarity: (f, t), see `grouped_late_interaction`. scale: () exponentiated.
+        pairs: which of them belong together; texts that are merely true of an image are left out.
+        groups: who is compared with whom.
+    """
+    images, texts = len(similarity), sum(len(group.texts) for group in groups)
+
+    def of_group(number: slice, similarity: Tensor, scale: Tensor) -> Term:
+        group = groups[number.start]
+        logits = scale * at_least_float32(similarity[group.images, : len(group.texts)])
+        positives, valid = pairs.positives(group.images, group.texts), pairs.decided(group.images, group.texts)
+        to_texts = _term(info_nce_of(logits, positives, valid=valid), info_nce_chance(positives, valid))
+        positives, valid = positives.T, valid.T
+        to_images = _term(info_nce_of(logits.T, positives, valid=valid), info_nce_chance(positives, valid))
+        return 0.5 * (len(logits) / images * to_texts + len(positives) / texts * to_images)
+
+    return in_parts(of_group, len(groups), 1, similarity, scale, pairs=1)
 
 
 def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpness: float = 20.0) -> Tensor:

@@ -1,16 +1,18 @@
 """The stage-one model: CLIP towers, the text-conditioned pooler, action and state encoders, projections, scales."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from vla.losses.alignment import late_interaction
+from vla.losses.alignment import Group, grouped_late_interaction
 from vla.losses.contrastive import at_least_float32
 from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
 from vla.models.clip import patch_embeds, text_features, vision_features, word_embeds
+from vla.models.finetuning import merged
 from vla.models.pooler import TextConditionedPooler
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
@@ -33,7 +35,7 @@ class RowEmbeds:
     vision: Tensor  # (f, d)
     context: Tensor  # (b, d)
     action: Tensor  # (b, d)
-    similarity: Tensor | None  # (f, u) late interaction of images and texts
+    similarity: Tensor | None  # (f, t) late interaction of images and the texts of their group
     scene: Tensor | None  # (f, d)
     state: Tensor | None  # (f, d)
 
@@ -89,10 +91,10 @@ class AlignmentModel(nn.Module):
                 scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def exported_clip(self) -> CLIPModel:
-        """The CLIP model with the trained vision-language scale where CLIP keeps it."""
+        """The CLIP model with the trained vision-language scale where CLIP keeps it, low-rank updates merged."""
         with torch.no_grad():
             self.clip.logit_scale.copy_(self.logit_scales["vision_language"])
-        return self.clip
+        return merged(self.clip)
 
     def texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextEmbeds:
         """Embed the distinct texts of a batch, (u, l) ids and mask."""
@@ -110,7 +112,8 @@ class AlignmentModel(nn.Module):
         action_is_pad: Tensor,
         state: Tensor | None,
         *,
-        late: bool = True,
+        groups: Sequence[Group] = (),
+        first: int = 0,
         text_gradient: float = 0.1,
     ) -> RowEmbeds:
         """Embed images and the rows that show them.
@@ -121,7 +124,8 @@ class AlignmentModel(nn.Module):
             frame_of_row, text_of_row: (b,) index of each row's image and text among them.
             action_chunk, action_is_pad: (b, h, a) normalised and (b, h).
             state: (f, s) of the images, normalised; None if it is not to be embedded.
-            late: whether the late interaction is needed.
+            groups: of the whole batch's images, for the late interaction; none, and it is left out.
+            first: where the first of these images is among the batch's.
             text_gradient: share of the context term's gradient that reaches the words.
         """
         tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
@@ -133,7 +137,9 @@ class AlignmentModel(nn.Module):
             vision=unit(self.clip.visual_projection(pooled)),
             context=self.context_projection(context),
             action=self.action_projection(self.action_encoder(action_chunk, action_is_pad)),
-            similarity=late_interaction(patches, texts.named, attention_mask) if late else None,
+            similarity=grouped_late_interaction(patches, texts.named, attention_mask, groups, first)
+            if groups
+            else None,
             scene=None if state is None else self.scene_projection(self.scene_features(tokens)),
             state=None if state is None else self.state_projection(self.state_encoder(state)),
         )

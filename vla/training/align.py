@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,13 @@ from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, 
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler
-from vla.eval.alignment import measure_alignment
+from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
+from vla.eval.alignment_views import save_views, views_of
 from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
-from vla.models.clip import build_clip, load_clip, resize_positions, save_clip, tokenize
+from vla.models.clip import Encoder, build_clip, load_clip, resize_positions, save_clip, tokenize
+from vla.models.finetuning import add_lora, interpolated
 from vla.training.align_step import forward_backward, on_device
 from vla.training.checkpoint import (
     latest_checkpoint,
@@ -41,6 +43,7 @@ from vla.training.checkpoint import (
 )
 from vla.training.optim import Optimizers, layer_groups, make_optimizers, schedule
 from vla.training.prefetch import prefetch
+from vla.training.pretrained import HeldOut, along_the_way, check_start
 from vla.training.processes import Processes
 from vla.training.run import RunFolder
 from vla.types import TripletBatch, UserError
@@ -55,6 +58,7 @@ def train_align(config: AlignConfig) -> Path:
     Raises:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
+    check_start(config)
     torch.set_num_threads(config.threads)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     processes = Processes(accelerator.process_index, accelerator.num_processes)
@@ -82,8 +86,11 @@ def train_align(config: AlignConfig) -> Path:
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    start = {name: weight.clone() for name, weight in clip.state_dict().items()} if config.tower.pretrained else None
     model = make_model(config, clip, episodes)
     tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
+    if config.tower.lora_rank:
+        add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
     if config.tower.locked:
         model.clip.vision_model.requires_grad_(False)
     optimizer = make_optimizers(
@@ -160,7 +167,7 @@ def train_align(config: AlignConfig) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured = measure(model, source, train, validation, input_ids, attention_mask)
+            measured, _ = measure(model, source, train, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
@@ -170,10 +177,19 @@ def train_align(config: AlignConfig) -> Path:
     bar.close()
 
     if run.writes:
-        measured = measure(model, source, train, validation, input_ids, attention_mask)
+        measured, held_out = measure(model, source, train, validation, input_ids, attention_mask)
+        save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
         run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
         seconds = before + time.perf_counter() - started
-        export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes)
+        way = []
+        if start is not None:
+            data = {"new": HeldOut(source, validation)} | old_data(config)
+            trained = model.exported_clip()
+            way = along_the_way(start, trained, tokenizer, config.wise_ft, data)
+            for share in config.wise_ft:
+                encoder = interpolated(start, trained, share)
+                export_encoder(run.folder / "wise_ft" / f"{share:g}", model, tokenizer, encoder)
+        export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way)
         write_alignment_report(run.folder)
         run.close()
     accelerator.wait_for_everyone()
@@ -220,10 +236,20 @@ def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> Alig
 def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
     """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer)."""
     if tower.pretrained is None:
-        sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked")}
+        sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked", "lora_rank")}
         return build_clip(texts, image_size=image_size, **sizes)
     clip, tokenizer = load_clip(tower.pretrained)
     return resize_positions(clip, image_size), tokenizer
+
+
+def old_data(config: AlignConfig) -> dict[str, HeldOut]:
+    """The held-out episodes of the data set that forgetting is measured on, if there is one."""
+    if config.forgetting is None:
+        return {}
+    episodes = read_episodes(config.forgetting)
+    train, held_out = split_episodes(episodes, config.data.holdout, config.seed)
+    frames = replace(config, data=replace(config.data, cache=None))
+    return {"old": HeldOut(make_source(frames, episodes, rows_of(episodes, train)), held_out)}
 
 
 def measure(
@@ -233,8 +259,8 @@ def measure(
     validation: np.ndarray,
     input_ids: Tensor,
     attention_mask: Tensor,
-) -> dict[str, float]:
-    """Alignment measures on the held-out episodes."""
+) -> tuple[dict[str, float], Embedded]:
+    """Alignment measures on the held-out episodes, and their features."""
     model.eval()
     measured = measure_alignment(model, source, train, validation, input_ids, attention_mask)
     model.train()
@@ -286,6 +312,7 @@ def export(
     measured: dict[str, float],
     seconds: float,
     processes: Processes,
+    way: list[dict[str, float]],
 ) -> None:
     """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
     export_encoder(folder, model, tokenizer)
@@ -301,19 +328,23 @@ def export(
         "processes": processes.count,
         "seconds": round(seconds, 1),
         "metrics": measured,
+        "way": way,
         "versions": versions(),
     }
     (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def export_encoder(folder: Path, model: AlignmentModel, tokenizer) -> None:
-    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model."""
+def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder | None = None) -> None:
+    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model.
+
+    `clip` is written in place of the model's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
     save_file(others, folder / "alignment.safetensors")
     encoder, partial = folder / "clip", folder / "clip.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    save_clip(partial, model.exported_clip(), tokenizer)
+    save_clip(partial, clip or model.exported_clip(), tokenizer)
     shutil.rmtree(encoder, ignore_errors=True)
     partial.rename(encoder)
 

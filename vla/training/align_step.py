@@ -10,7 +10,7 @@ between them.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from vla.config import LossConfig
 from vla.losses.alignment import (
+    Group,
+    Pairing,
     batch_health,
+    groups_of,
     idle_chunks,
     near_duplicates,
     pairing,
@@ -51,6 +54,18 @@ class DeviceBatch:
     action_is_pad: Tensor  # (b, h)
     state: Tensor  # (f, s)
     ids: dict[str, Tensor]  # goal_id, scene_id, episode_id, timestep, progress: (b,) each
+
+    @cached_property
+    def pairs(self) -> Pairing:
+        """Which of its texts belong to which of its images."""
+        ids = self.ids
+        frames, texts = len(self.shown), len(self.input_ids)
+        return pairing(self.frame_of_row, self.text_of_row, ids["goal_id"], ids["scene_id"], frames, texts)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Which of its images and texts are compared word by word."""
+        return groups_of(self.pairs)
 
     def rows(self, images: slice) -> slice:
         """The rows that show some consecutive images."""
@@ -101,15 +116,7 @@ def batch_terms(
         language: (u, d) embeddings of the distinct texts. rows: those of images and rows.
         rest: (a,) the resting action, normalised.
     """
-    ids, shown = batch.ids, batch.shown
-    pairs = pairing(
-        batch.frame_of_row,
-        batch.text_of_row,
-        ids["goal_id"],
-        ids["scene_id"],
-        frames=len(shown),
-        texts=len(batch.input_ids),
-    )
+    ids, shown, pairs = batch.ids, batch.shown, batch.pairs
     episode, timestep = ids["episode_id"], ids["timestep"]
     idle = idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(shown.device))
     moving = (~idle).float() if not idle.all() else torch.ones_like(idle, dtype=torch.float32)
@@ -133,7 +140,7 @@ def batch_terms(
         else:
             terms["vision_language"] = vision_language_term(rows.vision, language, scale, pairs, progress)
     if rows.similarity is not None:
-        terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), pairs)
+        terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), pairs, batch.groups)
     if rows.scene is not None and rows.state is not None:
         terms["state"] = soft_term(
             rows.scene,
@@ -216,7 +223,8 @@ def embed_rows(
         batch.action_chunk[rows],
         batch.action_is_pad[rows],
         batch.state[images] if loss.state else None,
-        late=loss.word_patch > 0,
+        groups=batch.groups if loss.word_patch else (),
+        first=images.start,
     )
 
 
