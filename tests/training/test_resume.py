@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vla.config import LossConfig
 from vla.config_io import save_yaml
 from vla.training.align import train_align
 from vla.training.policy import train_policy
@@ -56,9 +57,13 @@ def test_stage_one_resumes_exactly(align_config, tmp_path, at_step):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("tune", [False, True])
-def test_stage_two_resumes_exactly(policy_config, tmp_path, tune):
-    config = replace(policy_config, steps=8, eval_every=4, save_every=2, tune=tune, output=str(tmp_path / "whole"))
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tune": True}, {"tune": True, "auxiliary": 0.5, "loss": LossConfig(queries=2, pooler_width=32)}],
+    ids=["frozen", "tuned", "auxiliary"],
+)
+def test_stage_two_resumes_exactly(policy_config, tmp_path, changes):
+    config = replace(policy_config, steps=8, eval_every=4, save_every=2, output=str(tmp_path / "whole"), **changes)
     train_policy(config)
     broken = replace(config, output=str(tmp_path / "broken"))
     run_and_kill("train_policy.py", broken, tmp_path / "broken", 5)

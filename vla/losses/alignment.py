@@ -25,7 +25,7 @@ from vla.losses.contrastive import (
 )
 from vla.losses.rowwise import Term, in_parts, spans
 
-GROUP = 512  # images that are compared with each other's texts word by word
+GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
 KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
 

@@ -34,6 +34,7 @@ from vla.losses.rowwise import Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds, TextEmbeds
 from vla.models.clip import pixel_values
 from vla.training.checkpoint import restore_rng, rng_tensors
+from vla.training.memory import give_back
 from vla.training.processes import ALONE, Processes
 from vla.types import TripletBatch
 
@@ -286,7 +287,11 @@ class Pieces[E: (TextEmbeds, RowEmbeds)]:
                 for name in names_of(part)
                 if getattr(part, name).requires_grad and getattr(whole, name).grad is not None
             ]
-            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+            if pairs:  # none of frozen texts
+                torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+            if not self.kept:
+                del part, pairs
+                give_back()
         restore_rng(after)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
+from vla.data.batches import Normalizers
 from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, select, split_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
@@ -32,6 +33,7 @@ from vla.losses.cloning import masked_l1
 from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions, text_features, tokenize
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align import make_encoders
+from vla.training.auxiliary import Auxiliary
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -43,7 +45,7 @@ from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.run import RunFolder
 from vla.training.tokens import open_tokens
-from vla.types import ACTION_KEY, STATE_KEY, UserError
+from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
 from vla.versions import versions
 
 
@@ -57,6 +59,7 @@ class CloningBatch:
     text_id: np.ndarray  # (b,)
     action_chunk: np.ndarray  # (b, h, a) normalised
     action_is_pad: np.ndarray  # (b, h)
+    triplets: TripletBatch | None = None  # of the auxiliary loss
 
 
 def train_policy(config: PolicyTrainConfig) -> Path:
@@ -96,10 +99,12 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     }
 
     policy = make_policy(config, episodes)
-    optimizer = make_optimizers(
-        [(policy.network, config.optimizer.lr), (policy.clip, config.optimizer.lr * config.encoder_lr_scale)],
-        config.optimizer.weight_decay,
-    )
+    normalizers = Normalizers(stats[ACTION_KEY], stats[STATE_KEY])
+    auxiliary = Auxiliary(config, episodes, train, frames, normalizers, policy) if config.auxiliary else None
+    encoder_lr = config.optimizer.lr * config.encoder_lr_scale
+    groups = [(policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
+    groups += [(auxiliary.model, config.optimizer.lr)] if auxiliary else []
+    optimizer = make_optimizers(groups, config.optimizer.weight_decay)
     policy, *members = accelerator.prepare(policy, *optimizer.members)
     optimizer = Optimizers(tuple(members))
     unwrapped: ConcordPolicy = accelerator.unwrap_model(policy)
@@ -116,13 +121,15 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         )
     words = frozen_words(unwrapped, episodes.texts) if tokens is not None else None
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
-    first, before = restore(run, unwrapped, optimizer, averaged) if config.resume else (0, 0.0)
+    others = auxiliary.own_parameters() if auxiliary else {}
+    first, before = restore(run, unwrapped, optimizer, averaged, others) if config.resume else (0, 0.0)
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
     def make_batch(step: int) -> CloningBatch:
         rng = np.random.default_rng([config.seed, step, 2])
         chosen = rows[rng.integers(len(rows), size=config.batch_size)]
-        return gather(config, episodes, frames, tokens, stats, chosen, rng)
+        batch = gather(config, episodes, frames, tokens, stats, chosen, rng)
+        return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
 
     window: list[dict[str, float]] = []
     unwrapped.train()
@@ -135,7 +142,9 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             features = embed(unwrapped, batch, words, episodes.texts, config.head.token_noise)
         loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
         accelerator.backward(loss)
-        grad_norm = accelerator.clip_grad_norm_(unwrapped.parameters(), config.optimizer.clip_norm)
+        terms = auxiliary.add_gradients(step, batch.triplets, accelerator.autocast) if auxiliary else {}
+        parameters = [*unwrapped.parameters(), *others.values()]
+        grad_norm = accelerator.clip_grad_norm_(parameters, config.optimizer.clip_norm)
         if not torch.isfinite(loss + grad_norm):
             stop_on_nonfinite(run.folder, step, batch)
         optimizer.step()
@@ -150,6 +159,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
                 "samples_per_s": config.batch_size / seconds,
                 "data_wait": waited / seconds,
             }
+            | terms
         )
         bar.update()
         done = step + 1
@@ -168,7 +178,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
                 folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes)
             run.log(done, rollouts(config, episodes, folder))
         if saves:
-            checkpoint(run, done, unwrapped, optimizer, averaged, before + time.perf_counter() - started)
+            elapsed = before + time.perf_counter() - started
+            checkpoint(run, done, unwrapped, optimizer, averaged, others, elapsed)
     bar.close()
 
     with averaged_weights(unwrapped, averaged):
@@ -380,16 +391,22 @@ def checkpoint(
     policy: ConcordPolicy,
     optimizer: Optimizers,
     averaged: dict[str, Tensor],
+    others: dict[str, Tensor],
     seconds: float,
 ) -> None:
     """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated."""
     tensors, meta = optimizer.tensors()
     groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
+    groups |= {"auxiliary": others} if others else {}
     save_checkpoint(run.folder, step, groups, {"step": step, "optimizer": meta, "seconds": seconds})
 
 
 def restore(
-    run: RunFolder, policy: ConcordPolicy, optimizer: Optimizers, averaged: dict[str, Tensor]
+    run: RunFolder,
+    policy: ConcordPolicy,
+    optimizer: Optimizers,
+    averaged: dict[str, Tensor],
+    others: dict[str, Tensor],
 ) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took."""
     path = latest_checkpoint(run.folder)
@@ -401,6 +418,8 @@ def restore(
         for name, p in trained_parameters(policy).items():
             p.copy_(tensors["model"][name])
             averaged[name].copy_(tensors["averaged"][name])
+        for name, p in others.items():
+            p.copy_(tensors["auxiliary"][name])
     optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
@@ -445,7 +464,8 @@ def digest(batch: CloningBatch) -> str:
 def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
     """Save the batch that broke the loss, then stop."""
     path = folder / f"nonfinite_step_{step:06d}.safetensors"
-    save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in vars(batch).items()}, path)
+    arrays = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+    save_file({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}, path)
     raise UserError(
         f"loss is not finite at step {step}; the batch is in {path}; "
         "try a lower --optimizer.lr or --precision=no with another --output"

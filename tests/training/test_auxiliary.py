@@ -1,0 +1,64 @@
+"""Stage one's terms beside the cloning loss."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from vla.config import BatchConfig, LossConfig
+from vla.training.policy import train_policy
+from vla.types import UserError
+
+
+@pytest.fixture
+def config(policy_config, tmp_path):
+    """A tuned policy with the auxiliary loss."""
+    loss, batch = LossConfig(queries=2, pooler_width=32), BatchConfig(goals=8, frames=2, gap=2)
+    config = replace(policy_config, tune=True, auxiliary=1.0, loss=loss, batch=batch, steps=30, log_every=5)
+    return replace(config, encoder_lr_scale=1.0, output=str(tmp_path / "run"))
+
+
+def test_the_terms_are_logged_and_fall(config):
+    train_policy(config)
+    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "auxiliary/context_action" in line]
+    for term in ("context_action", "word_patch", "vision_language", "state"):
+        assert logged[-1][f"auxiliary/{term}"] < logged[0][f"auxiliary/{term}"], term
+
+
+def test_their_weight_falls_to_nothing(config, monkeypatch):
+    weights = []
+
+    def spy(*arguments, **named):
+        weights.append(arguments[3].context_action)
+        return real(*arguments, **named)
+
+    from vla.training import auxiliary
+
+    real = auxiliary.forward_backward
+    monkeypatch.setattr(auxiliary, "forward_backward", spy)
+    train_policy(replace(config, auxiliary=0.5, steps=5))
+    assert weights == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_frozen_encoder_is_refused(config):
+    with pytest.raises(UserError, match="auxiliary needs an encoder that is fine-tuned; add --tune=true"):
+        train_policy(replace(config, tune=False))
+
+
+def test_a_pooler_of_another_size_is_refused(config):
+    with pytest.raises(UserError, match=r"needs loss\.queries = head\.queries .* got 6 and 2"):
+        train_policy(replace(config, loss=LossConfig()))
+
+
+def test_an_alignment_with_another_horizon_is_refused(config, encoder, tmp_path):
+    copy = tmp_path / "encoder"
+    copy.mkdir()
+    (copy / "clip").symlink_to(encoder)
+    weights = load_file(encoder.parent / "alignment.safetensors")
+    name = next(name for name in weights if name.startswith("action_encoder.") and weights[name].ndim > 1)
+    save_file(weights | {name: weights[name][:, :1].contiguous()}, copy / "alignment.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        train_policy(replace(config, encoder=str(copy / "clip")))

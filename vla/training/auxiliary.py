@@ -1,0 +1,109 @@
+"""Stage one's terms beside the cloning loss of stage two, on the encoder that is fine-tuned and the policy's pooler."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vla.config import AlignConfig, PolicyTrainConfig
+from vla.data.augmentation import augmenter
+from vla.data.batches import Normalizers, TripletSource, training_batch
+from vla.data.episodes import Episodes, rows_of
+from vla.data.normalization import normalize_quantile
+from vla.data.sampler import GoalSampler
+from vla.models.alignment import PAIRS
+from vla.models.clip import tokenize
+from vla.policies.concord import ConcordPolicy
+from vla.training.align import make_model
+from vla.training.align_step import forward_backward, on_device
+from vla.types import TripletBatch, UserError
+
+
+class Auxiliary:
+    """Batches and losses of stage one, whose weight falls from `auxiliary` to nothing over the run."""
+
+    def __init__(
+        self,
+        config: PolicyTrainConfig,
+        episodes: Episodes,
+        train: np.ndarray,
+        frames: np.ndarray,
+        stats: Normalizers,
+        policy: ConcordPolicy,
+    ) -> None:
+        """Build on a policy; what stage one has beside its encoder goes on from the file beside it, if there is one.
+
+        Raises:
+            UserError: a frozen encoder, or sizes that are not those of the policy's pooler or of the file.
+        """
+        if not config.tune:
+            raise UserError("config error: auxiliary needs an encoder that is fine-tuned; add --tune=true")
+        head, loss = config.head, config.loss
+        if (loss.queries, loss.pooler_width) != (head.queries, head.width):
+            raise UserError(
+                f"config error: auxiliary needs loss.queries = head.queries and loss.pooler_width = head.width, got "
+                f"{loss.queries} and {head.queries}, {loss.pooler_width} and {head.width}"
+            )
+        self.config = config
+        align = AlignConfig(data=config.data, loss=loss, batch=config.batch, horizon=head.horizon)
+        self.source = TripletSource(episodes, frames, stats, head.horizon)
+        self.sampler = GoalSampler(
+            episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
+        )
+        self.model = make_model(align, policy.clip, episodes)
+        beside = Path(config.encoder).parent / "alignment.safetensors"
+        if config.encoder != "random" and beside.is_file():
+            load_rest(self.model, beside)
+        self.model.pooler = policy.network.pooler
+        self.model.to(policy.image_mean.device)
+        self.texts = tuple(t.to(policy.image_mean.device) for t in tokenize(policy.tokenizer, episodes.texts))
+        rest = np.median(episodes.action[rows_of(episodes, train)], axis=0)
+        self.rest = torch.from_numpy(normalize_quantile(rest, stats.action))
+
+    def own_parameters(self) -> dict[str, Tensor]:
+        """What is trained and is not the policy's, by name."""
+        named = self.model.named_parameters()
+        return {n: p for n, p in named if p.requires_grad and not n.startswith(("clip.", "pooler."))}
+
+    def make_batch(self, step: int) -> TripletBatch:
+        """The triplets of a step, their pictures read."""
+        changes = {"augmenter": augmenter(self.config.data), "text_of_episode": None, "shuffle_actions": False}
+        batch = training_batch(self.source, self.sampler, step, **changes)
+        batch.frames.load(slice(0, len(batch.frames)))
+        return batch
+
+    def add_gradients(
+        self, step: int, batch: TripletBatch, autocast: Callable[[], AbstractContextManager]
+    ) -> dict[str, float]:
+        """Add the gradients of the weighted terms to those of the parameters; returns the terms, in nats."""
+        weight = self.config.auxiliary * (1 - step / self.config.steps)
+        loss = self.config.loss
+        weighted = replace(loss, **{name: weight * getattr(loss, name) for name in PAIRS})
+        _, terms, _ = forward_backward(
+            self.model,
+            on_device(batch, *self.texts, self.texts[0].device),
+            self.rest,
+            weighted,
+            gap=self.config.batch.gap,
+            chunk=0,
+            autocast=autocast,
+        )
+        return {f"auxiliary/{name}": float(term.loss.detach()) for name, term in terms.items()}
+
+
+def load_rest(model: torch.nn.Module, path: Path) -> None:
+    """Load what stage one trains beside the encoder."""
+    weights = {name: value for name, value in load_file(path).items() if not name.startswith("pooler.")}
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit ({reason}); use stage one's horizon for head.horizon") from error
+    absent = [name for name in missing if not name.startswith(("clip.", "pooler."))]
+    if absent or unexpected:
+        raise UserError(f"{path}: not what stage one writes for this loss ({', '.join([*absent, *unexpected][:3])})")
