@@ -30,14 +30,14 @@ def debug(cls, stage: str, **changes):
     return replace(load_config(cls, ["--config_path", f"{ROOT}/configs/{stage}/debug.yaml"]), **changes)
 
 
-def small_alignment_model(texts: tuple[str, ...], layers: int, sigmoid: bool = False):
+def small_alignment_model(texts: tuple[str, ...], layers: int, **kinds: bool):
     """A stage-one model for 24 px pictures in four patches, always the same, and its tokenizer."""
     torch.manual_seed(0)
     sizes = {"image_size": 24, "patch_size": 12, "width": 32, "layers": layers, "heads": 2}
     text_sizes = {"text_width": 32, "text_layers": 1, "text_heads": 2, "embed_dim": 16, "vocab_size": 600}
     clip, tokenizer = build_clip(texts, **sizes, **text_sizes)
     shapes = {"horizon": 4, "action_dim": 3, "state_dim": 2, "pooler_width": 32, "queries": 2}
-    return AlignmentModel(clip, **shapes, temperature=0.07, learn_temperature=True, sigmoid=sigmoid), tokenizer
+    return AlignmentModel(clip, **shapes, temperature=0.07, learn_temperature=True, **kinds), tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,10 @@ class LossConfig:
     vision_language: float = number(0.2, 0)  # weight: pooled image <-> instruction, multi-positive by goal
     vision_language_kind: Literal["softmax", "sigmoid"] = "softmax"  # InfoNCE, or a multi-label sigmoid loss
     state: float = number(0.25, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
+    transition_action: float = number(
+        0.0, 0
+    )  # weight: change between two pictures of an episode <-> the actions between
+    transition_language: float = number(0.0, 0)  # weight: that change <-> instruction, multi-positive by goal
     temperature: float = number(0.07, 0.01)  # initial temperature of every pair
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
     action_beta: float = number(

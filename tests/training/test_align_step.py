@@ -16,7 +16,7 @@ from tests.conftest import ROOT, small_alignment_model
 from vla.config import LossConfig
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
-from vla.training.align_step import DeviceBatch, batch_terms, embed_rows, embed_texts, forward_backward
+from vla.training.align_step import DeviceBatch, batch_terms, embed_rows, embed_texts, forward_backward, transitions
 from vla.training.processes import ALONE, Processes
 
 TEXTS = ("push the red star left", "pick up the green cross", "take the green cross")
@@ -24,10 +24,11 @@ GOALS = torch.tensor([0, 1, 1])
 
 
 SIGMOID = LossConfig(vision_language_kind="sigmoid")
+TRANSITIONS = LossConfig(transition_action=0.5, transition_language=0.5, state=0.0)
 
 
 def make_model(dropout: float = 0.0) -> tuple[AlignmentModel, tuple[torch.Tensor, torch.Tensor]]:
-    model, tokenizer = small_alignment_model(TEXTS, layers=2, sigmoid=True)
+    model, tokenizer = small_alignment_model(TEXTS, layers=2, sigmoid=True, transitions=True)
     if dropout:
         for name in ("visual_projection", "text_projection"):
             setattr(model.clip, name, torch.nn.Sequential(getattr(model.clip, name), torch.nn.Dropout(dropout)))
@@ -38,7 +39,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor) -> DeviceBatch:
     """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks."""
     torch.manual_seed(1)
     frame_of_row = torch.tensor([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 6])
-    text_of_row = torch.tensor([0, 2, 1, 2, 2, 1, 0, 1, 2, 0, 1])
+    text_of_row = torch.tensor([0, 2, 1, 2, 2, 1, 0, 1, 0, 0, 1])
     rows, frames = len(frame_of_row), 7
     chunks = torch.rand(rows, 4, 3, dtype=torch.float64) * 2 - 1
     chunks[4] = 0.0
@@ -59,7 +60,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor) -> DeviceBatch:
             "goal_id": GOALS[text_of_row],
             "scene_id": frame_of_row // 3,
             "episode_id": text_of_row + 4 * (frame_of_row // 3),
-            "timestep": frame_of_row,
+            "timestep": frame_of_row + (frame_of_row >= 2),
             "progress": torch.linspace(0.1, 1, rows, dtype=torch.float64),
         },
     )
@@ -83,7 +84,9 @@ def run(
 
 @pytest.mark.parametrize("chunk", [1, 3, 6])
 @pytest.mark.parametrize(
-    "loss", [LossConfig(), SIGMOID, LossConfig(state=0.0, word_patch=0.0), LossConfig(context_action=0.0)], ids=str
+    "loss",
+    [LossConfig(), SIGMOID, TRANSITIONS, LossConfig(state=0.0, word_patch=0.0), LossConfig(context_action=0.0)],
+    ids=str,
 )
 def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
     monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
@@ -118,6 +121,20 @@ def joined(parts):
     )
 
 
+def test_transitions_are_pairs_of_an_episode_neither_too_close_nor_too_far():
+    episode = torch.tensor([7, 3, 7, 3, 7, 5])
+    timestep = torch.tensor([9, 0, 1, 4, 3, 2])
+    first, second = transitions(episode, timestep, 2, 5)
+    assert sorted(zip(first.tolist(), second.tolist(), strict=True)) == [(1, 3), (2, 4)]
+
+
+def test_transitions_have_terms_whose_gradient_reaches_the_tower():
+    _, got = run(0, replace(TRANSITIONS, context_action=0.0, word_patch=0.0, vision_language=0.0))
+    assert got["clip.vision_model.embeddings.patch_embedding.weight"].norm() > 0
+    assert got["transition_projection.layers.1.weight"].norm() > 0
+    assert got["logit_scales.transition_language"] != 0
+
+
 def test_dropout_draws_anew_in_the_next_step():
     model, (ids, mask) = make_model(0.3)
     batch = make_batch(ids, mask)
@@ -126,7 +143,12 @@ def test_dropout_draws_anew_in_the_next_step():
     assert first != second
 
 
-CASES = {"whole": (0, LossConfig()), "pieces": (1, LossConfig()), "sigmoid": (0, SIGMOID)}
+CASES = {
+    "whole": (0, LossConfig()),
+    "pieces": (1, LossConfig()),
+    "sigmoid": (0, SIGMOID),
+    "transitions": (1, TRANSITIONS),
+}
 
 
 def one_of_many(rank: int, count: int, folder: Path) -> None:

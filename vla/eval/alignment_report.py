@@ -15,6 +15,8 @@ TITLES = {
     "word_patch": "words <-> patches (late interaction)",
     "vision_language": "vision <-> language (pooled image against the instruction)",
     "state": "scene <-> state (patches against proprio)",
+    "transition_action": "transition <-> actions (two pictures of an episode against the actions between)",
+    "transition_language": "transition <-> language (two pictures of an episode against the instruction)",
 }
 
 

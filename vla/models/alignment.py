@@ -17,6 +17,7 @@ from vla.models.pooler import TextConditionedPooler
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
 PAIRS = ("vision_language", "word_patch", "context_action", "state")
+TRANSITIONS = ("transition_action", "transition_language")  # further pairs, where they are switched on
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RowEmbeds:
     similarity: Tensor | None  # (f, t) late interaction of images and the texts of their group
     scene: Tensor | None  # (f, d)
     state: Tensor | None  # (f, d)
+    pooled: Tensor | None  # (f, q * width) patch tokens pooled without a text, not projected, for transitions
 
 
 class AlignmentModel(nn.Module):
@@ -55,6 +57,7 @@ class AlignmentModel(nn.Module):
         temperature: float,
         learn_temperature: bool,
         sigmoid: bool = False,
+        transitions: bool = False,
     ) -> None:
         super().__init__()
         self.clip = clip
@@ -72,9 +75,11 @@ class AlignmentModel(nn.Module):
         self.scene_projection = ProjectionHead(queries * pooler_width, d)
         self.state_encoder = mlp(state_dim, 128, 128)
         self.state_projection = ProjectionHead(128, d)
+        self.transition_projection = ProjectionHead(2 * queries * pooler_width, d) if transitions else None
         start = torch.tensor(math.log(1 / temperature), dtype=torch.float32)
+        pairs = (*PAIRS, *TRANSITIONS) if transitions else PAIRS
         self.logit_scales = nn.ParameterDict(
-            {pair: nn.Parameter(start.clone(), requires_grad=learn_temperature) for pair in PAIRS}
+            {pair: nn.Parameter(start.clone(), requires_grad=learn_temperature) for pair in pairs}
         )
         # -log of the number of texts in a batch, or so: at the start the answer is no (arXiv:2303.15343).
         self.logit_bias = nn.Parameter(torch.tensor(-5.0)) if sigmoid else None
@@ -130,6 +135,7 @@ class AlignmentModel(nn.Module):
         """
         tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
         patches = patch_embeds(self.clip, tokens)
+        pooled_scene = None if state is None and self.transition_projection is None else self.scene_features(tokens)
         context = self.context_features(
             tokens, patches, texts.words, texts.named, attention_mask, frame_of_row, text_of_row, text_gradient
         )
@@ -140,9 +146,15 @@ class AlignmentModel(nn.Module):
             similarity=grouped_late_interaction(patches, texts.named, attention_mask, groups, first)
             if groups
             else None,
-            scene=None if state is None else self.scene_projection(self.scene_features(tokens)),
+            scene=None if state is None else self.scene_projection(pooled_scene),
             state=None if state is None else self.state_projection(self.state_encoder(state)),
+            pooled=None if self.transition_projection is None else pooled_scene,
         )
+
+    def transitions(self, before: Tensor, after: Tensor) -> Tensor:
+        """(p, d) unit-norm embeddings of what changes between two pictures, (p, q * width) pooled without a text each."""
+        before, after = at_least_float32(before), at_least_float32(after)
+        return self.transition_projection(torch.cat([before, after - before], dim=-1))
 
     def context_features(
         self,

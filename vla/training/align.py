@@ -153,7 +153,8 @@ def train_align(config: AlignConfig) -> Path:
         done = step + 1
         saves = done % config.save_every == 0 or done == config.steps
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
-            metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
+            names = dict.fromkeys(key for metrics in window for key in metrics)
+            metrics = {key: float(np.mean([m[key] for m in window if key in m])) for key in names}
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
             run.log(done, metrics | {"samples": digest(batch)})
             if done >= config.optimizer.warmup + SETTLED and (
@@ -230,6 +231,7 @@ def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> Alig
         temperature=config.loss.temperature,
         learn_temperature=config.loss.learn_temperature,
         sigmoid=config.loss.vision_language_kind == "sigmoid",
+        transitions=config.loss.transition_action + config.loss.transition_language > 0,
     )
 
 

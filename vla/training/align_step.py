@@ -152,7 +152,74 @@ def batch_terms(
             partial(near_duplicates, episode[shown], timestep[shown], gap),
             torch.ones(len(shown), device=shown.device),
         )
+    if rows.pooled is not None and (loss.transition_action or loss.transition_language):
+        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap)
     return terms, batch_health(ids["goal_id"], ids["scene_id"], idle)
+
+
+def transition_terms(
+    model: AlignmentModel,
+    batch: DeviceBatch,
+    language: Tensor,
+    pooled: Tensor,
+    rest: Tensor,
+    loss: LossConfig,
+    gap: int,
+) -> dict[str, Term]:
+    """The change between two pictures of an episode against the actions between them, and against the instructions.
+
+    Unlike an early picture, a change says what is being done (DecisionNCE, arXiv:2402.18137).
+
+    Args:
+        language: (u, d) embeddings of the distinct texts. pooled: (f, q * width) of the images.
+        rest: (a,) the resting action, normalised; what is missing of a chunk that ends early.
+    """
+    episode, timestep = batch.ids["episode_id"], batch.ids["timestep"]
+    first, second = transitions(episode, timestep, gap, batch.action_chunk.shape[1])
+    if not len(first):
+        return {}
+    before, after = (pooled.index_select(0, batch.frame_of_row[rows]) for rows in (first, second))
+    change = model.transitions(before, after)
+    terms: dict[str, Term] = {}
+    if loss.transition_action:
+        length = (timestep[second] - timestep[first])[:, None]
+        beyond = torch.arange(batch.action_chunk.shape[1], device=length.device) >= length
+        missing = batch.action_is_pad[first] | beyond
+        chunk = torch.where(missing[..., None], rest.to(batch.action_chunk), batch.action_chunk[first])
+        terms["transition_action"] = soft_term(
+            change,
+            model.action_projection(model.action_encoder(chunk, missing)),
+            model.scale("transition_action"),
+            chunk,
+            loss.action_beta,
+            partial(near_duplicates, episode[first], timestep[first], gap),
+            torch.ones_like(timestep[first], dtype=torch.float32),
+        )
+    if loss.transition_language:
+        ids = [batch.ids[name][first] for name in ("goal_id", "scene_id")]
+        rows = torch.arange(len(first), device=first.device)
+        pairs = pairing(rows, batch.text_of_row[first], *ids, frames=len(first), texts=len(language))
+        asked = pairs.goal_texts.any(0).nonzero()[:, 0]  # others have no positive
+        texts = torch.searchsorted(asked, batch.text_of_row[first])
+        pairs = pairing(rows, texts, *ids, frames=len(first), texts=len(asked))
+        terms["transition_language"] = vision_language_term(
+            change,
+            language.index_select(0, asked),
+            model.scale("transition_language"),
+            pairs,
+            torch.ones_like(timestep[first], dtype=torch.float32),
+        )
+    return terms
+
+
+def transitions(episode_id: Tensor, timestep: Tensor, gap: int, longest: int) -> tuple[Tensor, Tensor]:
+    """(p,) and (p,) rows of one episode, one following the other by `gap` to `longest` timesteps."""
+    order = torch.argsort(timestep, stable=True)
+    order = order[torch.argsort(episode_id[order], stable=True)]
+    first, second = order[:-1], order[1:]
+    apart = timestep[second] - timestep[first]
+    chosen = (episode_id[first] == episode_id[second]) & (apart >= gap) & (apart <= longest)
+    return first[chosen], second[chosen]
 
 
 def forward_backward(

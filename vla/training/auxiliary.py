@@ -16,7 +16,7 @@ from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.normalization import normalize_quantile
 from vla.data.sampler import GoalSampler
-from vla.models.alignment import PAIRS
+from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import make_model
@@ -83,7 +83,7 @@ class Auxiliary:
         """Add the gradients of the weighted terms to those of the parameters; returns the terms, in nats."""
         weight = self.config.auxiliary * (1 - step / self.config.steps)
         loss = self.config.loss
-        weighted = replace(loss, **{name: weight * getattr(loss, name) for name in PAIRS})
+        weighted = replace(loss, **{name: weight * getattr(loss, name) for name in (*PAIRS, *TRANSITIONS)})
         _, terms, _ = forward_backward(
             self.model,
             on_device(batch, *self.texts, self.texts[0].device),
