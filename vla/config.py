@@ -111,6 +111,9 @@ class AlignConfig:
 
     output: str = "outputs/align/tabletop"  # run folder
     data: DataConfig = field(default_factory=DataConfig)
+    more: tuple[
+        str, ...
+    ] = ()  # further data sets, ROOT or ROOT=WEIGHT against data.root's 1; may lack words or actions
     tower: TowerConfig = field(default_factory=TowerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -43,8 +43,9 @@ class TripletBatch:
     """Vision-language-action triplets, rows aligned; goals of one scene share the picture they start from.
 
     frames: (f, H, W, 3) uint8, distinct, read when indexed. frame_of_row: (b,) int64, which of them a row shows.
-    state: (b, s) float32, normalised. action_chunk: (b, h, a) float32, normalised.
-    action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes.
+    state: (b, s) float32, normalised, NaN where unknown. action_chunk: (b, h, a) float32, normalised.
+    action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
+    `goal_id` is -1 for a row without an instruction.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
     """
 

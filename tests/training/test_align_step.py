@@ -16,7 +16,9 @@ from tests.conftest import ROOT, small_alignment_model
 from vla.config import LossConfig
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
-from vla.training.align_step import DeviceBatch, batch_terms, embed_rows, embed_texts, forward_backward, transitions
+from vla.training.align_step import embed_rows, embed_texts, forward_backward
+from vla.training.align_terms import batch_terms, transitions
+from vla.training.device_batch import DeviceBatch
 from vla.training.processes import ALONE, Processes
 
 TEXTS = ("push the red star left", "pick up the green cross", "take the green cross")
@@ -133,6 +135,53 @@ def test_transitions_have_terms_whose_gradient_reaches_the_tower():
     assert got["clip.vision_model.embeddings.patch_embedding.weight"].norm() > 0
     assert got["transition_projection.layers.1.weight"].norm() > 0
     assert got["logit_scales.transition_language"] != 0
+
+
+def terms_of(batch: DeviceBatch, loss: LossConfig):
+    model, _ = make_model()
+    texts = embed_texts(model, batch, slice(None))
+    rows = embed_rows(model, batch, texts, loss, slice(0, len(batch.shown)))
+    return batch_terms(model, batch, texts.language, rows, torch.zeros(3), loss, 2)[0]
+
+
+def without_last_image(batch: DeviceBatch) -> DeviceBatch:
+    """All but the last image and the rows that show it."""
+    rows = slice(0, int((batch.frame_of_row < len(batch.shown) - 1).sum()))
+    row_wise = ("frame_of_row", "text_of_row", "action_chunk", "action_is_pad")
+    changed = {name: getattr(batch, name)[rows] for name in row_wise}
+    ids = {name: values[rows] for name, values in batch.ids.items()}
+    return replace(batch, **changed, shown=batch.shown[:-1], state=batch.state[:-1], ids=ids)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_rows_without_an_instruction_are_left_out_of_the_language_terms(sigmoid):
+    loss = SIGMOID if sigmoid else LossConfig(transition_language=1.0)
+    batch = make_batch(*make_model()[1])
+    last = batch.frame_of_row == len(batch.shown) - 1
+    unlabelled = replace(batch, ids=batch.ids | {"goal_id": torch.where(last, -1, batch.ids["goal_id"])})
+    got, expected = terms_of(unlabelled, loss), terms_of(without_last_image(batch), loss)
+    for name in ("vision_language", "word_patch", *([] if sigmoid else ["transition_language"])):
+        torch.testing.assert_close(vars(got[name]), vars(expected[name]), msg=name)
+    assert got["context_action"].loss != expected["context_action"].loss  # there they count
+
+
+def test_a_batch_without_any_instruction_has_no_language_terms():
+    batch = make_batch(*make_model()[1])
+    unlabelled = replace(batch, ids=batch.ids | {"goal_id": torch.full_like(batch.ids["goal_id"], -1)})
+    assert set(terms_of(unlabelled, TRANSITIONS)) == {"context_action", "transition_action"}
+
+
+def test_rows_without_actions_or_states_are_left_out_of_those_terms():
+    batch = make_batch(*make_model()[1])
+    last = (batch.frame_of_row == len(batch.shown) - 1)[:, None]
+    state = batch.state.clone()
+    state[-1] = torch.nan
+    pictures = replace(batch, action_is_pad=batch.action_is_pad | last, state=state)
+    loss = LossConfig(transition_action=1.0)
+    got, expected = terms_of(pictures, loss), terms_of(without_last_image(batch), loss)
+    for name in ("context_action", "state", "transition_action"):
+        torch.testing.assert_close(vars(got[name]), vars(expected[name]), msg=name)
+    assert got["vision_language"].loss != expected["vision_language"].loss  # there they count
 
 
 def test_dropout_draws_anew_in_the_next_step():

@@ -7,7 +7,7 @@ import numpy as np
 from vla.data.augmentation import Augmentation, Augmenter
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats, normalize_quantile
-from vla.data.sampler import GoalSampler
+from vla.data.sampler import GoalSampler, MixedSampler
 from vla.data.triplets import gather_chunks
 from vla.types import TripletBatch
 
@@ -95,7 +95,7 @@ def progress(episodes: Episodes, rows: np.ndarray) -> np.ndarray:
 
 def training_batch(
     source: TripletSource,
-    sampler: GoalSampler,
+    sampler: GoalSampler | MixedSampler,
     step: int,
     *,
     augmenter: Augmenter,

@@ -31,15 +31,15 @@ class Episodes:
     root: Path
     camera: str
     fps: int
-    state: np.ndarray  # (r, s) float32
-    action: np.ndarray  # (r, a) float32
+    state: np.ndarray  # (r, s) float32; NaN, or s = 0, where none was recorded
+    action: np.ndarray  # (r, a) float32; NaN, or a = 0, where none was recorded
     timestep: np.ndarray  # (r,) int32
     episode_of_row: np.ndarray  # (r,) int32, position in the e-arrays
     frame_row: np.ndarray  # (r,) int64, row of the frame store
     start: np.ndarray  # (e + 1,) int64, rows of episode i are start[i]:start[i + 1]
     episode_index: np.ndarray  # (e,) LeRobot's
     text_id: np.ndarray  # (e,) int64, indexes `texts`
-    goal_id: np.ndarray  # (e,) int64, indexes `goals`
+    goal_id: np.ndarray  # (e,) int64, indexes `goals`; -1 where there is no instruction
     scene_id: np.ndarray  # (e,) int64, -1 where unknown
     seed: np.ndarray  # (e,) int64, -1 where unknown
     success: np.ndarray  # (e,) bool
@@ -58,24 +58,26 @@ class Episodes:
         return np.diff(self.start)
 
 
-def read_episodes(root: Path | str, camera: str | None = None) -> Episodes:
+def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool = False) -> Episodes:
     """Open a data set; goals and texts come from the task strings where the id columns are missing.
 
     Args:
         root: folder of a LeRobotDataset v3.
         camera: image key; may be left out if there is only one.
+        partial: actions and states may be missing.
     Raises:
         UserError: not a sound data set (the first problem is named), or no such camera.
     """
     root = Path(root)
-    problems = validate(root)
+    problems = validate(root, partial=partial)
     if problems:
         more = f" (and {len(problems) - 1} more; `python scripts/doctor.py --data={root}` lists them)"
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     info = json.loads((root / "meta" / "info.json").read_text())
     camera = choose_camera(root, info["features"], camera)
     optional = [k for k in (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY, TARGET_KEY) if k in info["features"]]
-    columns = [STATE_KEY, ACTION_KEY, "episode_index", "frame_index", "task_index", "index", *optional]
+    numeric = [key for key in (STATE_KEY, ACTION_KEY) if key in info["features"]]
+    columns = [*numeric, "episode_index", "frame_index", "task_index", "index", *optional]
     table = pa.concat_tables(pq.read_table(p, columns=columns) for p in data_files(root))
     extra_path = root / "meta" / "concord.json"
     extra = json.loads(extra_path.read_text()) if extra_path.is_file() else None
@@ -86,7 +88,7 @@ def read_episodes(root: Path | str, camera: str | None = None) -> Episodes:
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def vectors(key: str) -> np.ndarray:
-        return matrix(table[key])[order]
+        return matrix(table[key])[order] if key in info["features"] else np.zeros((len(order), 0), np.float32)
 
     def of_episode(key: str, default: int) -> np.ndarray:
         if key not in optional:
@@ -102,6 +104,7 @@ def read_episodes(root: Path | str, camera: str | None = None) -> Episodes:
         goals = tuple((extra or {}).get("goals", [str(g) for g in range(int(goal_id.max()) + 1)]))
     else:
         goal_id, goals = text_id.astype(np.int64), tuple(texts.tolist())
+    goal_id = np.where([bool(text.strip()) for text in episode_texts], goal_id, -1)
     return Episodes(
         root=root,
         camera=camera,
@@ -172,7 +175,7 @@ def split_episodes(episodes: Episodes, holdout: float, seed: int) -> tuple[np.nd
 def task_of_episode(episodes: Episodes) -> np.ndarray:
     """(e,) name of each episode's task: what meta/concord.json says, else its goal."""
     names = (episodes.extra or {}).get("task_of_goal", {})
-    return np.array([names.get(goal, goal) for goal in episodes.goals])[episodes.goal_id]
+    return np.array([*(names.get(goal, goal) for goal in episodes.goals), ""])[episodes.goal_id]  # the last of none
 
 
 def limit_per_task(episodes: Episodes, positions: np.ndarray, count: int | None, seed: int) -> np.ndarray:

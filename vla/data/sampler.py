@@ -4,6 +4,7 @@ A batch is a pure function of (seed, step), so resuming needs only the step.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,14 +38,14 @@ class GoalSampler:
         by_goal: dict[int, list[int]] = defaultdict(list)
         by_scene: dict[int, list[int]] = defaultdict(list)
         for position in positions:
-            by_goal[int(goal_id[position])].append(int(position))
+            by_goal[self._goal(int(position))].append(int(position))
             if scene_id[position] >= 0:
                 by_scene[int(scene_id[position])].append(int(position))
         self.by_goal = {goal: np.array(members) for goal, members in by_goal.items()}
         # Where there are fewer goals than asked for, more episodes of each keep the batch as large.
         self.episodes = max(episodes, -(-goals * episodes // len(self.by_goal)))
         self.positions = np.asarray(positions)
-        self.shared_scenes = [np.array(m) for m in by_scene.values() if len({int(goal_id[p]) for p in m}) > 1]
+        self.shared_scenes = [np.array(m) for m in by_scene.values() if len({self._goal(p) for p in m}) > 1]
 
     def rows(self, step: int) -> np.ndarray:
         """(b,) int64 rows of batch `step`, grouped by episode, in time order."""
@@ -57,7 +58,7 @@ class GoalSampler:
             scene = next(scenes, None) if rng.random() < self.same_scene else None
             anchors = [next(singles)] if scene is None else rng.permutation(self.shared_scenes[scene])
             for anchor in anchors:
-                goal = int(self.goal_id[anchor])
+                goal = self._goal(int(anchor))
                 if goal in goals_seen or len(goals_seen) == self.goals:
                     continue
                 goals_seen.add(goal)
@@ -68,6 +69,11 @@ class GoalSampler:
                     drawn.setdefault(other, False)
         return np.concatenate([self._frames(rng, position, first) for position, first in drawn.items()])
 
+    def _goal(self, position: int) -> int:
+        """The goal of an episode; one without an instruction has one of its own."""
+        goal = int(self.goal_id[position])
+        return goal if goal >= 0 else -1 - position
+
     def _frames(self, rng: np.random.Generator, position: int, first: bool) -> np.ndarray:
         """Up to M sorted rows of one episode with random spacings of at least `gap`, from its first row on if asked for."""
         length = int(self.start[position + 1] - self.start[position])
@@ -77,3 +83,21 @@ class GoalSampler:
         if first:
             spare[0] = 0
         return self.start[position] + spare + self.gap * np.arange(count)
+
+
+class MixedSampler:
+    """Batches of several data sets: each one's sampler draws its share."""
+
+    def __init__(self, samplers: Sequence[GoalSampler]) -> None:
+        self.samplers = samplers
+        self.seed = samplers[0].seed
+
+    def rows(self, step: int) -> np.ndarray:
+        """(b,) int64 rows of batch `step`, data set by data set."""
+        return np.concatenate([sampler.rows(step) for sampler in self.samplers])
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` split by weights, at least one each; the sizes differ from the exact ones by less than one, save for that."""
+    ends = np.round(total * np.cumsum(weights) / np.sum(weights)).astype(int)
+    return [max(1, int(n)) for n in np.diff([0, *ends])]

@@ -9,8 +9,11 @@ def gather_chunks(episodes: Episodes, rows: np.ndarray, horizon: int) -> tuple[n
     """Chunks a[t : t + h] of (b,) rows, within their episodes.
 
     Returns:
-        action_chunk (b, h, a) in data-set units, the last action repeated past the end; action_is_pad (b, h) bool.
+        action_chunk (b, h, a) in data-set units, the last action repeated past the end, 0 where none was recorded;
+        action_is_pad (b, h) bool, both cases.
     """
     steps = rows[:, None] + np.arange(horizon)  # (b, h)
     last = episodes.start[episodes.episode_of_row[rows] + 1] - 1  # (b,)
-    return episodes.action[np.minimum(steps, last[:, None])], steps > last[:, None]
+    chunk = episodes.action[np.minimum(steps, last[:, None])]
+    unknown = np.isnan(chunk).any(-1)
+    return np.where(unknown[..., None], np.float32(0), chunk), (steps > last[:, None]) | unknown

@@ -13,8 +13,8 @@ NUMERIC = (STATE_KEY, ACTION_KEY)
 INDICES = ("episode_index", "frame_index", "task_index")
 
 
-def validate(root: Path | str) -> list[str]:
-    """All problems of the data set at `root`, none if it is sound; one line each."""
+def validate(root: Path | str, *, partial: bool = False) -> list[str]:
+    """All problems of the data set at `root`, none if it is sound; one line each. If `partial`, it may lack actions and states."""
     root = Path(root)
     info_path = root / "meta" / "info.json"
     if not info_path.is_file():
@@ -38,7 +38,7 @@ def validate(root: Path | str) -> list[str]:
     except json.JSONDecodeError as error:
         return [f"{root / 'meta' / 'concord.json'}: not valid JSON ({error})"]
     features = info.get("features", {})
-    problems = [f"{info_path}: no feature {key!r}" for key in NUMERIC if key not in features]
+    problems = [f"{info_path}: no feature {key!r}" for key in NUMERIC if key not in features and not partial]
     if not (root / "meta" / "stats.json").is_file():
         problems.append(f"{root / 'meta' / 'stats.json'}: missing statistics; the data set was not finalized")
     return problems or problems_of_tables(root, info)
@@ -51,8 +51,9 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
         return [f"{root / 'data'}: no parquet files"]
     problems: list[str] = []
     tables = []
+    numeric = [key for key in NUMERIC if key in info["features"]]
     for path in data_files:
-        table, problem = read_columns(path, [*NUMERIC, *INDICES])
+        table, problem = read_columns(path, [*numeric, *INDICES])
         if problem:
             problems.append(problem)
         else:
@@ -79,7 +80,7 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
 def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:
     """Rows whose vectors have another size than declared, or are not finite."""
     problems = []
-    for key in NUMERIC:
+    for key in (key for key in NUMERIC if key in features):
         column = table[key].combine_chunks()
         size = int(np.prod(features[key]["shape"]))
         values = column.flatten() if pa.types.is_nested(column.type) else column

@@ -188,7 +188,8 @@ def zero_shot_measures(
     late = batch.progress > 0.5
     scene_goals: dict[int, dict[int, int]] = {}
     for scene, goal, text in zip(episodes.scene_id, episodes.goal_id, episodes.text_id, strict=True):
-        scene_goals.setdefault(int(scene), {}).setdefault(int(goal), int(text))
+        if goal >= 0:
+            scene_goals.setdefault(int(scene), {}).setdefault(int(goal), int(text))
     everything = dict(zip(batch.goal_id.tolist(), batch.text_id.tolist(), strict=True))
     hits, chance = [], []
     for row in np.flatnonzero(late):

@@ -52,6 +52,22 @@ class Pairing:
         found = torch.zeros(stop - first, asked.shape[1], device=asked.device)
         return found.index_add_(0, self.frame_of_row[rows] - first, asked.float()) > 0
 
+    def told(self) -> tuple[Tensor, Tensor, "Pairing"]:
+        """(n,) images and (m,) texts that belong to any of the other side, and the lookups among these alone."""
+        told = torch.zeros(len(self.scene_of_frame), dtype=torch.bool, device=self.frame_of_row.device)
+        told[self.frame_of_row] = True
+        asked = self.goal_texts.any(0)
+        if told.all() and asked.all():
+            return told.nonzero()[:, 0], asked.nonzero()[:, 0], self
+        pairs = Pairing(
+            frame_of_row=(told.cumsum(0) - 1)[self.frame_of_row],
+            goal_of_row=self.goal_of_row,
+            scene_of_frame=self.scene_of_frame[told],
+            goal_texts=self.goal_texts[:, asked],
+            scene_texts=self.scene_texts[:, asked],
+        )
+        return told.nonzero()[:, 0], asked.nonzero()[:, 0], pairs
+
     def decided(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
         """(frames, texts) bool: whether a text is right or wrong of an image, not merely true."""
         scene = self.scene_of_frame[frames]
@@ -62,7 +78,12 @@ class Pairing:
 def pairing(
     frame_of_row: Tensor, text_of_row: Tensor, goal_id: Tensor, scene_id: Tensor, frames: int, texts: int
 ) -> Pairing:
-    """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts."""
+    """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts.
+
+    Rows without a goal (-1) belong to no text.
+    """
+    asked = goal_id >= 0
+    frame_of_row, text_of_row, goal_id, scene_id = (x[asked] for x in (frame_of_row, text_of_row, goal_id, scene_id))
     goals, goal_of_row = goal_id.unique(return_inverse=True)
     scenes, scene_of_row = scene_id.unique(return_inverse=True)
     goal_texts = torch.zeros(len(goals), texts, dtype=torch.bool, device=goal_id.device)
@@ -150,7 +171,9 @@ def grouped_late_interaction(
     width, parts = max(len(group.texts) for group in groups), []
     for group in groups:
         own = patches[max(0, group.images.start - first) : max(0, group.images.stop - first)]
-        if len(own):
+        if len(own) and not len(group.texts):
+            parts.append(own.new_zeros(len(own), width))
+        elif len(own):
             named = words.index_select(0, group.texts)
             similarity = late_interaction(own, named, words_mask[group.texts])
             parts.append(nn.functional.pad(similarity, (0, width - len(group.texts))))
@@ -165,12 +188,17 @@ def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: S
         pairs: which of them belong together; texts that are merely true of an image are left out.
         groups: who is compared with whom.
     """
-    images, texts = len(similarity), sum(len(group.texts) for group in groups)
+    told = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
+    told[pairs.frame_of_row] = True
+    groups = [group for group in groups if len(group.texts)]
+    images, texts = int(told.sum()), sum(len(group.texts) for group in groups)
 
     def of_group(number: slice, similarity: Tensor, scale: Tensor) -> Term:
         group = groups[number.start]
-        logits = scale * at_least_float32(similarity[group.images, : len(group.texts)])
-        positives, valid = pairs.positives(group.images, group.texts), pairs.decided(group.images, group.texts)
+        shown = told[group.images].nonzero()[:, 0]
+        logits = scale * at_least_float32(similarity[group.images, : len(group.texts)][shown])
+        positives = pairs.positives(group.images, group.texts)[shown]
+        valid = pairs.decided(group.images, group.texts)[shown]
         to_texts = _term(info_nce_of(logits, positives, valid=valid), info_nce_chance(positives, valid))
         positives, valid = positives.T, valid.T
         to_images = _term(info_nce_of(logits.T, positives, valid=valid), info_nce_chance(positives, valid))
@@ -259,7 +287,8 @@ def mean_squared_distances(flat: Tensor, rows: slice = slice(None)) -> Tensor:
 
 
 def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
-    """Distinct goals and scenes, collision rate and idle-chunk rate of a batch of (b,) ids."""
+    """Distinct goals and scenes, collision rate and idle-chunk rate of a batch of (b,) ids; rows without a goal (-1) do not count."""
+    goal_id = goal_id[goal_id >= 0]
     return {
         "distinct_goals": goal_id.unique().numel() * torch.ones(()),
         "distinct_scenes": scene_id.unique().numel() * torch.ones(()),

@@ -155,7 +155,7 @@ def entropy(targets: Tensor, weights: Tensor | None = None) -> Tensor:
 def collision_rate(goal_ids: Tensor) -> Tensor:
     """() share of the rows of (b,) ids with at least one other row of the same id: the diagonal's false negatives."""
     _, inverse, counts = goal_ids.unique(return_inverse=True, return_counts=True)
-    return (counts[inverse] > 1).float().mean()
+    return (counts[inverse] > 1).float().sum() / max(1, len(goal_ids))
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -22,10 +22,11 @@ from transformers import CLIPModel
 from vla.config import AlignConfig, TowerConfig
 from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers, TripletSource, training_batch
-from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, split_episodes
+from vla.data.episodes import Episodes, read_episodes, rows_of, split_episodes
 from vla.data.frames import open_frames
+from vla.data.mixture import Mixture, open_mixture
 from vla.data.normalization import compute_norm_stats, normalize_quantile
-from vla.data.sampler import GoalSampler
+from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
@@ -33,7 +34,7 @@ from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, build_clip, load_clip, resize_positions, save_clip, tokenize
 from vla.models.finetuning import add_lora, interpolated
-from vla.training.align_step import forward_backward, on_device
+from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -41,6 +42,7 @@ from vla.training.checkpoint import (
     rng_tensors,
     save_checkpoint,
 )
+from vla.training.device_batch import on_device
 from vla.training.optim import Optimizers, layer_groups, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.pretrained import HeldOut, along_the_way, check_start
@@ -74,15 +76,13 @@ def train_align(config: AlignConfig) -> Path:
         say(accelerator, f"{run.folder}: finished already")
         return run.folder / "clip"
 
-    episodes = read_episodes(config.data.root, config.data.camera)
-    train, validation = split_episodes(episodes, config.data.holdout, config.seed)
-    train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
-    rows = rows_of(episodes, train)
     with accelerator.local_main_process_first():
-        source = make_source(config, episodes, rows)
-    sampler = GoalSampler(
-        episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
-    )
+        mixture = open_mixture(config.data, config.more, config.seed)
+    episodes, validation = mixture.episodes, mixture.validation
+    train = np.concatenate(mixture.train)
+    rows = rows_of(episodes, train)
+    source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
+    sampler = make_sampler(config, mixture)
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
@@ -99,7 +99,7 @@ def train_align(config: AlignConfig) -> Path:
     )
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
-    rest = torch.from_numpy(normalize_quantile(np.median(episodes.action[rows], axis=0), source.stats.action))
+    rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
 
     first, before = restore(run, model, optimizer) if config.resume else (0, 0.0)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
@@ -168,7 +168,7 @@ def train_align(config: AlignConfig) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured, _ = measure(model, source, train, validation, input_ids, attention_mask)
+            measured, _ = measure(model, source, mixture.train[0], validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
@@ -178,7 +178,7 @@ def train_align(config: AlignConfig) -> Path:
     bar.close()
 
     if run.writes:
-        measured, held_out = measure(model, source, train, validation, input_ids, attention_mask)
+        measured, held_out = measure(model, source, mixture.train[0], validation, input_ids, attention_mask)
         save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
         run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
         seconds = before + time.perf_counter() - started
@@ -215,8 +215,24 @@ def step_metrics(
 def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:
     """Triplets of a data set, normalised by the statistics of its (r,) training rows."""
     frames = open_frames(episodes, config.data.image_size, config.data.cache, config.data.workers)
-    stats = Normalizers(compute_norm_stats(episodes.action[rows]), compute_norm_stats(episodes.state[rows]))
-    return TripletSource(episodes, frames, stats, config.horizon)
+    return TripletSource(episodes, frames, make_stats(episodes, rows), config.horizon)
+
+
+def make_stats(episodes: Episodes, rows: np.ndarray) -> Normalizers:
+    """Statistics of the actions and states that (r,) rows have."""
+    known = [values[rows][np.isfinite(values[rows]).all(1)] for values in (episodes.action, episodes.state)]
+    return Normalizers(*map(compute_norm_stats, known))
+
+
+def make_sampler(config: AlignConfig, mixture: Mixture) -> MixedSampler:
+    """The batches' rows: each data set gives goals by its weight."""
+    episodes, samplers = mixture.episodes, []
+    for number, (positions, goals) in enumerate(
+        zip(mixture.train, shares(config.batch.goals, mixture.weights), strict=True)
+    ):
+        batch = asdict(config.batch) | {"goals": goals, "seed": config.seed + (number << 20)}
+        samplers.append(GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, positions, **batch))
+    return MixedSampler(samplers)
 
 
 def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> AlignmentModel:
@@ -383,12 +399,12 @@ def describe(
     train: np.ndarray,
     validation: np.ndarray,
     model: AlignmentModel,
-    sampler: GoalSampler,
+    sampler: MixedSampler,
     first: int,
 ) -> str:
     """What the run is about to do, in a few lines."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    goals = len(np.unique(episodes.goal_id[train]))
+    goals = len(np.unique(episodes.goal_id[train][episodes.goal_id[train] >= 0]))
     resumed = f", resumed at step {first}" if first else ""
     alone = "" if goals > 1 else "\nthere is one goal only: the language terms teach nothing"
     return (

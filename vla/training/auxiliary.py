@@ -20,7 +20,8 @@ from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import make_model
-from vla.training.align_step import forward_backward, on_device
+from vla.training.align_step import forward_backward
+from vla.training.device_batch import on_device
 from vla.types import TripletBatch, UserError
 
 

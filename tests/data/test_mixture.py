@@ -1,0 +1,126 @@
+"""Several data sets as one, some without words or actions."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from vla.config import DataConfig
+from vla.data.episodes import read_episodes
+from vla.data.frames import open_frames
+from vla.data.mixture import Stores, joined, open_mixture
+from vla.data.sampler import shares
+from vla.training.align import train_align
+from vla.types import ACTION_KEY, STATE_KEY, UserError
+
+
+def without(root, copy, *keys: str, words: bool = True):
+    """A copy of a data set that lacks columns, or the words of its tasks."""
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".concord"))
+    info = json.loads((copy / "meta" / "info.json").read_text())
+    info["features"] = {key: value for key, value in info["features"].items() if key not in keys}
+    (copy / "meta" / "info.json").write_text(json.dumps(info))
+    for path in copy.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns([key for key in keys if key in table.column_names]), path)
+    if not words:
+        path = copy / "meta" / "tasks.parquet"
+        table = pq.read_table(path)
+        name = "task" if "task" in table.column_names else "__index_level_0__"
+        pq.write_table(table.set_column(table.column_names.index(name), name, [[""] * len(table)]), path)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def captions(data_root, tmp_path_factory):
+    """Pictures and texts alone."""
+    return without(data_root, tmp_path_factory.mktemp("captions") / "set", ACTION_KEY, STATE_KEY)
+
+
+@pytest.fixture(scope="module")
+def play(data_root, tmp_path_factory):
+    """Pictures and actions alone."""
+    return without(data_root, tmp_path_factory.mktemp("play") / "set", words=False)
+
+
+def test_stores_are_indexed_like_one_array():
+    stores = [np.arange(3 * 12, dtype=np.uint8).reshape(3, 2, 2, 3), 100 + np.zeros((2, 2, 2, 3), np.uint8)]
+    whole = np.concatenate(stores)
+    several = Stores(stores)
+    assert len(several) == 5
+    rows = np.array([4, 0, 2, 3, 0])
+    np.testing.assert_array_equal(several[rows], whole[rows])
+    np.testing.assert_array_equal(several[3], whole[3])
+
+
+def test_goals_of_several_data_sets_are_told_by_name_and_scenes_are_apart(data_root):
+    own = read_episodes(data_root)
+    both, count = joined([own, own]), len(own.goal_id)
+    np.testing.assert_array_equal(both.goal_id[:count], both.goal_id[count:])
+    assert [both.goals[g] for g in both.goal_id[:count]] == [own.goals[g] for g in own.goal_id]
+    assert [both.texts[t] for t in both.text_id[count:]] == [own.texts[t] for t in own.text_id]
+    assert not set(both.scene_id[:count]) & set(both.scene_id[count:])
+    rows = len(own.frame_row)
+    np.testing.assert_array_equal(both.action[rows:], own.action)
+    np.testing.assert_array_equal(both.frame_row[rows:], own.frame_row + rows)
+    np.testing.assert_array_equal(np.diff(both.start), np.tile(own.length(), 2))
+
+
+def test_numbered_goals_mean_nothing_outside_their_data_set(data_root, tmp_path):
+    own = read_episodes(data_root)
+    numbered = replace(own, goals=tuple(str(i) for i in range(len(own.goals))), extra={}, root=tmp_path)
+    both = joined([own, numbered])
+    assert not set(both.goal_id[: len(own.goal_id)]) & set(both.goal_id[len(own.goal_id) :])
+
+
+def test_data_sets_that_do_not_fit_are_refused(data_root):
+    own = read_episodes(data_root)
+    with pytest.raises(UserError, match="action has 2 dimensions"):
+        joined([own, replace(own, action=own.action[:, :2])])
+    with pytest.raises(UserError, match="recorded at 99 Hz"):
+        joined([own, replace(own, fps=99)])
+
+
+@pytest.mark.parametrize("more", ["=2", "somewhere=many", "somewhere=0", "somewhere=-1", "somewhere=nan"])
+def test_a_weight_that_is_none_is_refused(data_root, more):
+    with pytest.raises(UserError, match="with a positive weight"):
+        open_mixture(DataConfig(root=str(data_root), image_size=48, holdout=0.3), [more], 0)
+
+
+def test_a_batch_is_shared_by_weight():
+    assert shares(96, [1.0, 0.5, 0.5]) == [48, 24, 24]
+    assert shares(10, [1.0, 1.0, 1.0]) == [3, 4, 3]
+    assert shares(4, [1.0, 0.001]) == [4, 1]
+
+
+def test_what_a_data_set_lacks_is_unknown(data_root, captions, play):
+    mixture = open_mixture(DataConfig(root=str(data_root), image_size=48, holdout=0.3), [str(captions), f"{play}=2"], 0)
+    own, pictures, unspoken = mixture.train
+    episodes, weights = mixture.episodes, mixture.weights
+    assert weights == [1.0, 1.0, 2.0]
+    acted = np.isfinite(episodes.action).all(1)[episodes.start[:-1]]
+    assert [acted[part].mean() for part in (own, pictures, unspoken)] == [1, 0, 1]
+    assert (episodes.goal_id[np.concatenate([own, pictures])] >= 0).all()
+    assert (episodes.goal_id[unspoken] == -1).all()
+    assert set(mixture.validation) < set(range(pictures[0]))
+    store = open_frames(read_episodes(play), 48)
+    row = episodes.start[unspoken[3]]
+    np.testing.assert_array_equal(mixture.frames[episodes.frame_row[row]], store[row - episodes.start[unspoken[0]]])
+
+
+def test_actions_are_needed_of_the_first_data_set(captions):
+    with pytest.raises(UserError, match=r"no feature 'observation\.state' \(and 1 more"):
+        open_mixture(DataConfig(root=str(captions), image_size=48), [], 0)
+
+
+def test_stage_one_aligns_on_all_of_them(align_config, captions, play, tmp_path):
+    config = replace(align_config, more=(str(captions), str(play)), output=str(tmp_path / "run"))
+    train_align(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for term in ("context_action", "word_patch", "vision_language", "state"):
+        assert np.isfinite(lines[0][f"{term}/loss"]), term
+    record = json.loads((tmp_path / "run" / "alignment.json").read_text())
+    assert record["data"]["episodes"] == 3 * 24

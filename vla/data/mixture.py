@@ -1,0 +1,159 @@
+"""Several data sets as one: their rows one after another, texts and goals by name, pictures from each one's store."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from vla.config import DataConfig
+from vla.data.episodes import Episodes, limit_per_task, read_episodes, split_episodes
+from vla.data.frames import open_frames
+from vla.types import UserError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What stage one aligns on. Positions are those of the episodes; held out are only some of the first data set."""
+
+    episodes: Episodes
+    frames: "np.ndarray | Stores"
+    train: list[np.ndarray]  # positions, one array a data set
+    validation: np.ndarray  # positions, all with an instruction
+    weights: list[float]  # of the data sets in a batch
+
+
+class Stores:
+    """Frame stores one after another, indexed by row like one array."""
+
+    def __init__(self, stores: Sequence[np.ndarray]) -> None:
+        self.stores = stores
+        self.first = np.cumsum([0, *(len(store) for store in stores)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 of a row, (n, H, W, 3) of (n,) rows."""
+        which = np.searchsorted(self.first, rows, side="right") - 1
+        if np.ndim(rows) == 0:
+            return self.stores[which][rows - self.first[which]]
+        pictures = np.empty((len(rows), *self.stores[0].shape[1:]), np.uint8)
+        for number in np.unique(which):
+            chosen = which == number
+            pictures[chosen] = self.stores[number][rows[chosen] - self.first[number]]
+        return pictures
+
+
+def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
+    """The data set of `data` and further ones, each ROOT or ROOT=WEIGHT; `data.root` has weight 1.
+
+    The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
+
+    Raises:
+        UserError: a weight that is no positive number, data sets that do not fit together, or unusable ones.
+    """
+    named = [root_and_weight(text) for text in more]
+    own = read_episodes(data.root, data.camera)
+    parts = [own, *(read_episodes(root, partial=True) for root, _ in named)]
+    train, validation = split_episodes(own, data.holdout, seed)
+    train = limit_per_task(own, train, data.episodes_per_task, seed)
+    validation = validation[own.goal_id[validation] >= 0]
+    if not len(validation):
+        raise UserError(f"{data.root}: no held-out episode has an instruction; raise --data.holdout")
+    ends = np.cumsum([len(part.goal_id) for part in parts])
+    stores = [open_frames(own, data.image_size, data.cache, data.workers)]
+    stores += [open_frames(part, data.image_size, None, data.workers) for part in parts[1:]]
+    return Mixture(
+        episodes=joined(parts) if more else own,
+        frames=Stores(stores) if more else stores[0],
+        train=[train, *(np.arange(*span) for span in pairwise(ends))],
+        validation=validation,
+        weights=[1.0, *(weight for _, weight in named)],
+    )
+
+
+def root_and_weight(text: str) -> tuple[str, float]:
+    """ROOT or ROOT=WEIGHT."""
+    root, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not root or not 0 < value < float("inf"):
+        raise UserError(f"config error: more: {text!r} is not ROOT or ROOT=WEIGHT with a positive weight")
+    return root, value
+
+
+def joined(parts: Sequence[Episodes]) -> Episodes:
+    """One data set of several; what one of them lacks is NaN.
+
+    Raises:
+        UserError: actions or states of another size, or actions at another rate, than the first one's.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        for name in ("action", "state"):
+            size, expected = getattr(part, name).shape[1], getattr(first, name).shape[1]
+            if size not in (0, expected):
+                raise UserError(f"{part.root}: {name} has {size} dimensions, {first.root} has {expected}")
+        if part.action.shape[1] and part.fps != first.fps:
+            raise UserError(f"{part.root}: recorded at {part.fps} Hz, {first.root} at {first.fps} Hz")
+    texts = sorted({text for part in parts for text in part.texts})
+    goals = sorted({goal for part in parts for goal in goal_names(part)})
+    text_number, goal_number = ({name: i for i, name in enumerate(names)} for names in (texts, goals))
+    rows, episodes, scenes = 0, 0, 0
+    columns: dict[str, list[np.ndarray]] = {}
+    for part in parts:
+        text_of = np.array([text_number[text] for text in part.texts])
+        goal_of = np.array([goal_number[goal] for goal in goal_names(part)])
+        shifted = {
+            "state": widened(part.state, first.state.shape[1]),
+            "action": widened(part.action, first.action.shape[1]),
+            "timestep": part.timestep,
+            "episode_of_row": part.episode_of_row + episodes,
+            "frame_row": part.frame_row + rows,
+            "start": part.start[:-1] + rows,
+            "episode_index": part.episode_index,
+            "text_id": text_of[part.text_id],
+            "goal_id": np.where(part.goal_id >= 0, goal_of[part.goal_id], -1),
+            "scene_id": np.where(part.scene_id >= 0, part.scene_id + scenes, -1),
+            "seed": part.seed,
+            "success": part.success,
+        }
+        for name, values in shifted.items():
+            columns.setdefault(name, []).append(values)
+        rows, episodes = rows + len(part.frame_row), episodes + len(part.goal_id)
+        scenes += max(0, int(part.scene_id.max()) + 1)
+    arrays = {name: np.concatenate(values) for name, values in columns.items()}
+    arrays["start"] = np.append(arrays["start"], rows)
+    return Episodes(
+        root=first.root,
+        camera=first.camera,
+        fps=first.fps,
+        **arrays,
+        texts=tuple(texts),
+        goals=tuple(goals),
+        fingerprint=hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:16],
+        target=None if first.target is None else np.concatenate([target_of(part) for part in parts]),
+        extra=first.extra,
+    )
+
+
+def goal_names(episodes: Episodes) -> list[str]:
+    """What its goals are called among several data sets: bare numbers mean nothing outside their own."""
+    named = "goals" in (episodes.extra or {}) or episodes.goals == episodes.texts
+    return list(episodes.goals) if named else [f"{episodes.root.resolve()}#{goal}" for goal in episodes.goals]
+
+
+def widened(values: np.ndarray, size: int) -> np.ndarray:
+    """(r, size), NaN where (r, 0) values lack."""
+    return values if values.shape[1] else np.full((len(values), size), np.nan, np.float32)
+
+
+def target_of(episodes: Episodes) -> np.ndarray:
+    """(r, 2) where the instructed object is; NaN where it was not recorded."""
+    return np.full((len(episodes.frame_row), 2), np.nan, np.float32) if episodes.target is None else episodes.target

@@ -1,0 +1,151 @@
+"""From a batch and its embeddings to the loss terms of stage one; rows that lack something are left out of what needs it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vla.config import LossConfig
+from vla.losses.alignment import (
+    batch_health,
+    idle_chunks,
+    near_duplicates,
+    pairing,
+    soft_term,
+    vision_language_sigmoid_term,
+    vision_language_term,
+    word_patch_term,
+)
+from vla.losses.rowwise import Term
+from vla.models.alignment import AlignmentModel, RowEmbeds
+from vla.training.device_batch import DeviceBatch
+
+
+def batch_terms(
+    model: AlignmentModel,
+    batch: DeviceBatch,
+    language: Tensor,
+    rows: RowEmbeds,
+    rest: Tensor,
+    loss: LossConfig,
+    gap: int,
+) -> tuple[dict[str, Term], dict[str, Tensor]]:
+    """The loss terms that are switched on, and the health of the batch.
+
+    Args:
+        language: (u, d) embeddings of the distinct texts. rows: those of images and rows.
+        rest: (a,) the resting action, normalised.
+    """
+    ids, shown = batch.ids, batch.shown
+    episode, timestep = ids["episode_id"], ids["timestep"]
+    idle = idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(shown.device))
+    images, texts, pairs = batch.pairs.told()
+    acted = (~batch.action_is_pad.all(1)).nonzero()[:, 0]
+    stated = batch.state.isfinite().all(1).nonzero()[:, 0]
+    terms: dict[str, Term] = {}
+    if loss.context_action and len(acted):
+        moving = (~idle[acted]).float() if not idle.all() else torch.ones_like(acted, dtype=torch.float32)
+        terms["context_action"] = soft_term(
+            rows.context.index_select(0, acted),
+            rows.action.index_select(0, acted),
+            model.scale("context_action"),
+            batch.action_chunk[acted],
+            loss.action_beta,
+            partial(near_duplicates, episode[acted], timestep[acted], gap),
+            moving,
+        )
+    if loss.vision_language and len(images):
+        scale, progress = model.scale("vision_language"), ids["progress"][shown][images]
+        vision, named = rows.vision.index_select(0, images), language.index_select(0, texts)
+        if loss.vision_language_kind == "sigmoid":
+            terms["vision_language"] = vision_language_sigmoid_term(
+                vision, named, scale, model.logit_bias, pairs, progress
+            )
+        else:
+            terms["vision_language"] = vision_language_term(vision, named, scale, pairs, progress)
+    if rows.similarity is not None and len(images):
+        terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), batch.pairs, batch.groups)
+    if rows.scene is not None and rows.state is not None and len(stated):
+        known = shown[stated]
+        terms["state"] = soft_term(
+            rows.scene.index_select(0, stated),
+            rows.state.index_select(0, stated),
+            model.scale("state"),
+            batch.state[stated],
+            loss.state_beta,
+            partial(near_duplicates, episode[known], timestep[known], gap),
+            torch.ones(len(known), device=known.device),
+        )
+    if rows.pooled is not None and (loss.transition_action or loss.transition_language):
+        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap)
+    return terms, batch_health(ids["goal_id"], ids["scene_id"], idle[acted] if len(acted) else idle)
+
+
+def transition_terms(
+    model: AlignmentModel,
+    batch: DeviceBatch,
+    language: Tensor,
+    pooled: Tensor,
+    rest: Tensor,
+    loss: LossConfig,
+    gap: int,
+) -> dict[str, Term]:
+    """The change between two pictures of an episode against the actions between them, and against the instructions.
+
+    Unlike an early picture, a change says what is being done (DecisionNCE, arXiv:2402.18137).
+
+    Args:
+        language: (u, d) embeddings of the distinct texts. pooled: (f, q * width) of the images.
+        rest: (a,) the resting action, normalised; what is missing of a chunk that ends early.
+    """
+    episode, timestep = batch.ids["episode_id"], batch.ids["timestep"]
+    first, second = transitions(episode, timestep, gap, batch.action_chunk.shape[1])
+    terms: dict[str, Term] = {}
+    if not len(first):
+        return terms
+    before, after = (pooled.index_select(0, batch.frame_of_row[rows]) for rows in (first, second))
+    every = model.transitions(before, after)
+    acted = (~batch.action_is_pad[first].all(1)).nonzero()[:, 0]
+    if loss.transition_action and len(acted):
+        begun, ended, change = first[acted], second[acted], every.index_select(0, acted)
+        length = (timestep[ended] - timestep[begun])[:, None]
+        beyond = torch.arange(batch.action_chunk.shape[1], device=length.device) >= length
+        missing = batch.action_is_pad[begun] | beyond
+        chunk = torch.where(missing[..., None], rest.to(batch.action_chunk), batch.action_chunk[begun])
+        terms["transition_action"] = soft_term(
+            change,
+            model.action_projection(model.action_encoder(chunk, missing)),
+            model.scale("transition_action"),
+            chunk,
+            loss.action_beta,
+            partial(near_duplicates, episode[begun], timestep[begun], gap),
+            torch.ones_like(begun, dtype=torch.float32),
+        )
+    pairs = pairing(
+        torch.arange(len(first), device=first.device),
+        batch.text_of_row[first],
+        batch.ids["goal_id"][first],
+        batch.ids["scene_id"][first],
+        frames=len(first),
+        texts=len(language),
+    )
+    told, texts, pairs = pairs.told()
+    if loss.transition_language and len(told):
+        terms["transition_language"] = vision_language_term(
+            every.index_select(0, told),
+            language.index_select(0, texts),
+            model.scale("transition_language"),
+            pairs,
+            torch.ones_like(told, dtype=torch.float32),
+        )
+    return terms
+
+
+def transitions(episode_id: Tensor, timestep: Tensor, gap: int, longest: int) -> tuple[Tensor, Tensor]:
+    """(p,) and (p,) rows of one episode, one following the other by `gap` to `longest` timesteps."""
+    order = torch.argsort(timestep, stable=True)
+    order = order[torch.argsort(episode_id[order], stable=True)]
+    first, second = order[:-1], order[1:]
+    apart = timestep[second] - timestep[first]
+    chosen = (episode_id[first] == episode_id[second]) & (apart >= gap) & (apart <= longest)
+    return first[chosen], second[chosen]

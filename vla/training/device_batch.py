@@ -1,0 +1,74 @@
+"""A batch of stage one on the device, in the order of its images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla.losses.alignment import Group, Pairing, groups_of, pairing
+from vla.models.clip import pixel_values
+from vla.types import TripletBatch
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch's f distinct images, u distinct texts and b rows in the order of their images, on the device."""
+
+    pixels: Callable[[slice], Tensor]  # images -> (images, 3, H, W), normalised
+    frame_of_row: Tensor  # (b,) ascending
+    shown: Tensor  # (f,) the first row of each image
+    input_ids: Tensor  # (u, l)
+    attention_mask: Tensor  # (u, l)
+    text_of_row: Tensor  # (b,)
+    action_chunk: Tensor  # (b, h, a)
+    action_is_pad: Tensor  # (b, h)
+    state: Tensor  # (f, s)
+    ids: dict[str, Tensor]  # goal_id, scene_id, episode_id, timestep, progress: (b,) each
+
+    @cached_property
+    def pairs(self) -> Pairing:
+        """Which of its texts belong to which of its images."""
+        ids = self.ids
+        frames, texts = len(self.shown), len(self.input_ids)
+        return pairing(self.frame_of_row, self.text_of_row, ids["goal_id"], ids["scene_id"], frames, texts)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Which of its images and texts are compared word by word."""
+        return groups_of(self.pairs)
+
+    def rows(self, images: slice) -> slice:
+        """The rows that show some consecutive images."""
+        bounds = torch.tensor([images.start, images.stop], device=self.frame_of_row.device)
+        return slice(*torch.searchsorted(self.frame_of_row, bounds).tolist())
+
+
+def on_device(batch: TripletBatch, input_ids: Tensor, attention_mask: Tensor, device: torch.device) -> DeviceBatch:
+    """Move a batch; of the (t, l) ids and masks of all texts, those that it holds."""
+    order = np.argsort(batch.frame_of_row, kind="stable")
+
+    def moved(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array[order]).to(device)
+
+    def pixels(images: slice) -> Tensor:
+        return pixel_values(torch.from_numpy(batch.frames[images]).to(device))
+
+    shown = torch.from_numpy(np.unique(batch.frame_of_row[order], return_index=True)[1]).to(device)
+    texts, text_of_row = moved(batch.text_id).unique(return_inverse=True)
+    length = int(attention_mask[texts].sum(1).max())
+    names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
+    return DeviceBatch(
+        pixels=pixels,
+        frame_of_row=moved(batch.frame_of_row),
+        shown=shown,
+        input_ids=input_ids[texts, :length],
+        attention_mask=attention_mask[texts, :length],
+        text_of_row=text_of_row,
+        action_chunk=moved(batch.action_chunk),
+        action_is_pad=moved(batch.action_is_pad),
+        state=moved(batch.state)[shown],
+        ids={name: moved(getattr(batch, name)) for name in names},
+    )
