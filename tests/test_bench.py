@@ -14,6 +14,9 @@ def test_bench_writes_every_figure(tmp_path, data_root):
     alignment = written["alignment"]
     assert all(alignment[name]["rows_per_s"] > 0 for name in ("step", "open_clip", "open_clip, trimmed"))
     assert all(alignment[name]["peak_mib"] > 100 for name in ("plain", "cached", "large"))
+    exchanged = {count: one["exchanged_mib"] for count, one in alignment["processes"].items()}
+    assert exchanged["1"] == 0 < exchanged["2"]
+    assert set(exchanged) == {"1", "2", "4"}
     assert 0 < written["policy_latency_ms"]["p50"] <= written["policy_latency_ms"]["p95"]
     assert written["tabletop"]["steps_per_s"] > 0
     assert all(run["episodes_per_minute"] > 0 for run in written["evaluation"]["runs"].values())

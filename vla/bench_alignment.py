@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 from vla.config import AlignConfig, BatchConfig, DataConfig
 from vla.data.augmentation import augmenter
@@ -28,16 +31,21 @@ from vla.training.align import make_encoders, make_model, make_source
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.training.optim import make_optimizers
+from vla.training.processes import Processes
 from vla.types import TripletBatch
 
 CONTEXT = 77  # tokens that open_clip pads every text to
 CHUNK = 128  # pictures at a time
+PROCESSES = (1, 2, 4)
 LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measures: `what` is "step", "peer" (texts of CONTEXT tokens) or "peer_trimmed"."""
+    """What one process measures: `what` is "step", "peer" (texts of CONTEXT tokens) or "peer_trimmed".
+
+    A step may be shared by `count` processes, which meet at the file `meet`; `rank` is this one's.
+    """
 
     what: str
     root: str
@@ -45,6 +53,32 @@ class Measurement:
     chunk: int
     steps: int
     threads: int
+    count: int = 1
+    rank: int = 0
+    meet: str = ""
+
+
+class Counted:
+    """The exchanges among processes, and the bytes that this one has put in."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.rank, self.count = processes, processes.rank, processes.count
+        self.bytes = 0
+
+    def shares(self, total: int) -> list[slice]:
+        return self.processes.shares(total)
+
+    def gather(self, own: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        self.bytes += own.nbytes
+        return self.processes.gather(own, lengths)
+
+    def add(self, tensors: list[torch.Tensor]) -> None:
+        self.bytes += sum(tensor.nbytes for tensor in tensors)
+        self.processes.add(tensors)
+
+    def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.processes.add_gradients(parameters)
+        self.bytes += sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
 
 
 def alignment_speed(root: Path, threads: int, steps: int, small: int, large: int) -> dict[str, Any]:
@@ -70,6 +104,10 @@ def alignment_speed(root: Path, threads: int, steps: int, small: int, large: int
         "plain": measured("step", small, 0, 2),
         "cached": measured("step", small, CHUNK, 2),
         "large": measured("step", large, CHUNK, 1),
+        "processes": {
+            str(count): in_processes(Measurement("step", str(root), small, 0, 2, max(1, threads // count), count))
+            for count in PROCESSES
+        },
     }
     return result | {"in_words": in_words(result)}
 
@@ -85,6 +123,11 @@ def in_words(result: dict[str, Any]) -> list[str]:
         f"({100 * (cached['seconds'] / plain['seconds'] - 1):.0f} % more)",
         f"{large['rows']} rows, {result['chunk']} pictures at a time: {large['peak_mib']:,.0f} MiB of anonymous memory at most, "
         f"{large['peak_mib'] - cached['peak_mib']:,.0f} more than {cached['rows']} rows",
+        f"{plain['rows']} rows on {', '.join(result['processes'])} processes: "
+        + "; ".join(
+            f"{one['rows_per_s']:,.0f} rows/s, {one['peak_mib']:,.0f} MiB each, {one['exchanged_mib']:.0f} MiB put in by each"
+            for one in result["processes"].values()
+        ),
     ]
 
 
@@ -97,9 +140,20 @@ def in_a_process(measurement: Measurement) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def in_processes(measurement: Measurement) -> dict[str, float]:
+    """Run a step on several processes; what the first one measures, and the most memory that any needs."""
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(measurement.count) as pool:
+        members = [replace(measurement, rank=rank, meet=f"{folder}/meet") for rank in range(measurement.count)]
+        measured = list(pool.map(in_a_process, members))
+    return measured[0] | {"peak_mib": max(one["peak_mib"] for one in measured)}
+
+
 def measure(m: Measurement) -> dict[str, float]:
-    """Rows a second and seconds of a step, after one to warm up, and the peak of anonymous memory (MiB)."""
+    """Rows a second, seconds and MiB put into exchanges of a step, after one to warm up, and the peak of anonymous memory (MiB)."""
     torch.set_num_threads(m.threads)
+    if m.count > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{m.meet}", rank=m.rank, world_size=m.count)
+    processes = Counted(Processes(m.rank, m.count))
     torch.manual_seed(0)
     goals = m.rows // BatchConfig().frames
     config = AlignConfig(data=DataConfig(root=m.root), batch=replace(BatchConfig(), goals=goals), threads=m.threads)
@@ -111,10 +165,14 @@ def measure(m: Measurement) -> dict[str, float]:
     with PeakMemory() as peak:
         changes = {"augmenter": augmenter(config.data), "text_of_episode": None, "shuffle_actions": False}
         batches = [training_batch(source, sampler, number, **changes) for number in range(m.steps + 1)]
-        step = our_step(config, source, m.chunk) if m.what == "step" else peer_step(config, source, batches, m.what)
+        step = (
+            our_step(config, source, m.chunk, processes)
+            if m.what == "step"
+            else peer_step(config, source, batches, m.what)
+        )
         for batch in batches:
             if not m.chunk:
-                batch.frames.load(slice(0, len(batch.frames)))
+                batch.frames.load(processes.shares(len(batch.frames))[m.rank])
             started = time.perf_counter()
             step(batch)
             seconds.append(time.perf_counter() - started)
@@ -124,10 +182,11 @@ def measure(m: Measurement) -> dict[str, float]:
         "rows": rows[-1],
         "seconds": sum(seconds[1:]) / m.steps,
         "peak_mib": peak.mib,
+        "exchanged_mib": processes.bytes / (m.steps + 1) / 2**20 if m.count > 1 else 0.0,
     }
 
 
-def our_step(config: AlignConfig, source: TripletSource, chunk: int):
+def our_step(config: AlignConfig, source: TripletSource, chunk: int, processes: Counted):
     """The whole step of stage one, all default terms."""
     episodes = source.episodes
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
@@ -145,6 +204,7 @@ def our_step(config: AlignConfig, source: TripletSource, chunk: int):
             gap=config.batch.gap,
             chunk=chunk,
             autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+            processes=processes,
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()

@@ -229,6 +229,9 @@ class CompareConfig:
     policies: tuple[str, ...] = ()  # LeRobot policy folders to evaluate beside the arms, NAME=FOLDER each
     demonstrations: tuple[int, ...] = (5, 25, 0)  # demonstrations of each task that the policies clone; 0 means all
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
+    transfer: tuple[
+        str, ...
+    ] = ()  # tasks that encoders never see: they train on all others, policies clone these alone
     tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
     scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together
     cloning_steps: int = number(1500, 1)  # steps of the cloning that pretrains: as long as the alignment
@@ -272,7 +275,7 @@ class BenchConfig:
     seconds: float = number(10.0, 0.01)  # of each measurement
     threads: int = number(1, 1)  # CPU threads
     alignment_steps: int = number(10, 1)  # steps of stage one and of its peer that are timed
-    alignment_rows: tuple[int, ...] = (512, 2048)  # rows of the two batches whose memory is compared
+    alignment_rows: tuple[int, ...] = (1024, 8192)  # rows of the two batches whose memory is compared
     policy: str | None = (
         None  # LeRobot policy folder for the tabletop, evaluated beside lerobot-eval; default: untrained
     )

@@ -18,6 +18,7 @@ from vla.comparison.compare import compare
 from vla.comparison.jobs import Job, run_jobs
 from vla.comparison.page import comparison_page
 from vla.config import CompareConfig, ResultsConfig
+from vla.data.episodes import read_episodes, task_of_episode
 from vla.models.clip import load_clip
 from vla.types import UserError
 
@@ -141,9 +142,31 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
         compare(config)
 
 
+def test_transfer_keeps_tasks_from_the_encoders_and_gives_policies_these_alone(tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), seeds=(0,), demonstrations=(1,))
+    config = replace(config, arms=("aligned-frozen", "random-frozen"), transfer=("place",))
+    config.align.data.root = str(tmp_path / "data")
+    compare(config)
+    broad, cloned = (read_episodes(root) for root in (tmp_path / "data", tmp_path / "data_transfer"))
+    assert set(task_of_episode(cloned)) == {"place"}
+    assert "place" not in task_of_episode(broad)
+    assert json.loads((tmp_path / "run" / "align" / "none" / "0" / "alignment.json").read_text())["data"][
+        "root"
+    ] == str(broad.root)
+    policy = tmp_path / "run" / "policy" / "aligned-frozen" / "1" / "0" / "policy"
+    assert json.loads((policy / "concord.json").read_text())["data"]["root"] == str(cloned.root)
+    for path in (tmp_path / "run" / "eval").glob("*/eval.json"):
+        assert {episode["task"] for episode in json.loads(path.read_text())["episodes"]} == {"place"}
+    other = replace(config, output=str(tmp_path / "other"), transfer=("reach",))
+    with pytest.raises(UserError, match=r"has episodes of .*, which transfer keeps apart"):
+        compare(other)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("transfer", ("fly",), "transfer: 'fly' is not a task"),
+        ("transfer", ("reach", "push", "pick", "place", "next_to", "separate"), "no task is left for the encoders"),
         ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
         ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
         ("seeds", (0, 0), "repeats a value"),

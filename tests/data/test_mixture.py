@@ -13,7 +13,7 @@ from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
 from vla.data.mixture import Stores, joined, open_mixture
 from vla.data.sampler import shares
-from vla.training.align import train_align
+from vla.training.align import make_sampler, train_align
 from vla.types import ACTION_KEY, STATE_KEY, UserError
 
 
@@ -109,6 +109,15 @@ def test_what_a_data_set_lacks_is_unknown(data_root, captions, play):
     store = open_frames(read_episodes(play), 48)
     row = episodes.start[unspoken[3]]
     np.testing.assert_array_equal(mixture.frames[episodes.frame_row[row]], store[row - episodes.start[unspoken[0]]])
+
+
+def test_batches_hold_rows_of_every_data_set(align_config, captions, play):
+    mixture = open_mixture(align_config.data, [str(captions), f"{play}=2"], 0)
+    config = replace(align_config, batch=replace(align_config.batch, goals=12, episodes=1))
+    rows = make_sampler(config, mixture).rows(3)
+    part = np.searchsorted([members[-1] + 1 for members in mixture.train], mixture.episodes.episode_of_row[rows])
+    drawn = [len(np.unique(mixture.episodes.episode_of_row[rows[part == number]])) for number in range(3)]
+    assert drawn == [3, 3, 6]
 
 
 def test_actions_are_needed_of_the_first_data_set(captions):

@@ -188,11 +188,16 @@ def test_late_interaction_of_some_of_the_images_is_that_of_their_groups(monkeypa
     mask = torch.arange(3) < torch.tensor([[3], [2], [3], [1], [2]])
     monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
     groups = groups_of(pairs)
-    whole = grouped_late_interaction(patches, words, mask, groups)
+    width = max(len(group.texts) for group in groups)
+    whole = grouped_late_interaction(patches, words, mask, groups, width)
     for group in groups:
         expected = late_interaction(patches[group.images], words, mask)[:, group.texts]
         torch.testing.assert_close(whole[group.images, : len(group.texts)], expected)
-    torch.testing.assert_close(grouped_late_interaction(patches[3:7], words, mask, groups, 3), whole[3:7])
+    some = [
+        group for group in (group.within(slice(3, 7)) for group in groups) if group.images.start < group.images.stop
+    ]
+    assert [group.images for group in some] == [slice(0, 1), slice(1, 4)]
+    torch.testing.assert_close(grouped_late_interaction(patches[3:7], words, mask, some, width), whole[3:7])
 
 
 def test_late_interaction_in_blocks_computed_anew_has_the_same_value_and_gradients(monkeypatch):

@@ -37,8 +37,11 @@ def make_model(dropout: float = 0.0) -> tuple[AlignmentModel, tuple[torch.Tensor
     return model.double().train(), tokenize(tokenizer, TEXTS)
 
 
-def make_batch(ids: torch.Tensor, mask: torch.Tensor) -> DeviceBatch:
-    """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks."""
+def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> DeviceBatch:
+    """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks.
+
+    If `partly`, the last three images have no instruction, and others no action or no state.
+    """
     torch.manual_seed(1)
     frame_of_row = torch.tensor([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 6])
     text_of_row = torch.tensor([0, 2, 1, 2, 2, 1, 0, 1, 0, 0, 1])
@@ -48,6 +51,12 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor) -> DeviceBatch:
     pad = torch.zeros(rows, 4, dtype=torch.bool)
     pad[2, 2:] = True
     pixels = torch.randn(frames, 3, 24, 24, dtype=torch.float64)
+    state = torch.rand(frames, 2, dtype=torch.float64)
+    goal_id = GOALS[text_of_row]
+    if partly:
+        goal_id = torch.where(frame_of_row >= 4, -1, goal_id)
+        pad[6] = True
+        state[1] = torch.nan
     return DeviceBatch(
         pixels=lambda images: pixels[images],
         frame_of_row=frame_of_row,
@@ -57,9 +66,9 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor) -> DeviceBatch:
         text_of_row=text_of_row,
         action_chunk=chunks,
         action_is_pad=pad,
-        state=torch.rand(frames, 2, dtype=torch.float64),
+        state=state,
         ids={
-            "goal_id": GOALS[text_of_row],
+            "goal_id": goal_id,
             "scene_id": frame_of_row // 3,
             "episode_id": text_of_row + 4 * (frame_of_row // 3),
             "timestep": frame_of_row + (frame_of_row >= 2),
@@ -73,10 +82,10 @@ def gradients(model: AlignmentModel) -> dict[str, torch.Tensor]:
 
 
 def run(
-    chunk: int, loss: LossConfig, dropout: float = 0.0, processes: Processes = ALONE
+    chunk: int, loss: LossConfig, dropout: float = 0.0, processes: Processes = ALONE, partly: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model, (ids, mask) = make_model(dropout)
-    batch = make_batch(ids, mask)
+    batch = make_batch(ids, mask, partly)
     torch.manual_seed(5)
     total, _, _ = forward_backward(
         model, batch, torch.zeros(3), loss, gap=2, chunk=chunk, autocast=nullcontext, processes=processes
@@ -100,6 +109,29 @@ def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_rows_that_lack_something_leave_every_gradient_finite_and_the_same_in_pieces(chunk, monkeypatch):
+    monkeypatch.setattr("vla.losses.alignment.GROUP", 4)  # the second group has no text
+    loss = LossConfig(transition_action=0.5, transition_language=0.5)
+    whole, expected = run(0, loss, partly=True)
+    pieces, got = run(chunk, loss, partly=True)
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
+    for name, gradient in expected.items():
+        assert gradient.isfinite().all(), name
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-10, msg=name)
+
+
+def test_a_batch_that_serves_no_term_has_no_gradients():
+    model, (ids, mask) = make_model()
+    batch = make_batch(ids, mask)
+    batch = replace(batch, ids=batch.ids | {"goal_id": torch.full_like(batch.ids["goal_id"], -1)})
+    loss = LossConfig(context_action=0.0, word_patch=0.0, state=0.0)
+    total, terms, _ = forward_backward(model, batch, torch.zeros(3), loss, gap=2, chunk=0, autocast=nullcontext)
+    assert total == 0
+    assert not terms
+    assert not any(gradient.any() for gradient in gradients(model).values())
 
 
 def test_with_dropout_pieces_give_the_gradients_of_piecewise_forwards_kept_in_memory():

@@ -1,14 +1,22 @@
 """Stage one's terms beside the cloning loss."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from vla.config import BatchConfig, LossConfig
-from vla.training.policy import train_policy
+from vla.data.batches import Normalizers
+from vla.data.episodes import read_episodes
+from vla.data.frames import open_frames
+from vla.data.normalization import compute_norm_stats
+from vla.training.auxiliary import Auxiliary
+from vla.training.policy import make_policy, train_policy
 from vla.types import UserError
 
 
@@ -41,6 +49,37 @@ def test_their_weight_falls_to_nothing(config, monkeypatch):
     monkeypatch.setattr(auxiliary, "forward_backward", spy)
     train_policy(replace(config, auxiliary=0.5, steps=5))
     assert weights == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_the_pooler_is_the_policys_own_and_the_rest_goes_on_from_the_file(config, encoder):
+    episodes = read_episodes(config.data.root)
+    policy = make_policy(config, episodes)
+    frames = open_frames(episodes, config.data.image_size)
+    everything = np.arange(len(episodes.goal_id))
+    stats = Normalizers(compute_norm_stats(episodes.action), compute_norm_stats(episodes.state))
+    auxiliary = Auxiliary(config, episodes, everything, frames, stats, policy)
+    assert auxiliary.model.pooler is policy.network.pooler
+    assert auxiliary.model.clip is policy.clip
+    saved = load_file(encoder.parent / "alignment.safetensors")
+    for name, parameter in auxiliary.own_parameters().items():
+        assert torch.equal(parameter, saved[name]), name
+
+    parameters = dict(policy.named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    auxiliary.add_gradients(0, auxiliary.make_batch(0), nullcontext)
+    first = {name: p.grad.clone() for name, p in parameters.items()}
+    auxiliary.add_gradients(0, auxiliary.make_batch(0), nullcontext)
+    changed = {name for name, p in parameters.items() if not torch.equal(first[name], torch.ones_like(p))}
+    assert any(name.startswith("network.pooler.") for name in changed)
+    assert any(name.startswith("clip.vision_model.") for name in changed)
+    for name in changed:  # twice the gradient on top of what was there
+        torch.testing.assert_close(parameters[name].grad, 2 * first[name] - 1, rtol=1e-4, atol=1e-5)
+
+
+def test_a_control_that_hides_something_is_refused(config):
+    with pytest.raises(UserError, match="auxiliary shows what hide=language hides"):
+        train_policy(replace(config, hide="language"))
 
 
 def test_a_frozen_encoder_is_refused(config):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import debug
+from vla.config import CollectConfig
+from vla.integrations.collect import collect
 from vla.models.clip import build_clip, load_clip, patch_tokens
 from vla.models.finetuning import add_lora, interpolated, merged
 from vla.training.align import train_align
@@ -90,6 +93,21 @@ def test_the_way_is_measured_on_new_and_old_data_and_shown(continued):
     for point in way:  # here both are the same data
         assert point["old/image_to_text_r1"] == point["new/image_to_text_r1"]
     assert "From the pretrained start" in (continued.parent / "report.html").read_text()
+
+
+def test_forgetting_is_measured_on_the_data_that_is_named(align_config, encoder, data_root, tmp_path):
+    old = collect(debug(CollectConfig, "collect", output=str(tmp_path / "old"), seed=900))
+    tower = replace(align_config.tower, pretrained=str(encoder), locked=True, lora_rank=2)
+    config = replace(align_config, tower=tower, forgetting=str(old), steps=1, output=str(tmp_path / "run"))
+    record = json.loads((train_align(config).parent / "alignment.json").read_text())
+    assert any(
+        record["way"][0][f"old/{name}"] != record["way"][0][f"new/{name}"] for name in ("text_to_image_r1", "zero_shot")
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (encoder, tmp_path / "run" / "clip"))
+    name = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(before[name], after[name])  # locked
+    with pytest.raises(UserError, match="not a LeRobotDataset"):  # before any step
+        train_align(replace(config, forgetting=str(tmp_path / "nowhere"), output=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from transformers import AutoConfig, CLIPConfig, CLIPModel, VisionTextDualEncode
 from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig
-from vla.data.episodes import read_episodes, rows_of, split_episodes
+from vla.data.episodes import read_episodes, rows_of, split_episodes, task_of_episode
 from vla.data.frames import open_frames
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
-from vla.integrations.collect import collect
+from vla.integrations.collect import checked_tasks, collect
 from vla.models.clip import load_clip, resize_positions, save_clip, tokenize, with_text_of, with_vision_of
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import make_encoders, make_model, make_source, train_align
@@ -85,6 +85,13 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     ):
         if len(set(values)) < len(values):
             raise UserError(f"config error: {field}: {list(values)} repeats a value")
+    if config.transfer:
+        known = checked_tasks(config.collect)
+        rest = [task for task in known if task not in config.transfer]
+        unknown = [task for task in config.transfer if task not in known]
+        if unknown or not rest:
+            what = f"{unknown[0]!r} is not a task" if unknown else "no task is left for the encoders"
+            raise UserError(f"config error: transfer: {what}; known: {', '.join(known)}")
     if not (arms or policies):
         raise UserError("config error: arms: name at least one arm, encoder or policy")
     return arms
@@ -169,7 +176,8 @@ def finished_encoder_jobs(config: CompareConfig, encoder: str, seed: int, needs:
 def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[str, ...]) -> Job:
     """The evaluation of one policy, the same episodes for all."""
     output = Path(config.output) / "eval" / name
-    evaluation = replace(config.eval, policy=str(policy), output=str(output), workers=1)
+    tasks = config.transfer or config.eval.tasks
+    evaluation = replace(config.eval, policy=str(policy), output=str(output), tasks=tasks, workers=1)
     return Job(f"eval-{name}", output / "report.html", partial(evaluate, evaluation), needs)
 
 
@@ -179,15 +187,33 @@ def encoder_folder(config: CompareConfig, encoder: str, seed: int) -> Path:
 
 
 def make_data(config: CompareConfig) -> None:
-    """Collect the demonstrations, unless the data set is there, and decode its pictures once."""
-    root = Path(config.align.data.root)
-    if not (root / "meta" / "info.json").is_file():
-        collect(replace(config.collect, output=str(root)))
-    episodes = read_episodes(root, config.align.data.camera)
-    open_frames(episodes, config.align.data.image_size, config.align.data.cache, config.align.data.workers)
-    write_json(
-        Path(config.output) / "data.json", {"root": str(root), "fingerprint": episodes.fingerprint, **counts(episodes)}
-    )
+    """Collect the demonstrations, unless the data sets are there, and decode their pictures once."""
+    known = checked_tasks(config.collect)
+    roots = {cloned_root(config): config.transfer or known}
+    roots[config.align.data.root] = tuple(task for task in known if task not in config.transfer)
+    record = {}
+    for root, tasks in roots.items():
+        if not (Path(root) / "meta" / "info.json").is_file():
+            env = replace(config.collect.env, tasks=config.collect.env.tasks if tasks == known else tasks)
+            scenes = config.collect.scenes if root == config.align.data.root else max(4, config.collect.scenes // 10)
+            collect(replace(config.collect, output=root, env=env, scenes=scenes))
+        episodes = read_episodes(root, config.align.data.camera)
+        there = set(task_of_episode(episodes))
+        if config.transfer and not there <= set(tasks):
+            raise UserError(
+                f"{root}: has episodes of {sorted(there - set(tasks))[0]}, which transfer keeps apart; choose another root"
+            )
+        cache = config.align.data.cache if root == config.align.data.root else None
+        open_frames(episodes, config.align.data.image_size, cache, config.align.data.workers)
+        record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
+    own = record.pop(config.align.data.root)
+    own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})
+    write_json(Path(config.output) / "data.json", own)
+
+
+def cloned_root(config: CompareConfig) -> str:
+    """The data set that policies clone: that of the encoders, or one of the tasks that these never see."""
+    return config.align.data.root + ("_transfer" if config.transfer else "")
 
 
 def counts(episodes) -> dict[str, int]:
@@ -268,17 +294,19 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
         cache = folder / "cache" / f"{arm.encoder}-{seed}"
     tune = arm.tuned_part != "nothing"
     steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
-    link_frames(config, cache)
+    link_frames(config, cloned_root(config), cache)
+    data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
     train_policy(
         replace(
             config.policy,
             output=str(folder / "policy" / name / str(count) / str(seed)),
             encoder=encoder,
-            data=replace(config.align.data, episodes_per_task=count or None, cache=str(cache)),
+            data=data,
             aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
             tune=tune,
             tuned_part=arm.tuned_part if tune else "all",
             encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
+            auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
             hide=arm.hide,
             steps=steps,
             seed=seed,
@@ -296,7 +324,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
 def clone_everything(config: CompareConfig, seed: int) -> None:
     """Train an untrained tower by cloning on all demonstrations: the encoder that the cloning-pretrained arm freezes."""
     cache = Path(config.output) / "cache" / f"cloning-{seed}"
-    link_frames(config, cache)
+    link_frames(config, config.align.data.root, cache)
     train_policy(
         replace(
             config.policy,
@@ -304,6 +332,7 @@ def clone_everything(config: CompareConfig, seed: int) -> None:
             encoder=str(encoder_folder(config, "random", seed)),
             data=replace(config.align.data, cache=str(cache)),
             aligned_pooler=False,
+            auxiliary=0.0,
             tune=True,
             tuned_part="vision",
             encoder_lr_scale=1.0,
@@ -315,11 +344,11 @@ def clone_everything(config: CompareConfig, seed: int) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
 
-def link_frames(config: CompareConfig, cache: Path) -> None:
-    """Let a cache folder of its own share the decoded pictures."""
+def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
+    """Let a cache folder of its own share the decoded pictures of a data set."""
     cache.mkdir(parents=True, exist_ok=True)
     data = config.align.data
-    shared = Path(data.cache) if data.cache else Path(data.root) / ".concord"
+    shared = Path(data.cache) if data.cache and root == data.root else Path(root) / ".concord"
     for store in shared.glob("frames_*.npy"):
         if not (cache / store.name).exists():
             try:

@@ -1,9 +1,11 @@
 """Several data sets as one: their rows one after another, texts and goals by name, pictures from each one's store."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -56,7 +58,7 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
     """
     named = [root_and_weight(text) for text in more]
     own = read_episodes(data.root, data.camera)
-    parts = [own, *(read_episodes(root, partial=True) for root, _ in named)]
+    parts = [own, *(read_episodes(root, camera_in(root, data.camera), partial=True) for root, _ in named)]
     train, validation = split_episodes(own, data.holdout, seed)
     train = limit_per_task(own, train, data.episodes_per_task, seed)
     validation = validation[own.goal_id[validation] >= 0]
@@ -64,7 +66,7 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
         raise UserError(f"{data.root}: no held-out episode has an instruction; raise --data.holdout")
     ends = np.cumsum([len(part.goal_id) for part in parts])
     stores = [open_frames(own, data.image_size, data.cache, data.workers)]
-    stores += [open_frames(part, data.image_size, None, data.workers) for part in parts[1:]]
+    stores += [open_frames(part, data.image_size, data.cache, data.workers) for part in parts[1:]]
     return Mixture(
         episodes=joined(parts) if more else own,
         frames=Stores(stores) if more else stores[0],
@@ -72,6 +74,12 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
         validation=validation,
         weights=[1.0, *(weight for _, weight in named)],
     )
+
+
+def camera_in(root: str, camera: str | None) -> str | None:
+    """The camera, if a data set has one of that name; else its only one."""
+    info = Path(root) / "meta" / "info.json"
+    return camera if info.is_file() and camera in json.loads(info.read_text()).get("features", {}) else None
 
 
 def root_and_weight(text: str) -> tuple[str, float]:

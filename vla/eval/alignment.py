@@ -71,8 +71,7 @@ def encoder_measures(
 ) -> dict[str, float]:
     """The measures that need the encoders alone, on the episodes at `positions`: retrieval and zero-shot accuracy."""
     batch = source.gather(spread_rows(source, positions, 12))
-    _, pooled = text_features(clip, input_ids, attention_mask)
-    language = unit(clip.text_projection(pooled))
+    language = language_embeds(clip, input_ids, attention_mask)
     vision = []
     for first in range(0, len(batch.frame_of_row), BATCH):
         frames = batch.frames[batch.frame_of_row[first : first + BATCH]]
@@ -80,6 +79,12 @@ def encoder_measures(
         vision.append(unit(clip.visual_projection(vision_features(clip, pixels)[1])))
     features = torch.cat(vision).float().cpu().numpy(), language.float().cpu().numpy()
     return picture_text_measures(*features, batch) | zero_shot_measures(*features, batch, source.episodes)
+
+
+def language_embeds(clip: Encoder, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(u, d) unit-norm embeddings of all texts, some at a time."""
+    parts = zip(input_ids.split(BATCH), attention_mask.split(BATCH), strict=True)
+    return torch.cat([unit(clip.text_projection(text_features(clip, *part)[1])) for part in parts])
 
 
 def spread_rows(source: TripletSource, positions: np.ndarray, most: int) -> np.ndarray:
@@ -99,21 +104,23 @@ def embed_rows(
 ) -> Embedded:
     """Embed (b,) rows, not augmented, in evaluation mode's float32."""
     device = input_ids.device
-    words, text_pooled = text_features(model.clip, input_ids, attention_mask)
-    named = word_embeds(model.clip, words)
-    language = unit(model.clip.text_projection(text_pooled))
+    language = language_embeds(model.clip, input_ids, attention_mask)
     batch = source.gather(rows)
+    used, text_of_rows = np.unique(batch.text_id, return_inverse=True)
+    mask = attention_mask[used]
+    words, _ = text_features(model.clip, input_ids[used], mask)
+    named = word_embeds(model.clip, words)
     columns: dict[str, list[Tensor]] = {}
     for first in range(0, len(rows), BATCH):
         part = slice(first, first + BATCH)
         pixels = pixel_values(torch.from_numpy(batch.frames[batch.frame_of_row[part]]).to(device))
         tokens, pooled = vision_features(model.clip, pixels)
-        text_of_row = torch.from_numpy(batch.text_id[part]).to(device)
+        text_of_row = torch.from_numpy(text_of_rows[part]).to(device)
         scene = model.scene_features(tokens)
         row = torch.arange(len(tokens), device=device)
         patches, half = patch_embeds(model.clip, tokens), len(tokens) // 2
         contexts = [
-            model.context_features(seen, embeds, words, named, attention_mask, row, texts)
+            model.context_features(seen, embeds, words, named, mask, row, texts)
             for seen, embeds, texts in (
                 (tokens, patches, text_of_row),
                 (tokens, patches, text_of_row.roll(half)),

@@ -41,9 +41,8 @@ def views_of(held_out: Embedded, texts: Sequence[str]) -> Views:
     frequent = goals[np.argsort(-counts, kind="stable")]
 
     shown = late_rows_of_scenes(held_out)
-    asked = np.array([text_of_goal[goal] for goal in dict.fromkeys(batch.goal_id[shown].tolist())])
-    goal_of_text = {text: goal for goal, text in text_of_goal.items()}
-    right = batch.goal_id[shown][:, None] == np.array([goal_of_text[text] for text in asked])[None, :]
+    shown_goals = np.array(list(dict.fromkeys(batch.goal_id[shown].tolist())))
+    asked = np.array([text_of_goal[goal] for goal in shown_goals.tolist()])
 
     rows = neighbour_rows(held_out)
     return Views(
@@ -51,7 +50,7 @@ def views_of(held_out: Embedded, texts: Sequence[str]) -> Views:
         goal_id=batch.goal_id,
         progress=batch.progress,
         similarity=held_out.vision[shown] @ held_out.language[asked].T,
-        right=right,
+        right=batch.goal_id[shown][:, None] == shown_goals[None, :],
         pictures=batch.frames[batch.frame_of_row[shown]],
         instructions=tuple(texts[text] for text in asked),
         neighbours=np.stack([batch.frames[batch.frame_of_row[row]] for row in rows]),

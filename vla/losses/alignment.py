@@ -146,6 +146,11 @@ class Group:
     images: slice
     texts: Tensor  # (t,) ascending
 
+    def within(self, images: slice) -> "Group":
+        """What it shares with some consecutive images, counted from the first of these."""
+        first = max(self.images.start, images.start) - images.start
+        return Group(slice(first, max(first, min(self.images.stop, images.stop) - images.start)), self.texts)
+
 
 def groups_of(pairs: Pairing) -> list[Group]:
     """Groups of at most `GROUP` images, so that comparing words with patches grows with the batch and not with its square.
@@ -160,23 +165,23 @@ def groups_of(pairs: Pairing) -> list[Group]:
 
 
 def grouped_late_interaction(
-    patches: Tensor, words: Tensor, words_mask: Tensor, groups: Sequence[Group], first: int = 0
+    patches: Tensor, words: Tensor, words_mask: Tensor, groups: Sequence[Group], width: int
 ) -> Tensor:
-    """(b, t) `late_interaction` of images with the texts of their group; 0 in columns beyond these.
+    """(b, width) `late_interaction` of images with the texts of their group; 0 in columns beyond these.
 
     Args:
-        patches: (b, n, d) of the consecutive images from `first` on. words, words_mask: of all texts, (u, l, d) and (u, l).
-        groups: of the whole batch.
+        patches: (b, n, d). words, words_mask: (u, l, d) and (u, l).
+        groups: of these images, one after another. width: texts of the largest group of the batch.
     """
-    width, parts = max(len(group.texts) for group in groups), []
+    parts = []
     for group in groups:
-        own = patches[max(0, group.images.start - first) : max(0, group.images.stop - first)]
-        if len(own) and not len(group.texts):
-            parts.append(own.new_zeros(len(own), width))
-        elif len(own):
+        own = patches[group.images]
+        if len(group.texts):
             named = words.index_select(0, group.texts)
             similarity = late_interaction(own, named, words_mask[group.texts])
             parts.append(nn.functional.pad(similarity, (0, width - len(group.texts))))
+        else:
+            parts.append(own.new_zeros(len(own), width))
     return torch.cat(parts)
 
 

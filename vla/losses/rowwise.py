@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAIRS = 1 << 22  # pairs that are compared at a time
+PAIRS = 1 << 20  # pairs that are compared at a time
 
 
 @dataclass(frozen=True)

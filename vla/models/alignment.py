@@ -31,7 +31,7 @@ class TextEmbeds:
 
 @dataclass(frozen=True)
 class RowEmbeds:
-    """Embeddings of f distinct images and the b rows that show them, unit norm; None where a term is off."""
+    """Embeddings of f distinct images and the b rows that show them, unit norm but for `pooled`; None where a term is off."""
 
     vision: Tensor  # (f, d)
     context: Tensor  # (b, d)
@@ -118,7 +118,7 @@ class AlignmentModel(nn.Module):
         state: Tensor | None,
         *,
         groups: Sequence[Group] = (),
-        first: int = 0,
+        width: int = 0,
         text_gradient: float = 0.1,
     ) -> RowEmbeds:
         """Embed images and the rows that show them.
@@ -129,8 +129,7 @@ class AlignmentModel(nn.Module):
             frame_of_row, text_of_row: (b,) index of each row's image and text among them.
             action_chunk, action_is_pad: (b, h, a) normalised and (b, h).
             state: (f, s) of the images, normalised; None if it is not to be embedded.
-            groups: of the whole batch's images, for the late interaction; none, and it is left out.
-            first: where the first of these images is among the batch's.
+            groups, width: who is compared word by word, see `grouped_late_interaction`; without groups nobody is.
             text_gradient: share of the context term's gradient that reaches the words.
         """
         tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
@@ -143,7 +142,7 @@ class AlignmentModel(nn.Module):
             vision=unit(self.clip.visual_projection(pooled)),
             context=self.context_projection(context),
             action=self.action_projection(self.action_encoder(action_chunk, action_is_pad)),
-            similarity=grouped_late_interaction(patches, texts.named, attention_mask, groups, first)
+            similarity=grouped_late_interaction(patches, texts.named, attention_mask, groups, width)
             if groups
             else None,
             scene=None if state is None else self.scene_projection(pooled_scene),

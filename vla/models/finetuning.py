@@ -47,5 +47,6 @@ def interpolated(start: Mapping[str, Tensor], model: Encoder, share: float) -> E
     """A copy at `share` of the way from the `start` weights to the model's own (WiSE-FT, arXiv:2109.01903)."""
     between = copy.deepcopy(merged(model))
     weights = between.state_dict()
-    between.load_state_dict({name: start[name].lerp(weight, share) for name, weight in weights.items()}, strict=True)
+    mixed = {name: start[name].to(weight.device).lerp(weight, share) for name, weight in weights.items()}
+    between.load_state_dict(mixed, strict=True)
     return between

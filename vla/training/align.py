@@ -22,7 +22,7 @@ from transformers import CLIPModel
 from vla.config import AlignConfig, TowerConfig
 from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers, TripletSource, training_batch
-from vla.data.episodes import Episodes, read_episodes, rows_of, split_episodes
+from vla.data.episodes import Episodes, rows_of
 from vla.data.frames import open_frames
 from vla.data.mixture import Mixture, open_mixture
 from vla.data.normalization import compute_norm_stats, normalize_quantile
@@ -47,7 +47,7 @@ from vla.training.optim import Optimizers, layer_groups, make_optimizers, schedu
 from vla.training.prefetch import prefetch
 from vla.training.pretrained import HeldOut, along_the_way, check_start
 from vla.training.processes import Processes
-from vla.training.run import RunFolder
+from vla.training.run import RunFolder, mean_metrics
 from vla.types import TripletBatch, UserError
 from vla.versions import versions
 
@@ -61,6 +61,7 @@ def train_align(config: AlignConfig) -> Path:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
     check_start(config)
+    check_transitions(config)
     torch.set_num_threads(config.threads)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     processes = Processes(accelerator.process_index, accelerator.num_processes)
@@ -78,8 +79,10 @@ def train_align(config: AlignConfig) -> Path:
 
     with accelerator.local_main_process_first():
         mixture = open_mixture(config.data, config.more, config.seed)
+        old = old_data(config)
     episodes, validation = mixture.episodes, mixture.validation
     train = np.concatenate(mixture.train)
+    told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
     sampler = make_sampler(config, mixture)
@@ -93,10 +96,10 @@ def train_align(config: AlignConfig) -> Path:
         add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
     if config.tower.locked:
         model.clip.vision_model.requires_grad_(False)
-    optimizer = make_optimizers(
-        [*layer_groups(model.clip, tower_lr, config.optimizer.layer_decay), (model, config.optimizer.lr)],
-        config.optimizer.weight_decay,
-    )
+    groups = [*layer_groups(model.clip, tower_lr, config.optimizer.layer_decay), (model, config.optimizer.lr)]
+    if config.tower.lora_rank:  # updates start from nothing, so they need no small steps
+        groups = [(model, config.optimizer.lr)]
+    optimizer = make_optimizers(groups, config.optimizer.weight_decay)
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
@@ -153,8 +156,7 @@ def train_align(config: AlignConfig) -> Path:
         done = step + 1
         saves = done % config.save_every == 0 or done == config.steps
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
-            names = dict.fromkeys(key for metrics in window for key in metrics)
-            metrics = {key: float(np.mean([m[key] for m in window if key in m])) for key in names}
+            metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
             run.log(done, metrics | {"samples": digest(batch)})
             if done >= config.optimizer.warmup + SETTLED and (
@@ -168,7 +170,7 @@ def train_align(config: AlignConfig) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured, _ = measure(model, source, mixture.train[0], validation, input_ids, attention_mask)
+            measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
@@ -178,13 +180,13 @@ def train_align(config: AlignConfig) -> Path:
     bar.close()
 
     if run.writes:
-        measured, held_out = measure(model, source, mixture.train[0], validation, input_ids, attention_mask)
+        measured, held_out = measure(model, source, told, validation, input_ids, attention_mask)
         save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
         run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
         seconds = before + time.perf_counter() - started
         way = []
         if start is not None:
-            data = {"new": HeldOut(source, validation)} | old_data(config)
+            data = {"new": HeldOut(source, validation)} | old
             trained = model.exported_clip()
             way = along_the_way(start, trained, tokenizer, config.wise_ft, data)
             for share in config.wise_ft:
@@ -197,6 +199,18 @@ def train_align(config: AlignConfig) -> Path:
     encoder = run.folder / "clip"
     say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
     return encoder
+
+
+def check_transitions(config: AlignConfig) -> None:
+    """Refuse transition terms whose batches hold no transition."""
+    batch = config.batch
+    if config.loss.transition_action + config.loss.transition_language and (
+        batch.frames < 2 or batch.gap > config.horizon
+    ):
+        raise UserError(
+            "config error: loss.transition_action and loss.transition_language need two frames of an episode in a batch, at most "
+            f"`horizon` apart; got batch.frames {batch.frames}, batch.gap {batch.gap}, horizon {config.horizon}"
+        )
 
 
 def step_metrics(
@@ -264,10 +278,10 @@ def old_data(config: AlignConfig) -> dict[str, HeldOut]:
     """The held-out episodes of the data set that forgetting is measured on, if there is one."""
     if config.forgetting is None:
         return {}
-    episodes = read_episodes(config.forgetting)
-    train, held_out = split_episodes(episodes, config.data.holdout, config.seed)
-    frames = replace(config, data=replace(config.data, cache=None))
-    return {"old": HeldOut(make_source(frames, episodes, rows_of(episodes, train)), held_out)}
+    mixture = open_mixture(replace(config.data, root=config.forgetting), (), config.seed)
+    stats = make_stats(mixture.episodes, rows_of(mixture.episodes, mixture.train[0]))
+    source = TripletSource(mixture.episodes, mixture.frames, stats, config.horizon)
+    return {"old": HeldOut(source, mixture.validation)}
 
 
 def measure(

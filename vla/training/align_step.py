@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vla.config import LossConfig
+from vla.losses.alignment import Group
 from vla.losses.rowwise import Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds, TextEmbeds
 from vla.training.align_terms import batch_terms
@@ -38,7 +39,9 @@ def forward_backward(
     autocast: Autocast,
     processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, Term], dict[str, Tensor]]:
-    """Set the parameters' gradients to those of the batch; returns the loss, its terms and the batch's health.
+    """Add the gradients of the batch to those of the parameters; returns the loss, its terms and the batch's health.
+
+    A batch whose rows lack what every term needs has no terms and the loss 0.
 
     Args:
         rest: (a,) the resting action, normalised.
@@ -62,11 +65,14 @@ def forward_backward(
     rows = own_rows.gathered(processes, image_shares)
 
     terms, health = batch_terms(model, batch, texts.language, rows, rest, loss, gap)
-    total = torch.stack([getattr(loss, name) * term.loss for name, term in terms.items()]).sum()
-    total.backward()
+    total = sum((getattr(loss, name) * term.loss for name, term in terms.items()), torch.zeros((), device=rest.device))
+    if terms:
+        total.backward()
     if processes.rank > 0:  # all took the same loss: what hangs on it directly, as the scales do, counts once
         model.zero_grad()
         texts.language.grad = None
+    if chunk:
+        give_back()
     own_rows.carry_on(rows)
     for name in names_of(texts):
         leaf = getattr(texts, name)
@@ -86,18 +92,25 @@ def embed_rows(
     model: AlignmentModel, batch: DeviceBatch, texts: TextEmbeds, loss: LossConfig, images: slice
 ) -> RowEmbeds:
     """Embed some of the batch's images and the rows that show them, what the switched-on terms need of them."""
-    rows = batch.rows(images)
+    rows, every = batch.rows(images), batch.groups if loss.word_patch else []
+    text_of_row, mask = batch.text_of_row[rows], batch.attention_mask
+    groups = [group for group in (group.within(images) for group in every) if group.images.start < group.images.stop]
+    if images.stop - images.start < len(batch.shown):  # a piece needs few of the texts
+        needed = torch.cat([text_of_row, *(group.texts for group in groups)]).unique()
+        texts = TextEmbeds(*(x.index_select(0, needed) for x in (texts.words, texts.named, texts.language)))
+        groups = [Group(group.images, torch.searchsorted(needed, group.texts)) for group in groups]
+        text_of_row, mask = torch.searchsorted(needed, text_of_row), mask[needed]
     return model.rows(
         texts,
-        batch.attention_mask,
+        mask,
         batch.pixels(images),
         batch.frame_of_row[rows] - images.start,
-        batch.text_of_row[rows],
+        text_of_row,
         batch.action_chunk[rows],
         batch.action_is_pad[rows],
         batch.state[images].nan_to_num() if loss.state else None,
-        groups=batch.groups if loss.word_patch else (),
-        first=images.start,
+        groups=groups,
+        width=max((len(group.texts) for group in every), default=0),
     )
 
 

@@ -44,6 +44,8 @@ class Auxiliary:
         """
         if not config.tune:
             raise UserError("config error: auxiliary needs an encoder that is fine-tuned; add --tune=true")
+        if config.hide != "none":
+            raise UserError(f"config error: auxiliary shows what hide={config.hide} hides; use one of them")
         head, loss = config.head, config.loss
         if (loss.queries, loss.pooler_width) != (head.queries, head.width):
             raise UserError(

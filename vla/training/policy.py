@@ -43,7 +43,7 @@ from vla.training.checkpoint import (
 )
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
-from vla.training.run import RunFolder
+from vla.training.run import RunFolder, mean_metrics
 from vla.training.tokens import open_tokens
 from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
 from vla.versions import versions
@@ -98,7 +98,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         ACTION_KEY: compute_norm_stats(episodes.action[rows]),
     }
 
-    policy = make_policy(config, episodes)
+    policy = make_policy(config, episodes).to(accelerator.device)
     normalizers = Normalizers(stats[ACTION_KEY], stats[STATE_KEY])
     auxiliary = Auxiliary(config, episodes, train, frames, normalizers, policy) if config.auxiliary else None
     encoder_lr = config.optimizer.lr * config.encoder_lr_scale
@@ -149,6 +149,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             stop_on_nonfinite(run.folder, step, batch)
         optimizer.step()
         optimizer.zero_grad()
+        if auxiliary:
+            auxiliary.model.clamp_scales()
         update_average(averaged, trained_parameters(unwrapped), min(config.ema, (step + 1) / (step + 10)))
 
         seconds = time.perf_counter() - begun + waited
@@ -165,7 +167,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         done = step + 1
         saves = done % config.save_every == 0 or done == config.steps
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
-            metrics = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
+            metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[0]["lr"]
             run.log(done, metrics | {"samples": digest(batch)})
             bar.set_postfix(loss=f"{metrics['loss']:.4f}")
@@ -464,7 +466,10 @@ def digest(batch: CloningBatch) -> str:
 def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
     """Save the batch that broke the loss, then stop."""
     path = folder / f"nonfinite_step_{step:06d}.safetensors"
-    arrays = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+    arrays = {name: value for name, value in vars(batch).items() if name != "triplets"}
+    if batch.triplets is not None:
+        triplets = vars(batch.triplets) | {"frames": batch.triplets.frames[:]}
+        arrays |= {f"triplets.{name}": value for name, value in triplets.items()}
     save_file({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}, path)
     raise UserError(
         f"loss is not finite at step {step}; the batch is in {path}; "

@@ -3,9 +3,11 @@
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
@@ -108,3 +110,9 @@ def _step_of(line: str) -> int:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return sys.maxsize
+
+
+def mean_metrics(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means over some steps; a metric that a step lacks is averaged over those that have it."""
+    names = dict.fromkeys(name for metrics in window for name in metrics)
+    return {name: float(np.mean([metrics[name] for metrics in window if name in metrics])) for name in names}
