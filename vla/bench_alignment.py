@@ -36,6 +36,7 @@ from vla.types import TripletBatch
 
 CONTEXT = 77  # tokens that open_clip pads every text to
 CHUNK = 128  # pictures at a time
+LARGE_FRAMES = 8  # of each episode in a large batch
 PROCESSES = (1, 2, 4)
 LEARNING_RATE = 1e-3
 
@@ -155,8 +156,11 @@ def measure(m: Measurement) -> dict[str, float]:
         distributed.init_process_group("gloo", init_method=f"file://{m.meet}", rank=m.rank, world_size=m.count)
     processes = Counted(Processes(m.rank, m.count))
     torch.manual_seed(0)
-    goals = m.rows // BatchConfig().frames
-    config = AlignConfig(data=DataConfig(root=m.root), batch=replace(BatchConfig(), goals=goals), threads=m.threads)
+    batch = BatchConfig()
+    if m.rows > batch.goals * batch.frames:  # a large one takes more of each episode, so that a small data set fills it
+        batch = replace(batch, frames=LARGE_FRAMES, gap=1)
+    batch = replace(batch, goals=m.rows // batch.frames)
+    config = AlignConfig(data=DataConfig(root=m.root), batch=batch, threads=m.threads)
     episodes = read_episodes(m.root)
     everything = np.arange(len(episodes.goal_id))
     source = make_source(config, episodes, rows_of(episodes, everything))

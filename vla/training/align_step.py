@@ -71,8 +71,6 @@ def forward_backward(
     if processes.rank > 0:  # all took the same loss: what hangs on it directly, as the scales do, counts once
         model.zero_grad()
         texts.language.grad = None
-    if chunk:
-        give_back()
     own_rows.carry_on(rows)
     for name in names_of(texts):
         leaf = getattr(texts, name)
@@ -114,6 +112,7 @@ def embed_rows(
     )
 
 
+GIVE_BACK = 8  # pieces after which freed memory is given back; after each would cost half of the time
 ROW_WISE = ("context", "action")  # the other embeddings are of images
 
 
@@ -176,6 +175,7 @@ class Pieces[E: (TextEmbeds, RowEmbeds)]:
                 torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
             if not self.kept:
                 del part, pairs
+            if (number + 1) % GIVE_BACK == 0:
                 give_back()
         restore_rng(after)
 
