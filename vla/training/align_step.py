@@ -1,9 +1,9 @@
 """One step of stage one up to the gradients: embed, compare, back-propagate, in pieces and on many processes if asked for.
 
 Embeddings are made piece by piece and gathered, the loss is taken over the whole batch, then each piece carries on the
-gradients of its own embeddings (gradient caching, arXiv:2101.06983). A process with one piece keeps its graph; one with
-several embeds each anew, with the random state replayed, so that graphs do not grow with the batch. Either way the
-gradients are those of the unbroken batch. Plain accumulation of losses over small batches would leave out the negatives
+gradients of its own embeddings (gradient caching, arXiv:2101.06983). Only the last piece's graph is kept; the others are
+embedded anew, with the random state replayed, so that graphs do not grow with the batch. The gradients are those of the
+unbroken batch. Plain accumulation of losses over small batches would leave out the negatives
 between them.
 """
 
@@ -130,19 +130,14 @@ class Pieces[E: (TextEmbeds, RowEmbeds)]:
         self.pieces, self.embed, self.autocast, self.places = pieces, embed, autocast, places
         self.random: list[dict[str, Tensor]] = []
         self.embeds: list[E] = []
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             self.random.append(rng_tensors())
-            with torch.set_grad_enabled(self.kept), autocast():
+            with torch.set_grad_enabled(number == len(pieces) - 1), autocast():
                 self.embeds.append(embed(piece))
         if not pieces:  # more processes than texts or images: the shapes of one, and nothing of it
             with torch.no_grad(), autocast():
                 one = embed(slice(0, 1))
             self.embeds.append(replace(one, **{name: getattr(one, name)[:0] for name in names_of(one)}))
-
-    @property
-    def kept(self) -> bool:
-        """Whether the graph is kept: that of one piece is."""
-        return len(self.pieces) == 1
 
     def gathered(self, processes: Processes, shares: list[slice]) -> E:
         """The embeddings of the whole batch, as leaves that collect gradients."""
@@ -151,17 +146,16 @@ class Pieces[E: (TextEmbeds, RowEmbeds)]:
             own = torch.cat([getattr(part, name).detach() for part in self.embeds])
             lengths = [place.stop - place.start for place in (self.places(name, share) for share in shares)]
             whole[name] = processes.gather(own, lengths).requires_grad_()
-        example = self.embeds[0]
-        if not self.kept:
-            self.embeds.clear()
-        return replace(example, **whole)
+        del self.embeds[:-1]
+        return replace(self.embeds[0], **whole)
 
     def carry_on(self, whole: E) -> None:
         """Back-propagate the gradients that the leaves have collected to what the pieces were made from."""
         after = rng_tensors()
-        for number, piece in enumerate(self.pieces):
-            if self.kept:
-                part = self.embeds[0]
+        for number in reversed(range(len(self.pieces))):
+            piece = self.pieces[number]
+            if self.embeds:
+                part = self.embeds.pop()
             else:
                 restore_rng(self.random[number])
                 with self.autocast():
@@ -173,8 +167,7 @@ class Pieces[E: (TextEmbeds, RowEmbeds)]:
             ]
             if pairs:  # none of frozen texts
                 torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
-            if not self.kept:
-                del part, pairs
+            del part, pairs
             if (number + 1) % GIVE_BACK == 0:
                 give_back()
         restore_rng(after)
