@@ -44,6 +44,7 @@ class DataConfig:
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
     color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
     pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them
+    word_dropout: float = number(0.0, 0, 1)  # augmentation: share of the instructions' words that are hidden
     workers: int = number(2, 1)  # processes that build the frame store
 
 

@@ -1,9 +1,16 @@
-"""Image augmentation on uint8 batches: random shift, pasted shapes, colour. No flips, which change the meaning of "left"."""
+"""Augmentation: random shift, pasted shapes and colour of uint8 pictures, hidden words of texts.
 
+No flips, which change the meaning of "left".
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
 from vla.config import DataConfig
 
@@ -113,3 +120,15 @@ def color_tables(colors: np.ndarray) -> np.ndarray:
     contrast, gains = colors[:, None, :1], colors[:, None, 1:]  # (n, 1, 1), (n, 1, 3)
     changed = ((levels - 128) * contrast + 128) * gains  # (n, 256, 3)
     return np.ascontiguousarray(np.clip(changed, 0, 255).astype(np.uint8)[:, None])
+
+
+def hide_words(mask: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """(u, l) 1 for words -> the same with a share of the words hidden; a text's first and last token always stay."""
+    place, last = torch.arange(mask.shape[1], device=mask.device), mask.sum(1, keepdim=True) - 1
+    drawn = torch.from_numpy(rng.random(tuple(mask.shape)) < share).to(mask.device)
+    return mask * ~(drawn & (place > 0) & (place < last))
+
+
+def word_hider(data: DataConfig, seed: int, step: int) -> Callable[[Tensor], Tensor]:
+    """What hides words of the texts of one step; the same for the same seed and step."""
+    return partial(hide_words, share=data.word_dropout, rng=np.random.default_rng([seed, step, 3]))

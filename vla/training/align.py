@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPModel
 
 from vla.config import AlignConfig, TowerConfig
-from vla.data.augmentation import augmenter
+from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.frames import open_frames
@@ -129,7 +129,7 @@ def train_align(config: AlignConfig) -> Path:
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         loss, terms, health = forward_backward(
             model,
-            on_device(batch, input_ids, attention_mask, accelerator.device),
+            on_device(batch, input_ids, attention_mask, accelerator.device, word_hider(config.data, config.seed, step)),
             rest,
             config.loss,
             gap=config.batch.gap,

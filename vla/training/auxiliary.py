@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla.config import AlignConfig, PolicyTrainConfig
-from vla.data.augmentation import augmenter
+from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.normalization import normalize_quantile
@@ -89,7 +89,7 @@ class Auxiliary:
         weighted = replace(loss, **{name: weight * getattr(loss, name) for name in (*PAIRS, *TRANSITIONS)})
         _, terms, _ = forward_backward(
             self.model,
-            on_device(batch, *self.texts, self.texts[0].device),
+            on_device(batch, *self.texts, self.texts[0].device, word_hider(self.config.data, self.config.seed, step)),
             self.rest,
             weighted,
             gap=self.config.batch.gap,

@@ -46,8 +46,14 @@ class DeviceBatch:
         return slice(*torch.searchsorted(self.frame_of_row, bounds).tolist())
 
 
-def on_device(batch: TripletBatch, input_ids: Tensor, attention_mask: Tensor, device: torch.device) -> DeviceBatch:
-    """Move a batch; of the (t, l) ids and masks of all texts, those that it holds."""
+def on_device(
+    batch: TripletBatch,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    device: torch.device,
+    hide: Callable[[Tensor], Tensor] = lambda mask: mask,
+) -> DeviceBatch:
+    """Move a batch; of the (t, l) ids and masks of all texts, those that it holds, with some words hidden by `hide`."""
     order = np.argsort(batch.frame_of_row, kind="stable")
 
     def moved(array: np.ndarray) -> Tensor:
@@ -65,7 +71,7 @@ def on_device(batch: TripletBatch, input_ids: Tensor, attention_mask: Tensor, de
         frame_of_row=moved(batch.frame_of_row),
         shown=shown,
         input_ids=input_ids[texts, :length],
-        attention_mask=attention_mask[texts, :length],
+        attention_mask=hide(attention_mask[texts, :length]),
         text_of_row=text_of_row,
         action_chunk=moved(batch.action_chunk),
         action_is_pad=moved(batch.action_is_pad),

@@ -30,7 +30,7 @@ from vla.data.normalization import NormStats, compute_norm_stats, normalize_quan
 from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
-from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions, text_features, tokenize
+from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align import make_encoders
 from vla.training.auxiliary import Auxiliary
@@ -45,6 +45,7 @@ from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.run import RunFolder, mean_metrics
 from vla.training.tokens import open_tokens
+from vla.training.words import Words
 from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
 from vla.versions import versions
 
@@ -119,7 +120,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             folder=Path(config.data.cache) if config.data.cache else episodes.root / ".concord",
             accelerator=accelerator,
         )
-    words = frozen_words(unwrapped, episodes.texts) if tokens is not None else None
+    words = Words(unwrapped, episodes.texts, dropout=config.data.word_dropout, frozen=not config.tune)
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
     first, before = restore(run, unwrapped, optimizer, averaged, others) if config.resume else (0, 0.0)
@@ -139,7 +140,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         with accelerator.autocast():
-            features = embed(unwrapped, batch, words, episodes.texts, config.head.token_noise)
+            rng = np.random.default_rng([config.seed, step, 3])
+            features = embed(unwrapped, batch, words, rng, config.head.token_noise)
         loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
         accelerator.backward(loss)
         terms = auxiliary.add_gradients(step, batch.triplets, accelerator.autocast) if auxiliary else {}
@@ -272,34 +274,23 @@ def gather(
     )
 
 
-@torch.no_grad()
-def frozen_words(policy: ConcordPolicy, texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Word tokens (u, l, w) and mask (u, l) of all texts, computed once."""
-    policy.eval()
-    ids, mask = (t.to(policy.image_mean.device) for t in tokenize(policy.tokenizer, texts))
-    return text_features(policy.clip, ids, mask)[0], mask
-
-
 def embed(
-    policy: ConcordPolicy,
-    batch: CloningBatch,
-    words: tuple[Tensor, Tensor] | None,
-    texts: tuple[str, ...],
-    token_noise: float,
+    policy: ConcordPolicy, batch: CloningBatch, words: Words, rng: np.random.Generator | None, token_noise: float = 0.0
 ) -> Tensor:
-    """(b, hidden) features of a batch; `token_noise` is in units of the layer-normed tokens."""
-    device = policy.image_mean.device
-    if words is not None:
-        tokens = torch.from_numpy(batch.inputs).to(device).float()
+    """(b, hidden) features of a batch.
+
+    `rng` is for the words that training hides, none without it; `token_noise` is in units of the layer-normed tokens.
+    """
+    device, tuned = policy.image_mean.device, policy.config.tune
+    inputs = torch.from_numpy(batch.inputs).to(device)
+    if tuned:
+        tokens = patch_tokens(policy.clip, pixel_values(inputs))
+    else:
+        tokens = inputs.float()
         if token_noise:
             tokens = tokens + token_noise * torch.randn_like(tokens)
-        text = torch.from_numpy(batch.text_id).to(device)
-        length = int(words[1][text].sum(1).max())
-        word_tokens, mask = words[0][text, :length], words[1][text, :length]
-    else:
-        tokens = patch_tokens(policy.clip, pixel_values(torch.from_numpy(batch.inputs).to(device)))
-        word_tokens, mask = policy.words([texts[i] for i in batch.text_id])
-    with torch.set_grad_enabled(words is None and torch.is_grad_enabled()):
+    word_tokens, mask = words.of(batch.text_id, rng)
+    with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
         similarity = policy.similarity(tokens, word_tokens)
     return policy.network.features(tokens, word_tokens, mask, similarity, torch.from_numpy(batch.state).to(device))
 
@@ -319,7 +310,7 @@ def validate(config, policy, episodes, frames, tokens, words, stats, rows, most:
     errors, chunks, pads = [], [], []
     for first in range(0, len(rows), config.batch_size):
         batch = gather(config, episodes, frames, tokens, stats, rows[first : first + config.batch_size], None)
-        predicted = policy.network.head.predict(embed(policy, batch, words, episodes.texts, 0.0)).cpu()
+        predicted = policy.network.head.predict(embed(policy, batch, words, None)).cpu()
         chunk, pad = torch.from_numpy(batch.action_chunk), torch.from_numpy(batch.action_is_pad)
         errors.append(masked_l1(predicted, chunk, pad).item() * len(batch.rows))
         chunks.append(chunk)
