@@ -1,8 +1,13 @@
 """The benchmark measures every figure that the documentation quotes."""
 
 import json
+import sys
+import time
+
+import pytest
 
 from vla.bench import bench
+from vla.bench_alignment import run_together
 from vla.config import BenchConfig
 
 
@@ -24,3 +29,14 @@ def test_bench_writes_every_figure(tmp_path, data_root):
     assert {task: row["successes"] for task, row in written["expert"]["plain"].items()} == dict.fromkeys(
         ("reach", "push", "pick", "place", "next_to", "separate"), 2
     )
+
+
+def test_when_one_process_fails_the_others_are_not_waited_for():
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run_together([python("import time; time.sleep(60)"), python("raise SystemExit('no memory left')")])
+    assert time.monotonic() - started < 30
+    assert run_together([python("print(1)"), python("print(2)")]) == ["1\n", "2\n"]

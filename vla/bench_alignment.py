@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -134,19 +135,51 @@ def in_words(result: dict[str, Any]) -> list[str]:
 
 def in_a_process(measurement: Measurement) -> dict[str, float]:
     """Run one measurement; its memory is that of a fresh process."""
-    command = [sys.executable, "-m", "vla.bench_alignment", json.dumps(vars(measurement))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{measurement} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_together([command_of(measurement)])[0].splitlines()[-1])
 
 
 def in_processes(measurement: Measurement) -> dict[str, float]:
     """Run a step on several processes; what the first one measures, and the most memory that any needs."""
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(measurement.count) as pool:
+    with TemporaryDirectory() as folder:
         members = [replace(measurement, rank=rank, meet=f"{folder}/meet") for rank in range(measurement.count)]
-        measured = list(pool.map(in_a_process, members))
+        measured = [json.loads(out.splitlines()[-1]) for out in run_together([command_of(m) for m in members])]
     return measured[0] | {"peak_mib": max(one["peak_mib"] for one in measured)}
+
+
+def command_of(measurement: Measurement) -> list[str]:
+    """What runs a measurement by itself."""
+    return [sys.executable, "-m", "vla.bench_alignment", json.dumps(vars(measurement))]
+
+
+def run_together(commands: Sequence[list[str]]) -> list[str]:
+    """What commands that wait for each other print; as soon as one fails the others are stopped.
+
+    Raises:
+        RuntimeError: one of them fails.
+    """
+    with ExitStack() as files:
+        outs, errors = ([files.enter_context(TemporaryFile("w+")) for _ in commands] for _ in range(2))
+        running = [
+            subprocess.Popen(command, stdout=out, stderr=error)
+            for command, out, error in zip(commands, outs, errors, strict=True)
+        ]
+        try:
+            while any(process.poll() is None for process in running) and not any(p.returncode for p in running):
+                time.sleep(0.05)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        texts = []
+        for process, out, error, command in zip(running, outs, errors, commands, strict=True):
+            out.seek(0)
+            error.seek(0)
+            if process.returncode > 0:
+                raise RuntimeError(f"{command[-1]} failed: {(error.read().strip().splitlines() or ['no message'])[-1]}")
+            texts.append(out.read())
+        if any(process.returncode for process in running):
+            raise RuntimeError("stopped by a signal")
+    return texts
 
 
 def measure(m: Measurement) -> dict[str, float]:
