@@ -164,8 +164,10 @@ def run_together(commands: Sequence[list[str]]) -> list[str]:
             for command, out, error in zip(commands, outs, errors, strict=True)
         ]
         try:
-            while any(process.poll() is None for process in running) and not any(p.returncode for p in running):
+            codes: list[int | None] = [None]
+            while None in codes and not any(codes):
                 time.sleep(0.05)
+                codes = [process.poll() for process in running]
         finally:
             for process in running:
                 process.kill()
