@@ -62,6 +62,10 @@ class TowerConfig:
     text_heads: int = number(4, 1)  # text transformer attention heads
     embed_dim: int = number(128, 1)  # joint embedding width
     vocab_size: int = number(1024, 514)  # byte-level BPE vocabulary, trained on the instructions
+    vocabulary: str | None = (
+        None  # general vocabulary instead: open_clip's bpe_simple_vocab_16e6.txt.gz, or a tokenizer
+    )
+    lexicon: str | None = None  # sentence encoder whose meanings of words are the word embeddings: folder or hub id
 
 
 @dataclass

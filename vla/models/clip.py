@@ -5,13 +5,11 @@ which has the same parts; what is said of a CLIP model here holds for it, too. T
 *layer-normed last-layer patch tokens* (`patch_tokens`) and the final-layer-normed word tokens (`word_tokens`).
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -23,7 +21,6 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
-    CLIPTokenizer,
     PreTrainedTokenizerBase,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
@@ -32,43 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vla.losses.contrastive import at_least_float32
+from vla.models.lexicon import MAX_TEXT_TOKENS, general_tokenizer, give_meanings, train_tokenizer
 from vla.types import UserError
 
 # ImageNet statistics: the ones LeRobot's policies normalise with by default.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
-MAX_TEXT_TOKENS = 77  # LeRobot's MultiTaskDiT pads to this length
 Encoder = CLIPModel | VisionTextDualEncoderModel
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's format, trained on `texts`; any other text still tokenises, down to its bytes.
-
-    The same texts give the same tokenizer. For that all symbols are listed as special tokens, which fixes their ids: the trainer breaks
-    ties by id, and numbers symbols that it meets on its way in an order that changes from run to run.
-    """
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    blank = CLIPTokenizer()
-    trained.normalizer = blank.backend_tokenizer.normalizer
-    trained.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    trained.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols = alphabet + [character + "</w>" for character in alphabet]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator(sorted(set(texts)), trainer)
-    learned = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    known = set(symbols)
-    words = symbols + [token for token, _ in learned if token not in known]
-    vocab = {token: index for index, token in enumerate([*words, START_TOKEN, END_TOKEN])}
-    merges = _merges(trained)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_TOKENS)
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def build_clip(
@@ -84,14 +51,24 @@ def build_clip(
     text_heads: int,
     embed_dim: int,
     vocab_size: int,
-) -> tuple[CLIPModel, CLIPTokenizer]:
-    """A small CLIP with random weights (the caller seeds torch) and a tokenizer trained on `texts`."""
+    vocabulary: str | None = None,
+    lexicon: str | None = None,
+) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+    """A small CLIP with random weights (the caller seeds torch) and a tokenizer trained on `texts`.
+
+    `vocabulary` is a general one instead, see `general_tokenizer`. With a `lexicon`, a sentence encoder, word embeddings are
+    its meanings of words, for good: training leaves them alone, so that words unseen in training stay among their like.
+    """
     if image_size % patch_size:
         raise UserError(f"config error: tower.patch_size {patch_size} does not divide data.image_size {image_size}")
     for name, size, parts in (("heads", width, heads), ("text_heads", text_width, text_heads)):
         if size % parts:
             raise UserError(f"config error: tower.{name} {parts} does not divide its width {size}")
-    tokenizer = train_tokenizer(texts, vocab_size)
+    if lexicon and not vocabulary:
+        raise UserError(
+            "config error: tower.lexicon needs the words of a general vocabulary; name one with --tower.vocabulary"
+        )
+    tokenizer = general_tokenizer(vocabulary) if vocabulary else train_tokenizer(texts, vocab_size)
     config = CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -123,7 +100,18 @@ def build_clip(
         model.text_model.embeddings.token_embedding.weight *= 20
         for layer in model.vision_model.encoder.layers:
             start_like_trained_attention(layer.self_attn)
+    if lexicon:
+        give_meanings(model.text_model.embeddings.token_embedding, tokenizer, lexicon)
+        model.config.text_config.fixed_words = True
+        fix_words(model)
     return quick_attention(model), tokenizer
+
+
+def fix_words(model: Encoder) -> None:
+    """Exclude word embeddings from training if they are a lexicon's meanings."""
+    if getattr(model.config.text_config, "fixed_words", False):
+        text = model.text_model if isinstance(model, CLIPModel) else model.text_model.text_model
+        text.embeddings.token_embedding.requires_grad_(False)
 
 
 def quick_attention[E: Encoder](model: E) -> E:

@@ -30,10 +30,10 @@ class HeldOut:
 
 
 def check_start(config: AlignConfig) -> None:
-    """Refuse what only a pretrained start has.
+    """Refuse what only a pretrained start has, and what it cannot have.
 
     Raises:
-        UserError: a field that needs `tower.pretrained`, or a share beyond the way.
+        UserError: a field that needs `tower.pretrained` or contradicts it, or a share beyond the way.
     """
     fields = {
         "tower.lora_rank": config.tower.lora_rank,
@@ -44,6 +44,9 @@ def check_start(config: AlignConfig) -> None:
     needing = [name for name, value in fields.items() if value]
     if needing and config.tower.pretrained is None:
         raise UserError(f"config error: {needing[0]} needs a pretrained start; name one with --tower.pretrained=FOLDER")
+    own = [name for name in ("vocabulary", "lexicon") if getattr(config.tower, name)]
+    if own and config.tower.pretrained is not None:
+        raise UserError(f"config error: tower.{own[0]}: tower.pretrained brings its own; leave one of the two out")
     beyond = [share for share in config.wise_ft if not 0 <= share <= 1]
     if beyond:
         raise UserError(f"config error: wise_ft {beyond[0]:g} is not between 0, the start, and 1, the trained encoder")

@@ -17,6 +17,7 @@ from vla.models.clip import (
     IMAGE_STD,
     Encoder,
     build_clip,
+    fix_words,
     load_clip,
     patch_embeds,
     patch_tokens,
@@ -221,6 +222,7 @@ def choose_trained(clip: Encoder, tune: bool, part: str) -> None:
             f"config error: tuned_part: last_block is for CLIP encoders, not a {type(clip.vision_model).__name__}"
         )
     clip.requires_grad_(tune and part == "all")
+    fix_words(clip)
     clip.logit_scale.requires_grad_(False)
     vision = clip.vision_model
     if tune and part == "vision":
