@@ -17,8 +17,10 @@ from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
 from vla.config import CompareConfig, SweepConfig
 from vla.config_io import to_dict
+from vla.eval.evaluate import checked
 from vla.eval.report import write_report
 from vla.eval.statistics import visible_difference
+from vla.integrations.collect import checked_tasks
 from vla.locks import lock_folder
 from vla.models.clip import patch_tokens
 from vla.training.align import make_encoders
@@ -26,7 +28,8 @@ from vla.types import UserError
 from vla.versions import versions
 
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TYPICAL_EPISODE = 60  # timesteps, for the estimate alone
+# For the estimate alone: timesteps of a typical evaluation episode, s to simulate and draw one look, s to collect an episode.
+TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
 FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size")  # changing these changes no result
 
 
@@ -133,15 +136,20 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
     batch = config.align.batch
     pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
     policy, episodes = config.policy, config.eval.episodes
-    levels = 0 if config.eval.splits == ("none",) else 20
-    episodes += levels * config.eval.split_episodes + 3 * config.eval.grounding_episodes
-    looks = TYPICAL_EPISODE / policy.head.n_action_steps
+    env = config.collect.env
+    timesteps, look, episode = TYPICAL[env.name]
+    _, levels = checked(replace(config.eval, env=env.name), {})
+    episodes += len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
+    looks = timesteps / policy.head.n_action_steps
+    demos = config.collect.scenes * (
+        len(checked_tasks(config.collect)) if env.name == "metaworld" else config.collect.goals_per_scene
+    )
     arms = chosen_arms(config)
 
     def seconds(job: Job) -> float:
         stage, _, rest = job.name.partition("-")
         if stage == "data":
-            return 0.04 * config.collect.scenes * config.collect.goals_per_scene
+            return episode * demos
         if stage == "align":
             return config.align.steps * pictures * training * 1.5  # the words, the losses and the update
         if stage == "cloning":
@@ -149,12 +157,11 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
         if stage == "policy":
             arm = arms[rest.rsplit("-", 2)[0]]
             if arm.tuned_part == "nothing":
-                frames = config.collect.scenes * config.collect.goals_per_scene * 20 * policy.cached_shifts
-                return policy.steps * policy.batch_size * 8e-4 + frames * forward
+                return policy.steps * policy.batch_size * 8e-4 + demos * timesteps / 3 * policy.cached_shifts * forward
             steps = config.scratch_steps if arm.source == "random" else config.tuned_steps
             return steps * policy.batch_size * training * 1.3
         if stage == "eval":
-            return episodes * looks * (forward + 4e-3)
+            return episodes * looks * (forward + look)
         return 10.0
 
     return [replace(job, seconds=seconds(job)) for job in jobs]
