@@ -253,6 +253,9 @@ class SweepConfig:
 
     output: str = "outputs/sweep"  # folder of everything the sweep makes
     seeds: tuple[int, ...] = (0,)  # training seeds
+    ablations: tuple[
+        str, ...
+    ] = ()  # instead of a sweep, the configuration as it is and once for each "FIELD=VALUE [FIELD=VALUE...]" changed
     collect: CollectConfig = field(default_factory=CollectConfig)  # the demonstrations, if align.data.root is absent
     align: AlignConfig = field(default_factory=AlignConfig)  # stage one
     policy: PolicyTrainConfig = field(default_factory=_compared_policy)  # stage two, on stage one's data

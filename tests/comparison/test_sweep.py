@@ -57,6 +57,29 @@ def test_a_finished_sweep_runs_nothing_again(finished, config):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_ablations_are_compared_with_the_whole_on_the_same_episodes(config, tmp_path):
+    changed = ("align.loss.word_patch=0 align.loss.state=0", "policy.aligned_pooler=false")
+    folder = sweep(replace(config, output=str(tmp_path / "run"), ablations=changed), {})
+    result = json.loads((folder / "sweep.json").read_text())
+    whole, *others = result["differences"]
+    assert whole["point"] == {}
+    assert "difference" not in whole["groups"]["plain"]
+    for row, text in zip(others, changed, strict=True):
+        assert row["point"] == dict(part.split("=") for part in text.split())
+        success, before = (r["groups"]["plain"]["success"]["value"] for r in (row, whole))
+        assert row["groups"]["plain"]["difference"]["value"] == pytest.approx(success - before)
+    assert len(list((folder / "align").glob("*/0/clip"))) == 2
+    page = (folder / "report.html").read_text()
+    assert "What each part gives" in page
+    assert "loss.word_patch=0,loss.state=0" in page
+
+
+@pytest.mark.parametrize("ablations", [("align.steps",), ("align.steps=1", "align.steps=1"), ("=2",), ("",)])
+def test_what_is_no_change_is_refused(config, ablations):
+    with pytest.raises(UserError, match=r"ablations"):
+        sweep(replace(config, output=config.output + "x", ablations=ablations), {})
+
+
 def test_flags_are_split_into_fields_and_the_rest():
     swept, rest = split_flags(["--sweep.align.steps=1,2", "--output=x", "--sweep.policy.tune=[true,false]"])
     assert swept == {"align.steps": ("1", "2"), "policy.tune": ("true", "false")}

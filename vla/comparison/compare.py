@@ -92,13 +92,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def check_same(folder: Path, config: CompareConfig | SweepConfig) -> None:
-    """Refuse to mix the results of two configurations; arms, encoders, seeds and numbers may be added.
+    """Refuse to mix the results of two configurations; arms, encoders, seeds, numbers and ablations may be added.
 
     Raises:
         UserError: a field that changes results differs from what the folder was begun with.
     """
     path = folder / "begun.json"
-    growing = ("arms", "encoders", "policies", "demonstrations", "seeds", "output")
+    growing = ("arms", "encoders", "policies", "demonstrations", "seeds", "ablations", "output")
     wanted = {key: value for key, value in to_dict(config).items() if key not in growing}
     wanted = json.loads(json.dumps(without(wanted, FREE_FIELDS)))
     if path.is_file():

@@ -2,7 +2,8 @@
 
     python scripts/sweep.py --config_path configs/sweep/demo.yaml --sweep.align.loss.temperature=0.03,0.07,0.2
 
-Several swept fields give every combination. Points that differ in stage two alone share their alignment.
+Several swept fields give every combination. Ablations (`--ablations`, or in the YAML file) are one change at a time from the
+configuration as it is. Points that differ in stage two alone share their alignment.
 """
 
 import csv
@@ -10,13 +11,15 @@ import itertools
 import json
 import sys
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vla.comparison.compare import check_same
 from vla.comparison.jobs import Job, run_jobs
+from vla.comparison.report import interval
+from vla.comparison.summary import Outcomes, estimate, read_outcomes
 from vla.config import SweepConfig
 from vla.config_io import ConfigError, check, set_field, to_dict
 from vla.data.episodes import read_episodes
@@ -59,6 +62,23 @@ def points(swept: dict[str, tuple[str, ...]]) -> list[Point]:
     return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
 
 
+def ablation_points(ablations: tuple[str, ...]) -> list[Point]:
+    """The configuration as it is, then each change alone.
+
+    Raises:
+        ConfigError: a text that is not FIELD=VALUE, or two that are equal.
+    """
+    changed: list[Point] = [{}]
+    for text in ablations:
+        parts = [part.partition("=") for part in text.split()]
+        if not parts or any(not (name and equals and value) for name, equals, value in parts):
+            raise ConfigError(f"config error: ablations: {text!r} is not FIELD=VALUE, as in align.loss.word_patch=0")
+        changed.append({name: value for name, _, value in parts})
+    if len({label(point) for point in changed}) < len(changed):
+        raise ConfigError(f"config error: ablations: {list(ablations)} repeats a change")
+    return changed
+
+
 def at_point(config: SweepConfig, point: Point) -> SweepConfig:
     """The configuration with a point's values.
 
@@ -88,23 +108,29 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path:
     Raises:
         UserError: nothing is swept, or a field or value that cannot be.
     """
-    if not swept:
+    if not (swept or config.ablations):
         raise ConfigError(
-            "nothing is swept; add --sweep.FIELD=a,b,c, as in --sweep.align.loss.temperature=0.03,0.07,0.2"
+            "nothing is swept; add --sweep.FIELD=a,b,c, as in --sweep.align.loss.temperature=0.03,0.07,0.2, or --ablations"
         )
+    if swept and config.ablations:
+        raise ConfigError(f"config error: ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
     folder = Path(config.output)
     check_same(folder, config)
-    runs = [(point, seed, at_point(config, point)) for point in points(swept) for seed in config.seeds]
+    chosen = points(swept) if swept else ablation_points(config.ablations)
+    runs = [(point, seed, at_point(config, point)) for point in chosen for seed in config.seeds]
     jobs = {job.name: job for point, seed, at in runs for job in jobs_of(at, folder, point, seed)}
     run_jobs(list(jobs.values()), folder / "jobs", print)
     rows = [row_of(folder, point, seed) for point, seed, _ in runs]
-    result = {"swept": swept, "rows": rows, "config": to_dict(config), "versions": versions()}
+    differences = [] if swept else [difference_of(folder, chosen[0], point, config.seeds) for point in chosen]
+    result = {"swept": swept, "rows": rows, "differences": differences, "config": to_dict(config)}
+    result |= {"command": " ".join(["python", *sys.argv]), "versions": versions()}
     (folder / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    fields = list(dict.fromkeys(name for point in chosen for name in point))
     with (folder / "sweep.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=[*swept, "seed", "success", "low", "high", "n", *MEASURES])
+        table = csv.DictWriter(file, fieldnames=[*fields, "seed", "success", "low", "high", "n", *MEASURES])
         table.writeheader()
         table.writerows(flat(row) for row in rows)
-    write_report(folder / "report.html", sweep_report(swept, rows))
+    write_report(folder / "report.html", sweep_report(result))
     for row in rows:
         print(f"  {label(row['point']):40} seed {row['seed']}  {with_interval(row['success'], row['interval'])}")
     print(f"wrote {folder / 'sweep.json'} and {folder / 'report.html'}")
@@ -157,6 +183,22 @@ def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
     }
 
 
+def difference_of(folder: Path, whole: Point, point: Point, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Success at a point and its difference from `whole`, over training seeds and by group of episodes."""
+
+    def outcomes(at: Point) -> list[dict[str, Outcomes]]:
+        return [read_outcomes(folder / "eval" / label(at) / str(seed) / "eval.json") for seed in seeds]
+
+    there, here = outcomes(whole), outcomes(point)
+    groups = {}
+    for group in here[0]:
+        firsts = [run[group] for run in here]
+        groups[group] = {"success": asdict(estimate(firsts))}
+        if point != whole:
+            groups[group]["difference"] = asdict(estimate(firsts, minus=[run[group] for run in there]))
+    return {"point": point, "groups": groups}
+
+
 def flat(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the CSV."""
     low, high = row["interval"]
@@ -164,9 +206,9 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
     return row["point"] | rates | row["measures"]
 
 
-def sweep_report(swept: dict[str, tuple[str, ...]], rows: list[dict[str, Any]]) -> Report:
-    """One table, and a figure for each swept field."""
-    best = max(rows, key=lambda row: row["success"])
+def sweep_report(result: dict[str, Any]) -> Report:
+    """One table, and a figure for each swept field or a table of what each ablation changes."""
+    swept, rows = result["swept"], result["rows"]
     lines = tuple(
         (
             label(row["point"]),
@@ -184,19 +226,59 @@ def sweep_report(swept: dict[str, tuple[str, ...]], rows: list[dict[str, Any]]) 
         *(name.replace("_", " ") for name in MEASURES),
         "minutes of stage one",
     )
+    every = Section("All points", "", (Table("Success and alignment measures", header, lines),))
+    if swept:
+        best = max(rows, key=lambda row: row["success"])
+        title, answers = (
+            f"Sweep of {', '.join(swept)}",
+            (
+                f"The highest success, {with_interval(best['success'], best['interval'])}, is at {label(best['point'])} "
+                f"(training seed {best['seed']}). The best of several is too high by chance; its neighbours say whether it "
+                "stands out.",
+            ),
+        )
+        parts = tuple(Section(name, "", (field_figure(name, values, rows),)) for name, values in swept.items())
+    else:
+        title, answers = "What each part gives", tuple(map(ablation_sentence, result["differences"][1:]))
+        parts = (
+            Section(
+                "One change at a time",
+                "Each run against the configuration as it is, on the same episodes, in points of success. Intervals are over "
+                "training seeds and episodes; with one seed over episodes alone.",
+                (ablation_table(result["differences"]),),
+            ),
+        )
     return Report(
-        title=f"Sweep of {', '.join(swept)}",
-        answers=(
-            f"The highest success, {with_interval(best['success'], best['interval'])}, is at {label(best['point'])} (training seed "
-            f"{best['seed']}). The best of several is too high by chance; its neighbours say whether it stands out.",
-        ),
-        sections=(
-            Section("All points", "", (Table("Success and alignment measures", header, lines),)),
-            *(Section(name, "", (field_figure(name, values, rows),)) for name, values in swept.items()),
-        ),
-        command=" ".join(["python", *sys.argv]),
-        protocol={key: str(value) for key, value in versions().items()},
+        title=title,
+        answers=answers,
+        sections=(*parts, every) if not swept else (every, *parts),
+        command=result["command"],
+        protocol={key: str(value) for key, value in result["versions"].items()},
     )
+
+
+def ablation_sentence(row: dict[str, Any]) -> str:
+    """What one change does to success on plain episodes."""
+    difference = row["groups"]["plain"]["difference"]
+    sure = "" if difference["low"] > 0 or difference["high"] < 0 else ", not beyond chance"
+    return f"{label(row['point'])}: {points_of_success(difference)} points of success{sure}."
+
+
+def ablation_table(rows: list[dict[str, Any]]) -> Table:
+    """Success as it is and the differences of all changes, by group of episodes."""
+    groups = tuple(rows[0]["groups"])
+    lines = [("as it is", *(interval(rows[0]["groups"][group]["success"]) for group in groups))]
+    for row in rows[1:]:
+        lines.append(
+            (label(row["point"]), *(points_of_success(row["groups"][group]["difference"]) for group in groups))
+        )
+    return Table("Differences in success", ("change", *groups), tuple(lines))
+
+
+def points_of_success(difference: dict[str, Any]) -> str:
+    """`-12 [-20, -4]`."""
+    value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
+    return f"{value:+.0f} [{low:+.0f}, {high:+.0f}]"
 
 
 def field_figure(name: str, values: tuple[str, ...], rows: list[dict[str, Any]]) -> Figure:
