@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 
+from vla.comparison.page import comparison_page
 from vla.comparison.sweep import at_point, label, points, split_flags, sweep
-from vla.config import SweepConfig
+from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config
 from vla.types import UserError
 
@@ -72,6 +74,9 @@ def test_ablations_are_compared_with_the_whole_on_the_same_episodes(config, tmp_
     page = (folder / "report.html").read_text()
     assert "What each part gives" in page
     assert "loss.word_patch=0,loss.state=0" in page
+    shutil.copytree(folder, tmp_path / "runs" / "sweep" / "mine")
+    page = comparison_page(ResultsConfig(runs=str(tmp_path / "runs"), docs=str(tmp_path / "docs" / "results")))
+    assert "| loss.word_patch=0,loss.state=0 |" in page.read_text()
 
 
 @pytest.mark.parametrize("ablations", [("align.steps",), ("align.steps=1", "align.steps=1"), ("=2",), ("",)])
