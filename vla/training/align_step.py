@@ -126,37 +126,46 @@ class Pieces[E: (TextEmbeds, RowEmbeds)]:
         autocast: Autocast,
         places: Callable[[str, slice], slice] = lambda name, piece: piece,
     ) -> None:
-        """Embed every piece; `places` says where an embedding of a piece is in the whole batch, by its name."""
+        """Embed every piece; `places` says where an embedding of a piece is in the whole batch, by its name.
+
+        What is kept of them goes into memory taken beforehand, so that every piece finds the memory of the one before free.
+        """
         self.pieces, self.embed, self.autocast, self.places = pieces, embed, autocast, places
         self.random: list[dict[str, Tensor]] = []
-        self.embeds: list[E] = []
+        self.own: dict[str, Tensor] = {}  # embeddings of all pieces, by name
+        self.last: E | None = None  # of the last piece, with its graph
         for number, piece in enumerate(pieces):
             self.random.append(rng_tensors())
-            with torch.set_grad_enabled(number == len(pieces) - 1), autocast():
-                self.embeds.append(embed(piece))
+            last = number == len(pieces) - 1
+            with torch.set_grad_enabled(last), autocast():
+                part = embed(piece)
+            for name in names_of(part):
+                first, place = places(name, pieces[0]).start, places(name, piece)
+                made = getattr(part, name).detach()
+                if name not in self.own:
+                    self.own[name] = made.new_empty(places(name, pieces[-1]).stop - first, *made.shape[1:])
+                self.own[name][place.start - first : place.stop - first] = made
+            if last:
+                self.last = part
         if not pieces:  # more processes than texts or images: the shapes of one, and nothing of it
             with torch.no_grad(), autocast():
-                one = embed(slice(0, 1))
-            self.embeds.append(replace(one, **{name: getattr(one, name)[:0] for name in names_of(one)}))
+                self.last = embed(slice(0, 1))
+            self.own = {name: getattr(self.last, name)[:0] for name in names_of(self.last)}
 
     def gathered(self, processes: Processes, shares: list[slice]) -> E:
         """The embeddings of the whole batch, as leaves that collect gradients."""
         whole = {}
-        for name in names_of(self.embeds[0]):
-            own = torch.cat([getattr(part, name).detach() for part in self.embeds])
+        for name in names_of(self.last):
             lengths = [place.stop - place.start for place in (self.places(name, share) for share in shares)]
-            whole[name] = processes.gather(own, lengths).requires_grad_()
-        del self.embeds[:-1]
-        return replace(self.embeds[0], **whole)
+            whole[name] = processes.gather(self.own.pop(name), lengths).requires_grad_()
+        return replace(self.last, **whole)
 
     def carry_on(self, whole: E) -> None:
         """Back-propagate the gradients that the leaves have collected to what the pieces were made from."""
         after = rng_tensors()
         for number in reversed(range(len(self.pieces))):
-            piece = self.pieces[number]
-            if self.embeds:
-                part = self.embeds.pop()
-            else:
+            piece, part, self.last = self.pieces[number], self.last, None
+            if part is None:
                 restore_rng(self.random[number])
                 with self.autocast():
                     part = self.embed(piece)
