@@ -31,6 +31,7 @@ from vla.models.clip import pixel_values, tokenize
 from vla.training.align import make_encoders, make_model, make_source
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
+from vla.training.memory import keep_few_kernels
 from vla.training.optim import make_optimizers
 from vla.training.processes import Processes
 from vla.types import TripletBatch
@@ -187,6 +188,8 @@ def run_together(commands: Sequence[list[str]]) -> list[str]:
 def measure(m: Measurement) -> dict[str, float]:
     """Rows a second, seconds and MiB put into exchanges of a step, after one to warm up, and the peak of anonymous memory (MiB)."""
     torch.set_num_threads(m.threads)
+    if m.chunk:
+        keep_few_kernels()
     if m.count > 1:
         distributed.init_process_group("gloo", init_method=f"file://{m.meet}", rank=m.rank, world_size=m.count)
     processes = Counted(Processes(m.rank, m.count))

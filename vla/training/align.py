@@ -43,6 +43,7 @@ from vla.training.checkpoint import (
     save_checkpoint,
 )
 from vla.training.device_batch import on_device
+from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, layer_groups, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.pretrained import HeldOut, along_the_way, check_start
@@ -63,6 +64,8 @@ def train_align(config: AlignConfig) -> Path:
     check_start(config)
     check_transitions(config)
     torch.set_num_threads(config.threads)
+    if config.chunk:
+        keep_few_kernels()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if accelerator.gradient_accumulation_steps > 1:
