@@ -47,6 +47,7 @@ class TripletBatch:
     action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
     `goal_id` is -1 for a row without an instruction.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
+    pair_id: (b,) a text that differs in one word and is wrong of the row, -1 if there is none; see `MinimalPairs`.
     """
 
     frames: Indexed
@@ -60,6 +61,7 @@ class TripletBatch:
     episode_id: np.ndarray
     timestep: np.ndarray
     progress: np.ndarray
+    pair_id: np.ndarray
 
     def replace(self, **changes: np.ndarray) -> Self:
         """A copy with some arrays exchanged."""

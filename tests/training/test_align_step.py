@@ -21,8 +21,8 @@ from vla.training.align_terms import batch_terms, transitions
 from vla.training.device_batch import DeviceBatch
 from vla.training.processes import ALONE, Processes
 
-TEXTS = ("push the red star left", "pick up the green cross", "take the green cross")
-GOALS = torch.tensor([0, 1, 1])
+TEXTS = ("push the red star left", "pick up the green cross", "take the green cross", "push the red cross left")
+GOALS = torch.tensor([0, 1, 1])  # nobody asks the last text, which is a minimal pair of the first
 
 
 SIGMOID = LossConfig(vision_language_kind="sigmoid")
@@ -64,6 +64,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
         input_ids=ids,
         attention_mask=mask,
         text_of_row=text_of_row,
+        pair_of_row=torch.where(text_of_row == 0, 3, -1),
         action_chunk=chunks,
         action_is_pad=pad,
         state=state,

@@ -6,6 +6,7 @@ import numpy as np
 
 from vla.data.augmentation import Augmentation, Augmenter
 from vla.data.episodes import Episodes
+from vla.data.minimal_pairs import MinimalPairs
 from vla.data.normalization import NormStats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler
 from vla.data.triplets import gather_chunks
@@ -70,6 +71,7 @@ class TripletSource:
             episode_id=position.astype(np.int64),
             timestep=episodes.timestep[rows].astype(np.int64),
             progress=progress(episodes, rows),
+            pair_id=np.full(len(rows), -1, np.int64),
         )
 
 
@@ -101,11 +103,14 @@ def training_batch(
     augmenter: Augmenter,
     text_of_episode: np.ndarray | None,
     shuffle_actions: bool,
+    pairs: MinimalPairs | None = None,
 ) -> TripletBatch:
     """Batch `step`: sampled, relabelled if it is a control, augmented; its pictures are not read yet."""
     batch = source.gather(sampler.rows(step), text_of_episode)
     rng = np.random.default_rng([sampler.seed, step, 1])
     batch.frames.augmentation = augmenter.draw(rng, len(batch.frames))
+    if pairs is not None:
+        batch = batch.replace(pair_id=pairs.draw(batch.text_id, batch.scene_id, rng))
     if not shuffle_actions:
         return batch
     order = rng.permutation(len(batch.frame_of_row))

@@ -141,26 +141,35 @@ def vision_language_sigmoid_term(
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive images that are compared word by word, with the texts of their goals and no others."""
+    """Consecutive images that are compared word by word, with the texts of their goals and the minimal pairs of these."""
 
     images: slice
     texts: Tensor  # (t,) ascending
+    asked: int  # how many of them are of the images' goals
 
     def within(self, images: slice) -> "Group":
         """What it shares with some consecutive images, counted from the first of these."""
         first = max(self.images.start, images.start) - images.start
-        return Group(slice(first, max(first, min(self.images.stop, images.stop) - images.start)), self.texts)
+        return Group(
+            slice(first, max(first, min(self.images.stop, images.stop) - images.start)), self.texts, self.asked
+        )
 
 
-def groups_of(pairs: Pairing) -> list[Group]:
+def groups_of(pairs: Pairing, pair_of_row: Tensor | None = None) -> list[Group]:
     """Groups of at most `GROUP` images, so that comparing words with patches grows with the batch and not with its square.
 
     A batch's images are in the data set's order, so a group holds whole scenes: its negatives are the hard ones.
+    `pair_of_row` names one more text for each of the pairing's rows, -1 for none.
     """
     groups = []
     for images in spans(len(pairs.scene_of_frame), GROUP):
         rows = (pairs.frame_of_row >= images.start) & (pairs.frame_of_row < images.stop)
-        groups.append(Group(images, pairs.goal_texts[pairs.goal_of_row[rows]].any(0).nonzero()[:, 0]))
+        texts = pairs.goal_texts[pairs.goal_of_row[rows]].any(0)
+        asked = int(texts.sum())
+        if pair_of_row is not None and texts.any():
+            paired = pair_of_row[rows]
+            texts[paired[paired >= 0]] = True
+        groups.append(Group(images, texts.nonzero()[:, 0], asked))
     return groups
 
 
@@ -196,7 +205,7 @@ def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: S
     told = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
     told[pairs.frame_of_row] = True
     groups = [group for group in groups if len(group.texts)]
-    images, texts = int(told.sum()), sum(len(group.texts) for group in groups)
+    images, texts = int(told.sum()), sum(group.asked for group in groups)
 
     def of_group(number: slice, similarity: Tensor, scale: Tensor) -> Term:
         group = groups[number.start]
@@ -205,8 +214,9 @@ def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: S
         positives = pairs.positives(group.images, group.texts)[shown]
         valid = pairs.decided(group.images, group.texts)[shown]
         to_texts = _term(info_nce_of(logits, positives, valid=valid), info_nce_chance(positives, valid))
-        positives, valid = positives.T, valid.T
-        to_images = _term(info_nce_of(logits.T, positives, valid=valid), info_nce_chance(positives, valid))
+        own = positives.any(0)  # minimal pairs belong to no image
+        positives, valid = positives.T[own], valid.T[own]
+        to_images = _term(info_nce_of(logits.T[own], positives, valid=valid), info_nce_chance(positives, valid))
         return 0.5 * (len(logits) / images * to_texts + len(positives) / texts * to_images)
 
     return in_parts(of_group, len(groups), 1, similarity, scale, pairs=1)

@@ -24,6 +24,7 @@ from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.frames import open_frames
+from vla.data.minimal_pairs import MinimalPairs
 from vla.data.mixture import Mixture, open_mixture
 from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler, shares
@@ -89,6 +90,7 @@ def train_align(config: AlignConfig) -> Path:
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
     sampler = make_sampler(config, mixture)
+    pairs = MinimalPairs(episodes) if config.loss.minimal_pairs and config.loss.word_patch else None
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
@@ -118,6 +120,7 @@ def train_align(config: AlignConfig) -> Path:
             augmenter=augmenter(config.data),
             text_of_episode=relabel,
             shuffle_actions=config.shuffle in ("action", "all"),
+            pairs=pairs,
         )
         if not config.chunk:
             batch.frames.load(processes.shares(len(batch.frames))[processes.rank])

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from vla.config import LossConfig
-from vla.losses.alignment import Group
 from vla.losses.rowwise import Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds, TextEmbeds
 from vla.training.align_terms import batch_terms
@@ -96,7 +95,7 @@ def embed_rows(
     if images.stop - images.start < len(batch.shown):  # a piece needs few of the texts
         needed = torch.cat([text_of_row, *(group.texts for group in groups)]).unique()
         texts = TextEmbeds(*(x.index_select(0, needed) for x in (texts.words, texts.named, texts.language)))
-        groups = [Group(group.images, torch.searchsorted(needed, group.texts)) for group in groups]
+        groups = [replace(group, texts=torch.searchsorted(needed, group.texts)) for group in groups]
         text_of_row, mask = torch.searchsorted(needed, text_of_row), mask[needed]
     return model.rows(
         texts,

@@ -14,6 +14,7 @@ from vla.config import AlignConfig, PolicyTrainConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
+from vla.data.minimal_pairs import MinimalPairs
 from vla.data.normalization import normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.models.alignment import PAIRS, TRANSITIONS
@@ -54,6 +55,7 @@ class Auxiliary:
             )
         self.config = config
         align = AlignConfig(data=config.data, loss=loss, batch=config.batch, horizon=head.horizon)
+        self.pairs = MinimalPairs(episodes) if loss.minimal_pairs and loss.word_patch else None
         self.source = TripletSource(episodes, frames, stats, head.horizon)
         self.sampler = GoalSampler(
             episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
@@ -76,7 +78,7 @@ class Auxiliary:
     def make_batch(self, step: int) -> TripletBatch:
         """The triplets of a step, their pictures read."""
         changes = {"augmenter": augmenter(self.config.data), "text_of_episode": None, "shuffle_actions": False}
-        batch = training_batch(self.source, self.sampler, step, **changes)
+        batch = training_batch(self.source, self.sampler, step, **changes, pairs=self.pairs)
         batch.frames.load(slice(0, len(batch.frames)))
         return batch
 

@@ -23,6 +23,7 @@ class DeviceBatch:
     input_ids: Tensor  # (u, l)
     attention_mask: Tensor  # (u, l)
     text_of_row: Tensor  # (b,)
+    pair_of_row: Tensor  # (b,) text that differs in one word and is wrong of the row, -1 where there is none
     action_chunk: Tensor  # (b, h, a)
     action_is_pad: Tensor  # (b, h)
     state: Tensor  # (f, s)
@@ -38,7 +39,7 @@ class DeviceBatch:
     @cached_property
     def groups(self) -> list[Group]:
         """Which of its images and texts are compared word by word."""
-        return groups_of(self.pairs)
+        return groups_of(self.pairs, self.pair_of_row[self.ids["goal_id"] >= 0])
 
     def rows(self, images: slice) -> slice:
         """The rows that show some consecutive images."""
@@ -63,7 +64,8 @@ def on_device(
         return pixel_values(torch.from_numpy(batch.frames[images]).to(device))
 
     shown = torch.from_numpy(np.unique(batch.frame_of_row[order], return_index=True)[1]).to(device)
-    texts, text_of_row = moved(batch.text_id).unique(return_inverse=True)
+    asked, paired = moved(batch.text_id), moved(batch.pair_id)
+    texts = torch.cat([asked, paired[paired >= 0]]).unique()
     length = int(attention_mask[texts].sum(1).max())
     names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
     return DeviceBatch(
@@ -72,7 +74,8 @@ def on_device(
         shown=shown,
         input_ids=input_ids[texts, :length],
         attention_mask=hide(attention_mask[texts, :length]),
-        text_of_row=text_of_row,
+        text_of_row=torch.searchsorted(texts, asked),
+        pair_of_row=torch.where(paired >= 0, torch.searchsorted(texts, paired), -1),
         action_chunk=moved(batch.action_chunk),
         action_is_pad=moved(batch.action_is_pad),
         state=moved(batch.state)[shown],
