@@ -36,7 +36,12 @@ def test_when_one_process_fails_the_others_are_not_waited_for():
         return [sys.executable, "-c", code]
 
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="no memory left"):
+    with pytest.raises(RuntimeError, match="failed with status 1: no memory left"):
         run_together([python("import time; time.sleep(60)"), python("raise SystemExit('no memory left')")])
     assert time.monotonic() - started < 30
     assert run_together([python("print(1)"), python("print(2)")]) == ["1\n", "2\n"]
+
+
+def test_a_process_that_a_signal_ends_is_named():
+    with pytest.raises(RuntimeError, match="failed with status -9"):
+        run_together([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]])

@@ -160,12 +160,11 @@ def run_together(commands: Sequence[list[str]]) -> list[str]:
     """
     with ExitStack() as files:
         outs, errors = ([files.enter_context(TemporaryFile("w+")) for _ in commands] for _ in range(2))
-        running = [
-            subprocess.Popen(command, stdout=out, stderr=error)
-            for command, out, error in zip(commands, outs, errors, strict=True)
-        ]
+        running: list[subprocess.Popen] = []
+        codes: list[int | None] = [None]
         try:
-            codes: list[int | None] = [None]
+            for command, out, error in zip(commands, outs, errors, strict=True):
+                running.append(subprocess.Popen(command, stdout=out, stderr=error))
             while None in codes and not any(codes):
                 time.sleep(0.05)
                 codes = [process.poll() for process in running]
@@ -173,16 +172,13 @@ def run_together(commands: Sequence[list[str]]) -> list[str]:
             for process in running:
                 process.kill()
                 process.wait()
-        texts = []
-        for process, out, error, command in zip(running, outs, errors, commands, strict=True):
-            out.seek(0)
-            error.seek(0)
-            if process.returncode > 0:
-                raise RuntimeError(f"{command[-1]} failed: {(error.read().strip().splitlines() or ['no message'])[-1]}")
-            texts.append(out.read())
-        if any(process.returncode for process in running):
-            raise RuntimeError("stopped by a signal")
-    return texts
+        for file in (*outs, *errors):
+            file.seek(0)
+        for code, command, error in zip(codes, commands, errors, strict=True):
+            if code:  # negative: the signal that ended it
+                said = (error.read().strip().splitlines() or ["no message"])[-1]
+                raise RuntimeError(f"{command[-1]} failed with status {code}: {said}")
+        return [out.read() for out in outs]
 
 
 def measure(m: Measurement) -> dict[str, float]:

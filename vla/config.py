@@ -44,7 +44,7 @@ class DataConfig:
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
     color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
     pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them
-    word_dropout: float = number(0.0, 0, 1)  # augmentation: share of the instructions' words that are hidden
+    word_dropout: float = number(0.0, 0, 1)  # augmentation: share of the instructions' tokens that are hidden
     workers: int = number(2, 1)  # processes that build the frame store
 
 
@@ -305,5 +305,5 @@ class PipelineConfig:
 class ResultsConfig:
     """Write the tables of the documentation from result files; copies their summaries to docs/results first."""
 
-    runs: str = "outputs"  # folder with align/, eval/ and compare/, whose results are taken up
+    runs: str = "outputs"  # folder with align/, eval/, compare/ and sweep/, whose results are taken up
     docs: str = "docs/results"  # folder of the summaries; the tables are written to FOLDER.md

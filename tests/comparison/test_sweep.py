@@ -44,7 +44,7 @@ def test_the_value_reaches_the_run(finished):
     temperatures = {
         (p.parent.parent.name, p.read_text().count("temperature: 0.05")) for p in finished.glob("align/*/0/config.yaml")
     }
-    assert temperatures == {("loss.temperature=0.05", 1), ("loss.temperature=0.2", 0)}
+    assert temperatures == {("align.loss.temperature=0.05", 1), ("align.loss.temperature=0.2", 0)}
 
 
 def test_the_report_has_a_figure_for_each_field(finished):
@@ -73,15 +73,18 @@ def test_ablations_are_compared_with_the_whole_on_the_same_episodes(config, tmp_
     assert len(list((folder / "align").glob("*/0/clip"))) == 2
     page = (folder / "report.html").read_text()
     assert "What each part gives" in page
-    assert "loss.word_patch=0,loss.state=0" in page
+    assert "align.loss.word_patch=0,align.loss.state=0" in page
     shutil.copytree(folder, tmp_path / "runs" / "sweep" / "mine")
     page = comparison_page(ResultsConfig(runs=str(tmp_path / "runs"), docs=str(tmp_path / "docs" / "results")))
-    assert "| loss.word_patch=0,loss.state=0 |" in page.read_text()
+    assert "| align.loss.word_patch=0,align.loss.state=0 |" in page.read_text()
 
 
-@pytest.mark.parametrize("ablations", [("align.steps",), ("align.steps=1", "align.steps=1"), ("=2",), ("",)])
+@pytest.mark.parametrize(
+    "ablations",
+    [("align.steps",), ("align.steps=1", "align.steps=1"), ("=2",), ("",), ("policy.steps=1 policy.steps=2",)],
+)
 def test_what_is_no_change_is_refused(config, ablations):
-    with pytest.raises(UserError, match=r"ablations"):
+    with pytest.raises(UserError, match=r"^config error: ablations"):
         sweep(replace(config, output=config.output + "x", ablations=ablations), {})
 
 
@@ -89,7 +92,10 @@ def test_flags_are_split_into_fields_and_the_rest():
     swept, rest = split_flags(["--sweep.align.steps=1,2", "--output=x", "--sweep.policy.tune=[true,false]"])
     assert swept == {"align.steps": ("1", "2"), "policy.tune": ("true", "false")}
     assert rest == ["--output=x"]
-    assert [label(point) for point in points(swept)][:2] == ["steps=1,tune=true", "steps=1,tune=false"]
+    assert [label(point) for point in points(swept)][:2] == [
+        "align.steps=1,policy.tune=true",
+        "align.steps=1,policy.tune=false",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from vla.data.episodes import read_episodes
 from vla.data.minimal_pairs import MinimalPairs, one_word_apart
 from vla.training.align import train_align
+from vla.types import UserError
 
 TEXTS = (
     "push the red star",
@@ -39,18 +40,28 @@ def episodes(data_root):
     return replace(few, texts=texts, **ids)
 
 
+def drawn(pairs: MinimalPairs, text: int, goal: int, scene: int) -> set[int]:
+    """What fifty draws give."""
+    ids = (np.full(50, value) for value in (text, goal, scene))
+    return set(pairs.draw(*ids, np.random.default_rng(0)).tolist())
+
+
 def test_a_pair_exchanges_a_word_for_another_of_the_scene_and_is_no_goal_of_it(episodes):
-    pairs = MinimalPairs(episodes)
-    drawn = pairs.draw(np.zeros(50, int), np.zeros(50, int), np.random.default_rng(0))
-    assert set(drawn.tolist()) == {2, 3}  # the blue star, the red cross
-    assert pairs.draw(np.array([2]), np.array([1]), np.random.default_rng(0)).tolist() == [-1]  # no red in its scene
-    assert pairs.draw(np.array([0]), np.array([-1]), np.random.default_rng(0)).tolist() == [-1]
+    pairs = MinimalPairs(episodes, np.arange(4))
+    assert drawn(pairs, 0, 0, 0) == {2, 3}  # the blue star, the red cross
+    assert drawn(pairs, 2, 2, 1) == {-1}  # no red in its scene
+    assert drawn(pairs, 0, 0, -1) == {-1}
+    assert drawn(pairs, 0, -1, 0) == {-1}
 
 
-def test_what_is_asked_in_the_scene_is_no_pair(episodes):
-    everything = replace(episodes, scene_id=np.zeros(4, int))
-    drawn = MinimalPairs(everything).draw(np.arange(4), np.zeros(4, int), np.random.default_rng(0))
-    assert drawn.tolist() == [-1] * 4
+def test_what_is_asked_in_the_scene_or_of_the_row_is_no_pair(episodes):
+    everything = MinimalPairs(replace(episodes, scene_id=np.zeros(4, int)), np.arange(4))
+    assert all(drawn(everything, text, text, 0) == {-1} for text in range(4))
+    assert drawn(MinimalPairs(episodes, np.arange(4)), 0, 2, 0) == {3}
+
+
+def test_texts_of_held_out_episodes_are_no_pairs(episodes):
+    assert drawn(MinimalPairs(episodes, np.array([0, 1, 2])), 0, 0, 0) == {2}
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +87,9 @@ def test_stage_one_trains_with_them(align_config, alike, tmp_path):
         losses.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0]))
     assert losses[1]["word_patch/chance"] > losses[0]["word_patch/chance"]
     assert losses[1]["vision_language/chance"] == losses[0]["vision_language/chance"]
+
+
+def test_data_without_any_pair_is_refused(align_config, tmp_path):
+    config = replace(align_config, loss=replace(align_config.loss, minimal_pairs=True), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"loss\.minimal_pairs: no instruction of .* leave it out"):
+        train_align(config)

@@ -28,6 +28,7 @@ def embedded(context_of_other_text: np.ndarray) -> Embedded:
         episode_id=goals,
         timestep=rows % 3,
         progress=(rows % 3 + 1) / 3,
+        pair_id=np.full(ROWS, -1),
     )
     each, by_goal = np.eye(ROWS), np.eye(4)[goals]
     return Embedded(

@@ -180,27 +180,24 @@ def test_word_patch_compares_within_groups_of_images_only(monkeypatch):
     torch.testing.assert_close(word_patch_term(compared, scale, pairs, groups).loss, expected / 2)
 
 
-def test_a_minimal_pair_is_a_negative_of_the_images_in_its_group_and_asks_for_none(monkeypatch):
-    leaves, pairs, *_ = batch()
-    scale = leaves[2]
-    monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
-    rows = len(pairs.frame_of_row)
-    plain = groups_of(pairs)
-    unasked = next(text for text in range(5) if text not in plain[2].texts)
-    paired = groups_of(pairs, torch.where(pairs.frame_of_row >= 8, unasked, -1))
-    assert [group.texts.tolist() for group in paired[:2]] == [group.texts.tolist() for group in plain[:2]]
-    assert paired[2].texts.tolist() == sorted([*plain[2].texts.tolist(), unasked])
-    assert [group.asked for group in paired] == [len(group.texts) for group in plain]
-    similarity = (leaves[0] @ leaves[1].T).detach()
-    compared = torch.zeros(9, 5, dtype=torch.float64)
-    for group in paired:
-        compared[group.images, : len(group.texts)] = similarity[group.images][:, group.texts]
-    compared.requires_grad_()
-    term = word_patch_term(compared, scale.detach(), pairs, paired)
-    term.loss.backward()
-    column = paired[2].texts.tolist().index(unasked)
-    assert compared.grad[8, column] > 0  # pushed away
-    assert rows == len(pairs.goal_of_row)
+def test_a_minimal_pair_is_a_negative_of_its_scene_alone(monkeypatch):
+    """Two scenes of two images; the first has drawn a text that may be right in the second."""
+    rows, texts = torch.arange(4), torch.tensor([0, 0, 1, 1])
+    asked = {"frame_of_row": rows, "text_of_row": texts, "goal_id": texts, "scene_id": rows // 2}
+    paired = pairing(**asked, frames=4, texts=3, pair_of_row=torch.tensor([2, -1, -1, -1]))
+    (group,) = groups_of(paired)
+    assert (group.texts.tolist(), group.asked) == ([0, 1, 2], 2)
+    assert paired.decided(slice(None))[:, 2].tolist() == [True, True, False, False]
+    assert paired.decided(slice(None))[:, :2].all()
+    similarity = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    word_patch_term(similarity, torch.ones(()), paired, [group]).loss.backward()
+    assert (similarity.grad[:2, 2] > 0).all()  # pushed away
+    assert (similarity.grad[2:, 2] == 0).all()
+
+
+def test_without_pairs_every_text_of_a_group_is_asked():
+    *_, pairs, _, _, _ = batch()
+    assert all(group.asked == len(group.texts) for group in groups_of(pairs))
 
 
 def test_late_interaction_of_some_of_the_images_is_that_of_their_groups(monkeypatch):

@@ -60,11 +60,16 @@ def test_the_general_vocabulary_is_open_clips():
         assert ours(text)["input_ids"] == expected[: int(expected.argmax()) + 1].tolist()
 
 
-def test_a_general_vocabulary_makes_a_text_tower_that_loads_again(tmp_path):
+def test_a_general_vocabulary_makes_a_text_tower_of_its_size():
     torch.manual_seed(0)
     clip, tokenizer = build_clip(["unused"], **SIZES, **TEXT_SIZES, vocabulary=VOCABULARY)
     assert clip.config.text_config.vocab_size == len(tokenizer) == 49408
     assert clip.text_model.embeddings.token_embedding.weight.requires_grad
+
+
+def test_a_tokenizer_of_another_kind_is_refused(sentence_encoder):
+    with pytest.raises(UserError, match=r"tower\.vocabulary: .*BertTokenizer, not CLIP's tokenizer"):
+        general_tokenizer(str(sentence_encoder))
 
 
 @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"#version\na b\nc d\n")])
@@ -117,6 +122,7 @@ def test_neither_stage_changes_the_meanings(align_config, policy_config, sentenc
     aligned, _ = load_clip(clip_folder)
     tuned = ConcordPolicy.from_pretrained(policy).clip
     assert aligned.config.text_config.fixed_words
+    assert not aligned.text_model.embeddings.token_embedding.weight.requires_grad
     words = [clip.text_model.embeddings.token_embedding.weight for clip in (aligned, tuned)]
     assert words[0].equal(words[1])
     assert not aligned.text_projection.weight.equal(tuned.text_projection.weight)

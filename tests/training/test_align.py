@@ -1,6 +1,7 @@
 """Stage one on a real small data set: controls, restarts, what a finished run does."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -94,3 +95,14 @@ def test_gradient_accumulation_is_refused_with_the_reason(align_config, tmp_path
     )  # `accelerate launch --gradient_accumulation_steps=2`
     with pytest.raises(UserError, match="negatives between the small batches; use --chunk"):
         train_align(replace(align_config, output=str(tmp_path / "run")))
+
+
+def test_pieces_keep_few_compiled_kernels(align_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    train_align(replace(align_config, steps=1, output=str(tmp_path / "whole")))
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+    train_align(replace(align_config, steps=1, chunk=2, output=str(tmp_path / "pieces")))
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "100"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    train_align(replace(align_config, steps=1, chunk=2, output=str(tmp_path / "own")))
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

@@ -21,26 +21,30 @@ from vla.training.align_terms import batch_terms, transitions
 from vla.training.device_batch import DeviceBatch
 from vla.training.processes import ALONE, Processes
 
-TEXTS = ("push the red star left", "pick up the green cross", "take the green cross", "push the red cross left")
-GOALS = torch.tensor([0, 1, 1])  # nobody asks the last text, which is a minimal pair of the first
+TEXTS = ("push the red star left", "pick up the green cross", "take the green cross")
+PAIR = "push the red cross left"  # a minimal pair of the first, which nobody asks
+GOALS = torch.tensor([0, 1, 1])
 
 
 SIGMOID = LossConfig(vision_language_kind="sigmoid")
 TRANSITIONS = LossConfig(transition_action=0.5, transition_language=0.5, state=0.0)
 
 
-def make_model(dropout: float = 0.0) -> tuple[AlignmentModel, tuple[torch.Tensor, torch.Tensor]]:
+def make_model(
+    dropout: float = 0.0, texts: tuple[str, ...] = TEXTS
+) -> tuple[AlignmentModel, tuple[torch.Tensor, torch.Tensor]]:
     model, tokenizer = small_alignment_model(TEXTS, layers=2, sigmoid=True, transitions=True)
     if dropout:
         for name in ("visual_projection", "text_projection"):
             setattr(model.clip, name, torch.nn.Sequential(getattr(model.clip, name), torch.nn.Dropout(dropout)))
-    return model.double().train(), tokenize(tokenizer, TEXTS)
+    return model.double().train(), tokenize(tokenizer, texts)
 
 
 def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> DeviceBatch:
     """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks.
 
-    If `partly`, the last three images have no instruction, and others no action or no state.
+    If `partly`, the last three images have no instruction, and others no action or no state. If `ids` has a text more than
+    `TEXTS`, it is a minimal pair of the first.
     """
     torch.manual_seed(1)
     frame_of_row = torch.tensor([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 6])
@@ -64,7 +68,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
         input_ids=ids,
         attention_mask=mask,
         text_of_row=text_of_row,
-        pair_of_row=torch.where(text_of_row == 0, 3, -1),
+        pair_of_row=torch.where((text_of_row == 0) & (len(ids) > len(TEXTS)), len(TEXTS), -1),
         action_chunk=chunks,
         action_is_pad=pad,
         state=state,
@@ -83,9 +87,14 @@ def gradients(model: AlignmentModel) -> dict[str, torch.Tensor]:
 
 
 def run(
-    chunk: int, loss: LossConfig, dropout: float = 0.0, processes: Processes = ALONE, partly: bool = False
+    chunk: int,
+    loss: LossConfig,
+    dropout: float = 0.0,
+    processes: Processes = ALONE,
+    partly: bool = False,
+    paired: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model, (ids, mask) = make_model(dropout)
+    model, (ids, mask) = make_model(dropout, (*TEXTS, PAIR) if paired else TEXTS)
     batch = make_batch(ids, mask, partly)
     torch.manual_seed(5)
     total, _, _ = forward_backward(
@@ -110,6 +119,30 @@ def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_minimal_pairs_change_the_gradients_and_pieces_give_them_too(chunk, monkeypatch):
+    monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
+    without, _ = run(0, LossConfig())
+    whole, expected = run(0, LossConfig(), paired=True)
+    pieces, got = run(chunk, LossConfig(), paired=True)
+    assert whole > without
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-8), name
+
+
+def test_the_last_piece_is_embedded_once_and_the_others_twice(monkeypatch):
+    seen, embed = [], AlignmentModel.rows
+
+    def counted(self, texts, mask, pixels, *rest, **more):
+        seen.append(len(pixels))
+        return embed(self, texts, mask, pixels, *rest, **more)
+
+    monkeypatch.setattr(AlignmentModel, "rows", counted)
+    run(3, LossConfig())
+    assert seen == [3, 3, 1, 3, 3]
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
@@ -180,7 +213,7 @@ def terms_of(batch: DeviceBatch, loss: LossConfig):
 def without_last_image(batch: DeviceBatch) -> DeviceBatch:
     """All but the last image and the rows that show it."""
     rows = slice(0, int((batch.frame_of_row < len(batch.shown) - 1).sum()))
-    row_wise = ("frame_of_row", "text_of_row", "action_chunk", "action_is_pad")
+    row_wise = ("frame_of_row", "text_of_row", "pair_of_row", "action_chunk", "action_is_pad")
     changed = {name: getattr(batch, name)[rows] for name in row_wise}
     ids = {name: values[rows] for name, values in batch.ids.items()}
     return replace(batch, **changed, shown=batch.shown[:-1], state=batch.state[:-1], ids=ids)

@@ -84,7 +84,20 @@ def test_both_stages_train_with_hidden_words(align_config, policy_config, tmp_pa
     assert losses[0][1] != losses[1][1]
 
 
-def first_loss(run: Path) -> float:
+def test_the_auxiliary_terms_hide_words_too(policy_config, tmp_path):
+    losses = []
+    for share in (0.0, 0.5):
+        run = tmp_path / str(share)
+        data = replace(policy_config.data, word_dropout=share)
+        changes = {"data": data, "tune": True, "auxiliary": 0.5, "steps": 1, "log_every": 1, "output": str(run)}
+        head = policy_config.head
+        loss = replace(policy_config.loss, queries=head.queries, pooler_width=head.width)
+        train_policy(replace(policy_config, loss=loss, **changes))
+        losses.append(first_loss(run, "auxiliary/word_patch"))
+    assert losses[0] != losses[1]
+
+
+def first_loss(run: Path, name: str = "loss") -> float:
     """The first training loss that a run logged."""
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return next(line["loss"] for line in lines if "loss" in line)
+    return next(line[name] for line in lines if name in line)

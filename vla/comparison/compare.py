@@ -28,8 +28,9 @@ from vla.types import UserError
 from vla.versions import versions
 
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# For the estimate alone: timesteps of a typical evaluation episode, s to simulate and draw one look, s to collect an episode.
+# For the estimate alone: timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
 TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
+DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size")  # changing these changes no result
 
 
@@ -137,8 +138,8 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
     pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
     policy, episodes = config.policy, config.eval.episodes
     env = config.collect.env
-    timesteps, look, episode = TYPICAL[env.name]
     _, levels = checked(replace(config.eval, env=env.name), {})
+    timesteps, look, episode = TYPICAL[env.name]
     episodes += len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
     looks = timesteps / policy.head.n_action_steps
     demos = config.collect.scenes * (
@@ -157,7 +158,10 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
         if stage == "policy":
             arm = arms[rest.rsplit("-", 2)[0]]
             if arm.tuned_part == "nothing":
-                return policy.steps * policy.batch_size * 8e-4 + demos * timesteps / 3 * policy.cached_shifts * forward
+                return (
+                    policy.steps * policy.batch_size * 8e-4
+                    + demos * timesteps * DEMONSTRATED * policy.cached_shifts * forward
+                )
             steps = config.scratch_steps if arm.source == "random" else config.tuned_steps
             return steps * policy.batch_size * training * 1.3
         if stage == "eval":
@@ -169,7 +173,9 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
 
 def tower_speed(config: CompareConfig) -> tuple[float, float]:
     """Seconds a picture of the vision tower, forward alone and with its gradients."""
-    clip, _ = make_encoders(config.align.tower, config.align.data.image_size, ("a text",))
+    clip, _ = make_encoders(
+        replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size, ("a text",)
+    )
     size = config.align.data.image_size
     pictures = torch.zeros(32, 3, size, size)
     times: list[float] = []

@@ -242,7 +242,7 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
     elif source == "random":
         torch.manual_seed(seed)
         texts = read_episodes(config.align.data.root, config.align.data.camera).texts
-        clip, _ = make_encoders(config.align.tower, image_size, texts)
+        clip, _ = make_encoders(replace(config.align.tower, lexicon=None), image_size, texts)  # gets the aligned words
     else:
         torch.manual_seed(seed)
         clip = with_vision_of(named(config.encoders, "encoders")[encoder], text_clip, image_size)

@@ -72,10 +72,10 @@ def ablation_points(ablations: tuple[str, ...]) -> list[Point]:
     for text in ablations:
         parts = [part.partition("=") for part in text.split()]
         if not parts or any(not (name and equals and value) for name, equals, value in parts):
-            raise ConfigError(f"config error: ablations: {text!r} is not FIELD=VALUE, as in align.loss.word_patch=0")
+            raise ConfigError(f"ablations: {text!r} is not FIELD=VALUE, as in align.loss.word_patch=0")
         changed.append({name: value for name, _, value in parts})
-    if len({label(point) for point in changed}) < len(changed):
-        raise ConfigError(f"config error: ablations: {list(ablations)} repeats a change")
+        if len(changed[-1]) < len(parts) or changed[-1] in changed[:-1]:
+            raise ConfigError(f"ablations: {text!r} repeats a field or a change")
     return changed
 
 
@@ -88,17 +88,15 @@ def at_point(config: SweepConfig, point: Point) -> SweepConfig:
     config = deepcopy(config)
     for name, text in point.items():
         if name.partition(".")[0] not in SWEPT:
-            raise ConfigError(
-                f"--sweep.{name}: fields of {' and '.join(SWEPT)} can be swept, as in --sweep.align.steps=..."
-            )
+            raise ConfigError(f"{name}: fields of {' and '.join(SWEPT)} can be swept or ablated, as align.steps can")
         set_field(config, name, text, where="sweep", from_text=True)
     check(config)
     return config
 
 
 def label(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
-    """`loss.temperature=0.07,steps=1000`, of some stages' fields; also a folder's name."""
-    parts = [f"{n.partition('.')[2]}={v}" for n, v in point.items() if n.partition(".")[0] in stages]
+    """`align.loss.temperature=0.07,policy.steps=1000`, of some stages' fields; also a folder's name."""
+    parts = [f"{n}={v}" for n, v in point.items() if n.partition(".")[0] in stages]
     return ",".join(parts).replace("/", "_") or "default"
 
 
@@ -113,7 +111,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path:
             "nothing is swept; add --sweep.FIELD=a,b,c, as in --sweep.align.loss.temperature=0.03,0.07,0.2, or --ablations"
         )
     if swept and config.ablations:
-        raise ConfigError(f"config error: ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
+        raise ConfigError(f"ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
     folder = Path(config.output)
     check_same(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
@@ -252,7 +250,7 @@ def sweep_report(result: dict[str, Any]) -> Report:
         title=title,
         answers=answers,
         sections=(*parts, every) if not swept else (every, *parts),
-        command=result["command"],
+        command=result.get("command", ""),
         protocol={key: str(value) for key, value in result["versions"].items()},
     )
 

@@ -110,7 +110,7 @@ def training_batch(
     rng = np.random.default_rng([sampler.seed, step, 1])
     batch.frames.augmentation = augmenter.draw(rng, len(batch.frames))
     if pairs is not None:
-        batch = batch.replace(pair_id=pairs.draw(batch.text_id, batch.scene_id, rng))
+        batch = batch.replace(pair_id=pairs.draw(batch.text_id, batch.goal_id, batch.scene_id, rng))
     if not shuffle_actions:
         return batch
     order = rng.permutation(len(batch.frame_of_row))

@@ -10,12 +10,14 @@ from vla.data.episodes import Episodes
 class MinimalPairs:
     """For a text of a scene, another text of the data set with one word exchanged for another word of that scene.
 
-    Such a text speaks of what the scene contains, but of no goal that is asked there: who tells it from the right one
-    has to bind words to one object. Only texts of the data set occur, so that none names what is kept from training.
+    Such a text speaks of what the scene contains, but nobody demonstrated it there: who tells it from the right one has to bind
+    words to one object. Only texts of training episodes occur.
     """
 
-    def __init__(self, episodes: Episodes) -> None:
-        self.others = one_word_apart(episodes.texts)
+    def __init__(self, episodes: Episodes, train: np.ndarray) -> None:
+        """`train`: positions of the training episodes."""
+        used = set(episodes.text_id[train].tolist())
+        self.others = [[other for other in found if other[0] in used] for found in one_word_apart(episodes.texts)]
         self.goals_of_text: dict[int, set[int]] = defaultdict(set)
         self.words: dict[int, set[str]] = defaultdict(set)  # by scene
         self.goals: dict[int, set[int]] = defaultdict(set)  # by scene
@@ -25,13 +27,16 @@ class MinimalPairs:
                 self.words[int(scene)].update(episodes.texts[text].split())
                 self.goals[int(scene)].add(int(goal))
 
-    def draw(self, text_id: np.ndarray, scene_id: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(b,) texts and their scenes -> (b,) int64 a pair of each, -1 where there is none."""
+    def draw(
+        self, text_id: np.ndarray, goal_id: np.ndarray, scene_id: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """(b,) texts, their goals and scenes -> (b,) int64 a pair of each, -1 where there is none."""
         drawn = np.full(len(text_id), -1, np.int64)
-        for row, (text, scene) in enumerate(zip(text_id.tolist(), scene_id.tolist(), strict=True)):
-            if scene < 0:
+        rows = zip(text_id.tolist(), goal_id.tolist(), scene_id.tolist(), strict=True)
+        for row, (text, goal, scene) in enumerate(rows):
+            if scene < 0 or goal < 0:
                 continue
-            words, goals = self.words[scene], self.goals[scene]
+            words, goals = self.words[scene], self.goals[scene] | {goal}
             fitting = [o for o, word in self.others[text] if word in words and not goals & self.goals_of_text[o]]
             if fitting:
                 drawn[row] = fitting[int(rng.integers(len(fitting)))]

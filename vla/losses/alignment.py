@@ -43,6 +43,7 @@ class Pairing:
     scene_of_frame: Tensor  # (f,) index of each image's scene, -1 where unknown
     goal_texts: Tensor  # (g, u) bool: the texts a goal is asked with
     scene_texts: Tensor  # (s, u) bool: the texts used in a scene
+    pair_texts: Tensor  # (s, u) bool: minimal pairs that a scene has drawn; others know nothing of them
 
     def positives(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
         """(frames, texts) bool."""
@@ -65,24 +66,35 @@ class Pairing:
             scene_of_frame=self.scene_of_frame[told],
             goal_texts=self.goal_texts[:, asked],
             scene_texts=self.scene_texts[:, asked],
+            pair_texts=self.pair_texts[:, asked],
         )
         return told.nonzero()[:, 0], asked.nonzero()[:, 0], pairs
 
     def decided(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
         """(frames, texts) bool: whether a text is right or wrong of an image, not merely true."""
         scene = self.scene_of_frame[frames]
-        named = self.scene_texts[scene.clamp_min(0)][:, texts] & (scene >= 0)[:, None]
-        return ~named | self.positives(frames, texts)
+        known = (scene >= 0)[:, None]
+        named = self.scene_texts[scene.clamp_min(0)][:, texts] & known
+        paired = self.pair_texts[scene.clamp_min(0)][:, texts] & known
+        asked = self.goal_texts.any(0)[texts]
+        return torch.where(asked, ~named | self.positives(frames, texts), paired)
 
 
 def pairing(
-    frame_of_row: Tensor, text_of_row: Tensor, goal_id: Tensor, scene_id: Tensor, frames: int, texts: int
+    frame_of_row: Tensor,
+    text_of_row: Tensor,
+    goal_id: Tensor,
+    scene_id: Tensor,
+    frames: int,
+    texts: int,
+    pair_of_row: Tensor | None = None,
 ) -> Pairing:
     """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts.
 
-    Rows without a goal (-1) belong to no text.
+    Rows without a goal (-1) belong to no text. `pair_of_row` is a minimal pair of each row's text, -1 where there is none.
     """
     asked = goal_id >= 0
+    paired = text_of_row.new_full((0,), 0) if pair_of_row is None else pair_of_row[asked]
     frame_of_row, text_of_row, goal_id, scene_id = (x[asked] for x in (frame_of_row, text_of_row, goal_id, scene_id))
     goals, goal_of_row = goal_id.unique(return_inverse=True)
     scenes, scene_of_row = scene_id.unique(return_inverse=True)
@@ -90,9 +102,11 @@ def pairing(
     goal_texts[goal_of_row, text_of_row] = True
     scene_texts = torch.zeros(len(scenes), texts, dtype=torch.bool, device=goal_id.device)
     scene_texts[scene_of_row, text_of_row] = True
+    pair_texts = torch.zeros_like(scene_texts)
+    pair_texts[scene_of_row[: len(paired)][paired >= 0], paired[paired >= 0]] = True
     known = torch.where(scene_id >= 0, scene_of_row, -1)
     scene_of_frame = known.new_full((frames,), -1).index_copy_(0, frame_of_row, known)
-    return Pairing(frame_of_row, goal_of_row, scene_of_frame, goal_texts, scene_texts)
+    return Pairing(frame_of_row, goal_of_row, scene_of_frame, goal_texts, scene_texts, pair_texts)
 
 
 def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor) -> Term:
@@ -155,20 +169,18 @@ class Group:
         )
 
 
-def groups_of(pairs: Pairing, pair_of_row: Tensor | None = None) -> list[Group]:
+def groups_of(pairs: Pairing) -> list[Group]:
     """Groups of at most `GROUP` images, so that comparing words with patches grows with the batch and not with its square.
 
     A batch's images are in the data set's order, so a group holds whole scenes: its negatives are the hard ones.
-    `pair_of_row` names one more text for each of the pairing's rows, -1 for none.
     """
     groups = []
     for images in spans(len(pairs.scene_of_frame), GROUP):
         rows = (pairs.frame_of_row >= images.start) & (pairs.frame_of_row < images.stop)
         texts = pairs.goal_texts[pairs.goal_of_row[rows]].any(0)
         asked = int(texts.sum())
-        if pair_of_row is not None and texts.any():
-            paired = pair_of_row[rows]
-            texts[paired[paired >= 0]] = True
+        scenes = pairs.scene_of_frame[images]
+        texts |= pairs.pair_texts[scenes[scenes >= 0]].any(0)
         groups.append(Group(images, texts.nonzero()[:, 0], asked))
     return groups
 

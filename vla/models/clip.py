@@ -250,6 +250,7 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
         if report[kind]:
             some = ", ".join(sorted(str(key) for key in report[kind])[:3])
             raise UserError(f"{source}: {kind.replace('_', ' ')} in the weights ({some}); not a complete CLIPModel")
+    fix_words(model)
     return quick_attention(model), tokenizer
 
 
@@ -270,6 +271,9 @@ def with_text_of(model: CLIPModel, other: CLIPModel) -> CLIPModel:
     """Replace the text tower and its projection in place by those of `other`, which must have the same sizes."""
     model.text_model.load_state_dict(other.text_model.state_dict(), strict=True)
     model.text_projection.load_state_dict(other.text_projection.state_dict(), strict=True)
+    if getattr(other.config.text_config, "fixed_words", False):
+        model.config.text_config.fixed_words = True
+        fix_words(model)
     return model
 
 

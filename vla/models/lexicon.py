@@ -64,10 +64,8 @@ def general_tokenizer(source: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"config error: tower.vocabulary: {source}: {str(error).splitlines()[0]}") from error
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(
-            f"config error: tower.vocabulary: {source}: a CLIP text tower needs start, end and padding tokens"
-        )
+    if not isinstance(tokenizer, CLIPTokenizer) or tokenizer.eos_token_id == 2:  # 2 would be pooled the legacy way
+        raise UserError(f"config error: tower.vocabulary: {source}: a {type(tokenizer).__name__}, not CLIP's tokenizer")
     return tokenizer
 
 
@@ -84,13 +82,12 @@ def clip_tokenizer(words: Sequence[str], merges: Sequence[tuple[str, str]]) -> C
 
 
 @torch.no_grad()
-def give_meanings(embedding: nn.Embedding, tokenizer: PreTrainedTokenizerBase, source: str) -> int:
+def give_meanings(embedding: nn.Embedding, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Set the embeddings of the vocabulary's whole words in place to what a sentence encoder makes of them.
 
     Principal components of the mean-pooled sentence embeddings, weakly whitened, as strong as the embeddings that they replace.
+    Words that the vocabulary splits have none.
 
-    Returns:
-        How many words have a meaning now.
     Raises:
         UserError: `source` is no sentence encoder, or narrower than the text tower.
     """
@@ -106,7 +103,6 @@ def give_meanings(embedding: nn.Embedding, tokenizer: PreTrainedTokenizerBase, s
     main = meanings @ directions[:, -width:] / variances[-width:].clamp_min(1e-9) ** 0.25
     main = nn.functional.normalize(main, dim=-1) * width**0.5 * STRENGTH
     embedding.weight[torch.tensor(list(words.values()))] = main.to(embedding.weight)
-    return len(words)
 
 
 def sentence_embeddings(source: str, sentences: Sequence[str]) -> Tensor:

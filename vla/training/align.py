@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from vla.config import AlignConfig, TowerConfig
+from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
@@ -90,7 +90,7 @@ def train_align(config: AlignConfig) -> Path:
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
     sampler = make_sampler(config, mixture)
-    pairs = MinimalPairs(episodes) if config.loss.minimal_pairs and config.loss.word_patch else None
+    pairs = minimal_pairs(config.loss, episodes, train)
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
@@ -230,6 +230,26 @@ def step_metrics(
         metrics[f"{name}/excess"] = float(term.loss.detach() - term.floor)
         metrics[f"{name}/scale"] = float(model.scale(name).detach())
     return metrics | {key: float(value) for key, value in health.items()}
+
+
+def minimal_pairs(loss: LossConfig, episodes: Episodes, train: np.ndarray) -> MinimalPairs | None:
+    """The minimal pairs of (e,) training episodes, if they are asked for.
+
+    Raises:
+        UserError: no episode has one.
+    """
+    if not (loss.minimal_pairs and loss.word_patch):
+        return None
+    pairs = MinimalPairs(episodes, train)
+    ids = (episodes.text_id[train], episodes.goal_id[train], episodes.scene_id[train])
+    share = float((pairs.draw(*ids, np.random.default_rng(0)) >= 0).mean())
+    if not share:
+        raise UserError(
+            f"config error: loss.minimal_pairs: no instruction of {episodes.root} differs in one word of its scene from another; "
+            "leave it out"
+        )
+    print(f"minimal pairs: for {100 * share:.0f} % of the episodes")
+    return pairs
 
 
 def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:

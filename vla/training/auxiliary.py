@@ -14,13 +14,12 @@ from vla.config import AlignConfig, PolicyTrainConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
-from vla.data.minimal_pairs import MinimalPairs
 from vla.data.normalization import normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
-from vla.training.align import make_model
+from vla.training.align import make_model, minimal_pairs
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.types import TripletBatch, UserError
@@ -55,7 +54,7 @@ class Auxiliary:
             )
         self.config = config
         align = AlignConfig(data=config.data, loss=loss, batch=config.batch, horizon=head.horizon)
-        self.pairs = MinimalPairs(episodes) if loss.minimal_pairs and loss.word_patch else None
+        self.pairs = minimal_pairs(loss, episodes, train)
         self.source = TripletSource(episodes, frames, stats, head.horizon)
         self.sampler = GoalSampler(
             episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)

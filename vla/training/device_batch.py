@@ -34,12 +34,14 @@ class DeviceBatch:
         """Which of its texts belong to which of its images."""
         ids = self.ids
         frames, texts = len(self.shown), len(self.input_ids)
-        return pairing(self.frame_of_row, self.text_of_row, ids["goal_id"], ids["scene_id"], frames, texts)
+        return pairing(
+            self.frame_of_row, self.text_of_row, ids["goal_id"], ids["scene_id"], frames, texts, self.pair_of_row
+        )
 
     @cached_property
     def groups(self) -> list[Group]:
         """Which of its images and texts are compared word by word."""
-        return groups_of(self.pairs, self.pair_of_row[self.ids["goal_id"] >= 0])
+        return groups_of(self.pairs)
 
     def rows(self, images: slice) -> slice:
         """The rows that show some consecutive images."""
@@ -66,14 +68,16 @@ def on_device(
     shown = torch.from_numpy(np.unique(batch.frame_of_row[order], return_index=True)[1]).to(device)
     asked, paired = moved(batch.text_id), moved(batch.pair_id)
     texts = torch.cat([asked, paired[paired >= 0]]).unique()
+    hidden = torch.isin(texts, asked)  # a minimal pair without the word that matters would be true
     length = int(attention_mask[texts].sum(1).max())
+    mask = attention_mask[texts, :length]
     names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
     return DeviceBatch(
         pixels=pixels,
         frame_of_row=moved(batch.frame_of_row),
         shown=shown,
         input_ids=input_ids[texts, :length],
-        attention_mask=hide(attention_mask[texts, :length]),
+        attention_mask=torch.where(hidden[:, None], hide(mask), mask),
         text_of_row=torch.searchsorted(texts, asked),
         pair_of_row=torch.where(paired >= 0, torch.searchsorted(texts, paired), -1),
         action_chunk=moved(batch.action_chunk),

@@ -140,7 +140,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         with accelerator.autocast():
-            rng = np.random.default_rng([config.seed, step, 3])
+            rng = np.random.default_rng([config.seed, step, 5])
             features = embed(unwrapped, batch, words, rng, config.head.token_noise)
         loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
         accelerator.backward(loss)
