@@ -170,6 +170,9 @@ class PolicyTrainConfig:
     tuned_part: Literal["all", "vision", "last_block"] = "all"  # what of the encoder is fine-tuned
     encoder_lr_scale: float = number(0.1, 0)  # learning rate of the encoder relative to the head's, when tuned
     aligned_pooler: bool = False  # start the policy's pooler from the aligned one (an untrained encoder has none)
+    pooler_lr_scale: float = number(
+        1.0, 0
+    )  # learning rate of an aligned pooler relative to the head's; 0 keeps it as it is
     auxiliary: float = number(0.0, 0)  # tuned: weight of stage one's terms beside the cloning loss, falling to 0
     loss: LossConfig = field(default_factory=LossConfig)  # those terms, used only with auxiliary > 0
     batch: BatchConfig = field(default_factory=BatchConfig)  # their triplets

@@ -3,10 +3,12 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
@@ -46,6 +48,31 @@ def test_an_untrained_encoder_is_a_baseline(policy_config, tmp_path):
     config = replace(policy_config, encoder="random", steps=1, output=str(tmp_path / "run"))
     config.tower.width, config.tower.heads, config.tower.layers = 32, 2, 1
     assert (train_policy(config) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("scale", "stays"), [(0.0, True), (1.0, False)])
+def test_an_aligned_pooler_stays_as_it_is_at_rate_zero(policy_config, tmp_path, scale, stays):
+    changes = {
+        "aligned_pooler": True,
+        "pooler_lr_scale": scale,
+        "steps": 3,
+        "ema": 0.0,
+        "output": str(tmp_path / "run"),
+    }
+    policy = ConcordPolicy.from_pretrained(train_policy(replace(policy_config, **changes)))
+    aligned = load_file(Path(policy_config.encoder).parent / "alignment.safetensors")
+    same = [weight.equal(aligned[f"pooler.{name}"]) for name, weight in policy.network.pooler.named_parameters()]
+    assert all(same) == stays
+
+
+def test_a_pooler_that_starts_untrained_learns_at_the_heads_rate(policy_config, tmp_path):
+    losses = []
+    for scale in (0.0, 1.0):
+        run = tmp_path / str(scale)
+        train_policy(replace(policy_config, pooler_lr_scale=scale, steps=3, log_every=1, output=str(run)))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     normalizers = Normalizers(stats[ACTION_KEY], stats[STATE_KEY])
     auxiliary = Auxiliary(config, episodes, train, frames, normalizers, policy) if config.auxiliary else None
     encoder_lr = config.optimizer.lr * config.encoder_lr_scale
-    groups = [(policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
+    pooler_lr = config.optimizer.lr * (config.pooler_lr_scale if starts_aligned(config) else 1.0)
+    groups = [(policy.network.pooler, pooler_lr), (policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
     groups += [(auxiliary.model, config.optimizer.lr)] if auxiliary else []
     optimizer = make_optimizers(groups, config.optimizer.weight_decay)
     policy, *members = accelerator.prepare(policy, *optimizer.members)
@@ -170,7 +171,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         saves = done % config.save_every == 0 or done == config.steps
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
             metrics = mean_metrics(window)
-            metrics["lr"] = optimizer.param_groups[0]["lr"]
+            metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
             run.log(done, metrics | {"samples": digest(batch)})
             bar.set_postfix(loss=f"{metrics['loss']:.4f}")
             window.clear()
@@ -227,9 +228,14 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         image_size=config.data.image_size,
     )
     policy = ConcordPolicy(policy_config, clip=clip, tokenizer=tokenizer)
-    if config.aligned_pooler and config.encoder != "random":
+    if starts_aligned(config):
         load_pooler(policy, Path(config.encoder).parent / "alignment.safetensors")
     return policy
+
+
+def starts_aligned(config: PolicyTrainConfig) -> bool:
+    """Whether the pooler starts from stage one's."""
+    return config.aligned_pooler and config.encoder != "random"
 
 
 def load_pooler(policy: ConcordPolicy, path: Path) -> None:
