@@ -194,11 +194,19 @@ def measure(m: Measurement) -> dict[str, float]:
     if m.rows > batch.goals * batch.frames:  # a large one takes more of each episode, so that a small data set fills it
         batch = replace(batch, frames=LARGE_FRAMES, gap=1)
     batch = replace(batch, goals=m.rows // batch.frames)
-    config = AlignConfig(data=DataConfig(root=m.root), batch=batch, threads=m.threads)
     episodes = read_episodes(m.root)
     everything = np.arange(len(episodes.goal_id))
+
+    def sampled(batch: BatchConfig) -> GoalSampler:
+        return GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, everything, seed=0, **vars(batch))
+
+    sampler = sampled(batch)
+    if (drawn := len(sampler.rows(0))) > m.rows:  # goals came up in several scenes
+        goals = batch.goals * m.rows // drawn
+        while len((sampler := sampled(replace(batch, goals=goals))).rows(0)) < m.rows:
+            goals += max(1, goals // 50)
+    config = AlignConfig(data=DataConfig(root=m.root), batch=batch, threads=m.threads)
     source = make_source(config, episodes, rows_of(episodes, everything))
-    sampler = GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, everything, seed=0, **vars(config.batch))
     seconds, rows = [], []
     with PeakMemory() as peak:
         changes = {"augmenter": augmenter(config.data), "text_of_episode": None, "shuffle_actions": False}
