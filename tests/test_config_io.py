@@ -43,6 +43,21 @@ def test_true_is_not_an_int_in_yaml_either(tmp_path):
 def test_a_repeated_key_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="steps is given twice"):
         from_yaml(tmp_path, "steps: 1\nsteps: 2\n")
+    with pytest.raises(ConfigError, match="line 3: root is given twice"):
+        from_yaml(tmp_path, "data:\n  root: a\n  root: b\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("? [steps]\n: 1\n", "unhashable key"),
+        ("steps: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("steps: &loop [*loop]\n", "steps must be"),
+    ],
+)
+def test_yaml_that_holds_more_than_plain_values_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        from_yaml(tmp_path, text)
 
 
 def test_a_choice_lists_what_it_can_be():

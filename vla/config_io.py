@@ -82,7 +82,9 @@ def find_config(path: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file; repeated keys are refused."""
     try:
-        loaded = yaml.load(path.read_text(), Loader=_StrictLoader)  # a SafeLoader: plain values only
+        text = path.read_text()
+        refuse_repeats(yaml.compose(text, Loader=yaml.SafeLoader))
+        loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -96,21 +98,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader that does not let the last of two equal keys win."""
-
-
-def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+def refuse_repeats(node: yaml.Node | None) -> None:
+    """Raise yaml.MarkedYAMLError if a mapping in a YAML tree has a key twice, where PyYAML lets the last one win."""
+    stack, visited = [node], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:  # an alias may lead back to where it is
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            stack += node.value
+            continue
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            stack.append(value)
 
 
 def merge_mapping(config: Any, mapping: dict[str, Any], where: str, path: str) -> None:

@@ -8,7 +8,9 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,7 @@ def train_align(config: AlignConfig) -> Path:
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
     sampler = make_sampler(config, mixture)
-    pairs = minimal_pairs(config.loss, episodes, train)
+    pairs = minimal_pairs(config.loss, episodes, train, partial(say, accelerator))
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
@@ -232,8 +234,10 @@ def step_metrics(
     return metrics | {key: float(value) for key, value in health.items()}
 
 
-def minimal_pairs(loss: LossConfig, episodes: Episodes, train: np.ndarray) -> MinimalPairs | None:
-    """The minimal pairs of (e,) training episodes, if they are asked for.
+def minimal_pairs(
+    loss: LossConfig, episodes: Episodes, train: np.ndarray, tell: Callable[[str], None]
+) -> MinimalPairs | None:
+    """The minimal pairs of (e,) training episodes, if they are asked for; `tell` is told how many episodes have one.
 
     Raises:
         UserError: no episode has one.
@@ -248,7 +252,7 @@ def minimal_pairs(loss: LossConfig, episodes: Episodes, train: np.ndarray) -> Mi
             f"config error: loss.minimal_pairs: no instruction of {episodes.root} differs in one word of its scene from another; "
             "leave it out"
         )
-    print(f"minimal pairs: for {100 * share:.0f} % of the episodes")
+    tell(f"minimal pairs: for {100 * share:.0f} % of the episodes")
     return pairs
 
 

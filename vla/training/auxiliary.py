@@ -54,7 +54,7 @@ class Auxiliary:
             )
         self.config = config
         align = AlignConfig(data=config.data, loss=loss, batch=config.batch, horizon=head.horizon)
-        self.pairs = minimal_pairs(loss, episodes, train)
+        self.pairs = minimal_pairs(loss, episodes, train, print)
         self.source = TripletSource(episodes, frames, stats, head.horizon)
         self.sampler = GoalSampler(
             episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)

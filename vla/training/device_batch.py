@@ -68,7 +68,7 @@ def on_device(
     shown = torch.from_numpy(np.unique(batch.frame_of_row[order], return_index=True)[1]).to(device)
     asked, paired = moved(batch.text_id), moved(batch.pair_id)
     texts = torch.cat([asked, paired[paired >= 0]]).unique()
-    hidden = torch.isin(texts, asked)  # a minimal pair without the word that matters would be true
+    whole = ~torch.isin(texts, asked)  # a minimal pair without the word that matters would be true
     length = int(attention_mask[texts].sum(1).max())
     mask = attention_mask[texts, :length]
     names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
@@ -77,7 +77,7 @@ def on_device(
         frame_of_row=moved(batch.frame_of_row),
         shown=shown,
         input_ids=input_ids[texts, :length],
-        attention_mask=torch.where(hidden[:, None], hide(mask), mask),
+        attention_mask=torch.where(whole[:, None], mask, hide(mask)),
         text_of_row=torch.searchsorted(texts, asked),
         pair_of_row=torch.where(paired >= 0, torch.searchsorted(texts, paired), -1),
         action_chunk=moved(batch.action_chunk),
