@@ -39,13 +39,14 @@ class DataConfig:
     camera: str | None = None  # image key to train on; the only camera if not given
     image_size: int = number(96, 16)  # frames are stored at this side, px
     cache: str | None = None  # folder of the frame store; default: ROOT/.concord
+    stream: bool = False  # decode pictures whenever they are read, store none: for data that does not fit on the disk
     holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
     episodes_per_task: int | None = None  # use at most this many training episodes of each task
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
     color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
     pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them
     word_dropout: float = number(0.0, 0, 1)  # augmentation: share of the instructions' tokens that are hidden
-    workers: int = number(2, 1)  # processes that build the frame store
+    workers: int = number(2, 1)  # processes that build the frame store, or threads that decode a stream
 
 
 @dataclass
@@ -179,8 +180,8 @@ class PolicyTrainConfig:
     hide: Literal["none", "language", "vision"] = "none"  # control: the policy never gets this
     failures: bool = False  # clone failed episodes too
     cached_shifts: int = number(
-        2, 1
-    )  # frozen: copies of each frame in the token cache, the first plain, the others augmented
+        2, 0
+    )  # frozen: copies of each frame in the token cache, the first plain, the others augmented; 0: no cache
     batch_size: int = number(256, 1)  # samples an update
     steps: int = number(20000, 1)  # optimiser updates
     ema: float = number(0.999, 0, 1)  # decay of the averaged weights, which are the ones exported

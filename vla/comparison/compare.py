@@ -158,10 +158,9 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
         if stage == "policy":
             arm = arms[rest.rsplit("-", 2)[0]]
             if arm.tuned_part == "nothing":
-                return (
-                    policy.steps * policy.batch_size * 8e-4
-                    + demos * timesteps * DEMONSTRATED * policy.cached_shifts * forward
-                )
+                seen = policy.steps * policy.batch_size
+                encoded = demos * timesteps * DEMONSTRATED * policy.cached_shifts or seen
+                return seen * 8e-4 + encoded * forward
             steps = config.scratch_steps if arm.source == "random" else config.tuned_steps
             return steps * policy.batch_size * training * 1.3
         if stage == "eval":

@@ -19,7 +19,7 @@ from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig
 from vla.data.episodes import read_episodes, rows_of, split_episodes, task_of_episode
-from vla.data.frames import open_frames
+from vla.data.frames import open_pictures
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.integrations.collect import checked_tasks, collect
@@ -204,7 +204,7 @@ def make_data(config: CompareConfig) -> None:
                 f"{root}: has episodes of {sorted(there - set(tasks))[0]}, which transfer keeps apart; choose another root"
             )
         cache = config.align.data.cache if root == config.align.data.root else None
-        open_frames(episodes, config.align.data.image_size, cache, config.align.data.workers)
+        open_pictures(episodes, replace(config.align.data, cache=cache))
         record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
     own = record.pop(config.align.data.root)
     own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})

@@ -23,7 +23,7 @@ from vla.comparison.summary import Outcomes, estimate, read_outcomes
 from vla.config import SweepConfig
 from vla.config_io import ConfigError, check, set_field, to_dict
 from vla.data.episodes import read_episodes
-from vla.data.frames import open_frames
+from vla.data.frames import open_pictures
 from vla.eval.evaluate import evaluate
 from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with_interval, write_report
 from vla.integrations.collect import collect
@@ -160,7 +160,7 @@ def make_data(config: SweepConfig) -> None:
     if not (Path(data.root) / "meta" / "info.json").is_file():
         collect(replace(config.collect, output=data.root))
     episodes = read_episodes(data.root, data.camera)
-    open_frames(episodes, data.image_size, data.cache, data.workers)
+    open_pictures(episodes, data)
     path = Path(config.output) / "data.json"
     path.write_text(json.dumps({"root": data.root, "fingerprint": episodes.fingerprint}) + "\n")
 

@@ -1,7 +1,6 @@
 """Frame store: a camera's pictures, decoded once, resized, as one memory-mapped uint8 array."""
 
 import errno
-import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -14,8 +13,18 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from vla.config import DataConfig
+from vla.data.decoding import decode_picture, is_video, open_video, resize, videos_of
 from vla.data.episodes import Episodes, data_files
+from vla.data.streaming import StreamedFrames
 from vla.types import UserError
+
+
+def open_pictures(episodes: Episodes, data: DataConfig) -> np.ndarray | StreamedFrames:
+    """A data set's pictures by row, as the configuration says: from the frame store, or decoded whenever they are read."""
+    if data.stream:
+        return StreamedFrames(episodes, data.image_size, data.workers)
+    return open_frames(episodes, data.image_size, data.cache, data.workers)
 
 
 def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, workers: int = 2) -> np.ndarray:
@@ -49,7 +58,9 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
         partial_path.rename(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"{folder}: disk full while building the frame store; set --data.cache=FOLDER") from error
+            raise UserError(
+                f"{folder}: disk full while building the frame store; set --data.cache=FOLDER, or --data.stream=true"
+            ) from error
         raise
     finally:
         partial_path.unlink(missing_ok=True)
@@ -76,9 +87,8 @@ def _need_space(folder: Path, size: int) -> None:
 
 
 def _build(episodes: Episodes, path: Path, counts: list[int], workers: int) -> None:
-    info = json.loads((episodes.root / "meta" / "info.json").read_text())
-    if info["features"][episodes.camera]["dtype"] == "video":
-        return _build_from_video(episodes, path, info)
+    if is_video(episodes):
+        return _build_from_video(episodes, path)
     jobs = []
     first = 0
     for file, _count in zip(data_files(episodes.root), counts, strict=True):
@@ -106,44 +116,20 @@ def _decode_group(path: Path, camera: str, job: tuple[Path, int, int, int]) -> i
     store = np.lib.format.open_memmap(path, mode="r+")
     column = pq.ParquetFile(file).read_row_group(group, columns=[camera])[camera].to_pylist()
     for offset, picture in enumerate(column):
-        encoded = picture["bytes"]
-        if encoded is None:
-            encoded = (file.parents[2] / picture["path"]).read_bytes()
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if image is None:
-            raise UserError(f"{file}: {camera} of row {offset} in row group {group} is not a picture")
-        store[first + offset] = resize(image, store.shape[1])
+        store[first + offset] = resize(decode_picture(picture, camera, file, group, offset), store.shape[1])
     store.flush()
     return count
 
 
-def _build_from_video(episodes: Episodes, path: Path, info: dict) -> None:
-    """Decode the camera's videos in order; every episode's frames start at its recorded timestamp."""
-    import av
-
+def _build_from_video(episodes: Episodes, path: Path) -> None:
+    """Decode the camera's videos from beginning to end."""
     store = np.lib.format.open_memmap(path, mode="r+")
-    files = sorted((episodes.root / "meta" / "episodes").glob("*/*.parquet"))
-    prefix = f"videos/{episodes.camera}/"
-    names = ["episode_index", "length", f"{prefix}chunk_index", f"{prefix}file_index", f"{prefix}from_timestamp"]
-    rows = [row for file in files for row in pq.read_table(file, columns=names).to_pylist()]
-    by_file: dict[Path, list[dict]] = {}
-    for row in rows:
-        name = info["video_path"].format(
-            video_key=episodes.camera, chunk_index=row[f"{prefix}chunk_index"], file_index=row[f"{prefix}file_index"]
-        )
-        by_file.setdefault(episodes.root / name, []).append(row)
-    position = {int(index): i for i, index in enumerate(episodes.episode_index)}
-    bar = tqdm(total=len(store), desc="frame store", unit="frame", mininterval=1.0)
-    with bar:
-        for file, members in by_file.items():
-            if not file.is_file():
-                raise UserError(f"{file}: missing video")
-            wanted = {}
-            for row in members:
-                begin = round(row[f"{prefix}from_timestamp"] * info["fps"])
-                first = episodes.start[position[row["episode_index"]]]
-                wanted |= {begin + t: episodes.frame_row[first + t] for t in range(row["length"])}
-            with av.open(str(file)) as container:
+    files, file_of_row, number_of_row = videos_of(episodes)
+    with tqdm(total=len(store), desc="frame store", unit="frame", mininterval=1.0) as bar:
+        for position, file in enumerate(files):
+            rows = np.flatnonzero(file_of_row == position)
+            wanted = dict(zip(number_of_row[rows].tolist(), rows.tolist(), strict=True))
+            with open_video(file) as container:
                 for number, frame in enumerate(container.decode(video=0)):
                     if number in wanted:
                         store[wanted.pop(number)] = resize(frame.to_ndarray(format="rgb24"), store.shape[1])
@@ -151,11 +137,3 @@ def _build_from_video(episodes: Episodes, path: Path, info: dict) -> None:
             if wanted:
                 raise UserError(f"{file}: {len(wanted)} frames are missing; the video is truncated")
     store.flush()
-
-
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) by area averaging; unchanged if it has that size."""
-    if image.shape[:2] == (size, size):
-        return image
-    shrink = image.shape[0] >= size and image.shape[1] >= size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vla.config import DataConfig
 from vla.data.episodes import Episodes, limit_per_task, read_episodes, split_episodes
-from vla.data.frames import open_frames
+from vla.data.frames import open_pictures
 from vla.types import UserError
 
 
@@ -65,8 +65,8 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
     if not len(validation):
         raise UserError(f"{data.root}: no held-out episode has an instruction; raise --data.holdout")
     ends = np.cumsum([len(part.goal_id) for part in parts])
-    stores = [open_frames(own, data.image_size, data.cache, data.workers)]
-    stores += [open_frames(part, data.image_size, data.cache, data.workers) for part in parts[1:]]
+    stores = [open_pictures(own, data)]
+    stores += [open_pictures(part, data) for part in parts[1:]]
     return Mixture(
         episodes=joined(parts) if more else own,
         frames=Stores(stores) if more else stores[0],

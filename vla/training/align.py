@@ -25,7 +25,7 @@ from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
-from vla.data.frames import open_frames
+from vla.data.frames import open_pictures
 from vla.data.minimal_pairs import MinimalPairs
 from vla.data.mixture import Mixture, open_mixture
 from vla.data.normalization import compute_norm_stats, normalize_quantile
@@ -258,7 +258,7 @@ def minimal_pairs(
 
 def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:
     """Triplets of a data set, normalised by the statistics of its (r,) training rows."""
-    frames = open_frames(episodes, config.data.image_size, config.data.cache, config.data.workers)
+    frames = open_pictures(episodes, config.data)
     return TripletSource(episodes, frames, make_stats(episodes, rows), config.horizon)
 
 

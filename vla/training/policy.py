@@ -25,7 +25,7 @@ from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers
 from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, select, split_episodes
-from vla.data.frames import open_frames
+from vla.data.frames import open_pictures
 from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
 from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
@@ -52,7 +52,7 @@ from vla.versions import versions
 
 @dataclass(frozen=True)
 class CloningBatch:
-    """One step's samples. `inputs` is (b, n, w) fp16 tokens if the encoder is frozen, else (b, H, W, 3) uint8 frames."""
+    """One step's samples. `inputs` is (b, n, w) fp16 tokens of the cache, or (b, H, W, 3) uint8 frames."""
 
     rows: np.ndarray
     inputs: np.ndarray
@@ -89,7 +89,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         raise UserError(f"{everything.root}: names no environment (meta/concord.json); leave out --rollouts_every")
     if not config.failures and not everything.success.any():
         raise UserError(f"{everything.root}: no episode succeeded; clone failures with --failures=true")
-    frames = open_frames(everything, config.data.image_size, config.data.cache, config.data.workers)
+    frames = open_pictures(everything, config.data)
     episodes = everything if config.failures else select(everything, np.flatnonzero(everything.success))
     train, validation = split_episodes(episodes, config.data.holdout, config.seed)
     train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
@@ -111,7 +111,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     optimizer = Optimizers(tuple(members))
     unwrapped: ConcordPolicy = accelerator.unwrap_model(policy)
     tokens = None
-    if not config.tune:
+    if not config.tune and config.cached_shifts:
         tokens = open_tokens(
             unwrapped.clip,
             episodes,
@@ -289,12 +289,10 @@ def embed(
     """
     device, tuned = policy.image_mean.device, policy.config.tune
     inputs = torch.from_numpy(batch.inputs).to(device)
-    if tuned:
-        tokens = patch_tokens(policy.clip, pixel_values(inputs))
-    else:
-        tokens = inputs.float()
-        if token_noise:
-            tokens = tokens + token_noise * torch.randn_like(tokens)
+    pictures = inputs.dtype == torch.uint8  # else tokens of the cache
+    tokens = patch_tokens(policy.clip, pixel_values(inputs)) if pictures else inputs.float()
+    if token_noise and not tuned:
+        tokens = tokens + token_noise * torch.randn_like(tokens)
     word_tokens, mask = words.of(batch.text_id, rng)
     with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
         similarity = policy.similarity(tokens, word_tokens)

@@ -1,0 +1,128 @@
+"""Streamed pictures are those of the frame store and of LeRobot, from images and from videos."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from vla.data import streaming
+from vla.data.episodes import data_files, read_episodes
+from vla.data.frames import open_frames
+from vla.data.streaming import StreamedFrames
+from vla.training.align import train_align
+from vla.training.policy import train_policy
+from vla.types import IMAGE_KEY, UserError
+
+
+@pytest.fixture(scope="module")
+def video_root(tmp_path_factory):
+    """A data set of three episodes that LeRobot wrote as one video."""
+    root = tmp_path_factory.mktemp("video") / "data"
+    vector = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
+    picture = {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    features = {"observation.state": vector, "action": vector, IMAGE_KEY: picture}
+    dataset = LeRobotDataset.create("local/video", fps=10, features=features, root=root, use_videos=True)
+    for episode, length in enumerate((23, 9, 31)):
+        for t in range(length):
+            image = np.full((64, 64, 3), 40 * episode, np.uint8)
+            image[4 + t : 16 + t, 20:40] = (255, 8 * t, 60)
+            values = np.full(2, t, np.float32)
+            dataset.add_frame({"observation.state": values, "action": values, IMAGE_KEY: image, "task": "go"})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.fixture(params=["images", "video"])
+def episodes(request):
+    return read_episodes(request.getfixturevalue("data_root" if request.param == "images" else "video_root"))
+
+
+def test_any_rows_in_any_order_are_those_of_the_store(episodes, tmp_path):
+    store, stream = open_frames(episodes, 32, str(tmp_path), workers=1), StreamedFrames(episodes, 32)
+    assert stream.shape == store.shape
+    rows = np.random.default_rng(0).integers(len(store), size=200)  # some twice
+    np.testing.assert_array_equal(stream[rows], store[rows])
+    np.testing.assert_array_equal(stream[int(rows[0])], store[rows[0]])
+
+
+def test_videos_are_read_as_lerobot_reads_them(video_root, tmp_path):
+    theirs = LeRobotDataset("local/video", root=video_root, video_backend="pyav")
+    store = open_frames(read_episodes(video_root), 64, str(tmp_path))
+    for row in (0, 22, 23, 40, len(store) - 1):
+        picture = (theirs[row][IMAGE_KEY].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        np.testing.assert_array_equal(store[row], picture)
+
+
+def test_threads_may_share_a_stream(episodes):
+    stream = StreamedFrames(episodes, 32)
+    rows = [np.random.default_rng(seed).integers(len(stream), size=20) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(stream.__getitem__, rows))
+    for chosen, pictures in zip(rows, together, strict=True):
+        np.testing.assert_array_equal(pictures, stream[chosen])
+
+
+def test_little_memory_changes_nothing_but_time(data_root, monkeypatch):
+    episodes = read_episodes(data_root)
+    rows = np.arange(0, len(episodes.state), 7)
+    plenty = StreamedFrames(episodes, 32)[rows]
+    monkeypatch.setattr(streaming, "KEPT_BYTES", 1)
+    stream = StreamedFrames(episodes, 32)
+    np.testing.assert_array_equal(stream[rows], plenty)
+    assert len(stream.source._kept) == 1
+
+
+def test_a_picture_that_is_none_is_named(data_root, tmp_path):
+    root = shutil.copytree(data_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    path = data_files(root)[0]
+    table = pq.read_table(path)
+    pictures = table[IMAGE_KEY].to_pylist()
+    pictures[4]["bytes"] = b"nothing"
+    column = pa.array(pictures, pq.read_schema(path).field(IMAGE_KEY).type)
+    pq.write_table(table.set_column(table.column_names.index(IMAGE_KEY), IMAGE_KEY, column), path)
+    stream = StreamedFrames(read_episodes(root), 32)
+    assert stream[np.array([3])].shape == (1, 32, 32, 3)
+    with pytest.raises(UserError, match=r"observation\.image of row 4 in row group 0 is not a picture"):
+        stream[np.array([4])]
+
+
+@pytest.mark.parametrize("way", ["stored", "streamed"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "missing video"),
+        (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a video that can be decoded"),
+    ],
+    ids=["missing", "truncated"],
+)
+def test_a_damaged_video_is_named(video_root, tmp_path, way, damage, message):
+    root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    (path,) = root.glob("videos/*/*/*.mp4")
+    damage(path)
+    episodes = read_episodes(root)
+    with pytest.raises(UserError, match=rf"file-000\.mp4: {message}"):
+        open_frames(episodes, 32) if way == "stored" else StreamedFrames(episodes, 32)[np.arange(3)]
+
+
+def test_stage_one_trains_on_a_stream_as_on_the_store(align_config, tmp_path):
+    def losses(stream: bool) -> list[float]:
+        data = replace(align_config.data, stream=stream, cache=str(tmp_path / "cache"))
+        run = train_align(replace(align_config, data=data, log_every=1, output=str(tmp_path / str(stream)))).parent
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses(stream=True) == losses(stream=False)
+
+
+def test_a_frozen_encoder_needs_neither_store_nor_cache(policy_config, tmp_path):
+    data = replace(policy_config.data, stream=True, cache=str(tmp_path / "cache"))
+    config = replace(policy_config, data=data, cached_shifts=0, steps=2, output=str(tmp_path / "run"))
+    assert (train_policy(config) / "model.safetensors").is_file()
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,81 @@
+"""Where a data set's pictures are, and how one is decoded."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+
+from vla.data.episodes import Episodes
+from vla.types import UserError
+
+
+def is_video(episodes: Episodes) -> bool:
+    """Whether the camera's pictures are in video files, not in the parquet files."""
+    return _info(episodes)["features"][episodes.camera]["dtype"] == "video"
+
+
+def decode_picture(picture: dict, camera: str, file: Path, group: int, offset: int) -> np.ndarray:
+    """(H, W, 3) uint8 of a cell of an image column, bytes or the path of a file.
+
+    Raises:
+        UserError: it is no picture; names the parquet file, row group and row.
+    """
+    encoded = picture["bytes"]
+    if encoded is None:
+        encoded = (file.parents[2] / picture["path"]).read_bytes()
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise UserError(f"{file}: {camera} of row {offset} in row group {group} is not a picture")
+    return image
+
+
+def videos_of(episodes: Episodes) -> tuple[list[Path], np.ndarray, np.ndarray]:
+    """The camera's video files; for each row (r,) of the data set which of them it is in, and as which frame."""
+    info, prefix = _info(episodes), f"videos/{episodes.camera}/"
+    names = ["episode_index", "length", f"{prefix}chunk_index", f"{prefix}file_index", f"{prefix}from_timestamp"]
+    tables = sorted((episodes.root / "meta" / "episodes").glob("*/*.parquet"))
+    position = {int(index): i for i, index in enumerate(episodes.episode_index)}
+    file_of_row, number_of_row = (np.zeros(len(episodes.frame_row), np.int64) for _ in range(2))
+    files: dict[Path, int] = {}
+    for row in (row for table in tables for row in pq.read_table(table, columns=names).to_pylist()):
+        name = info["video_path"].format(
+            video_key=episodes.camera, chunk_index=row[f"{prefix}chunk_index"], file_index=row[f"{prefix}file_index"]
+        )
+        first = episodes.start[position[row["episode_index"]]]
+        rows = episodes.frame_row[first : first + row["length"]]
+        file_of_row[rows] = files.setdefault(episodes.root / name, len(files))
+        number_of_row[rows] = round(row[f"{prefix}from_timestamp"] * info["fps"]) + np.arange(row["length"])
+    return list(files), file_of_row, number_of_row
+
+
+@contextmanager
+def open_video(file: Path) -> Iterator[av.container.InputContainer]:
+    """A video file that is there and can be decoded.
+
+    Raises:
+        UserError: it is not; also what decoding raises within.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: missing video")
+    try:
+        with av.open(str(file)) as container:
+            yield container
+    except av.error.FFmpegError as error:
+        raise UserError(f"{file}: not a video that can be decoded ({error.strerror})") from error
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by area averaging; unchanged if it has that size."""
+    if image.shape[:2] == (size, size):
+        return image
+    shrink = image.shape[0] >= size and image.shape[1] >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+
+
+def _info(episodes: Episodes) -> dict:
+    return json.loads((episodes.root / "meta" / "info.json").read_text())

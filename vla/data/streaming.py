@@ -1,0 +1,123 @@
+"""Pictures decoded whenever they are asked for, for data whose decoded pictures do not fit on the disk."""
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla.data.decoding import decode_picture, is_video, open_video, resize, videos_of
+from vla.data.episodes import Episodes, data_files
+from vla.types import UserError
+
+KEPT_BYTES = 1 << 30  # of encoded pictures, in memory
+SEEK_BEYOND = 8  # frames; up to so many are decoded in passing
+
+
+class StreamedFrames:
+    """A camera's pictures, indexed by row like the frame store and equal to it; decoded at every reading.
+
+    Threads may share one; readings wait for each other, and each decodes in `workers` threads.
+
+    Raises:
+        UserError: a picture that is read cannot be decoded.
+    """
+
+    def __init__(self, episodes: Episodes, image_size: int, workers: int = 2) -> None:
+        self.source = VideoFiles(episodes) if is_video(episodes) else RowGroups(episodes)
+        self.shape = (len(self.source.part_of_row), image_size, image_size, 3)
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 of a row, (n, H, W, 3) of (n,) rows."""
+        if np.ndim(rows) == 0:
+            return self[np.array([rows])][0]
+        pictures = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        parts = self.source.part_of_row[rows]
+
+        def read(part: int) -> None:
+            places = np.flatnonzero(parts == part)
+            for place, picture in zip(places, self.source.read(part, rows[places]), strict=True):
+                pictures[place] = resize(picture, self.shape[1])
+
+        with self._lock:
+            list(self._pool.map(read, np.unique(parts)))
+        return pictures
+
+
+class RowGroups:
+    """Pictures in parquet files; the row groups that were read last stay in memory, encoded."""
+
+    def __init__(self, episodes: Episodes) -> None:
+        self.camera = episodes.camera
+        self.groups = [
+            (file, group)
+            for file in data_files(episodes.root)
+            for group in range(pq.read_metadata(file).num_row_groups)
+        ]
+        sizes = [pq.read_metadata(file).row_group(group).num_rows for file, group in self.groups]
+        self.first = np.cumsum([0, *sizes])
+        self.part_of_row = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        self._kept: OrderedDict[int, pa.StructArray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, part: int, rows: np.ndarray) -> list[np.ndarray]:
+        """The pictures of (n,) rows of a row group, as large as they are."""
+        (file, group), column = self.groups[part], self._column(part)
+        offsets = (rows - self.first[part]).tolist()
+        return [decode_picture(column[offset].as_py(), self.camera, file, group, offset) for offset in offsets]
+
+    def _column(self, part: int) -> pa.StructArray:
+        with self._lock:
+            if part in self._kept:
+                self._kept.move_to_end(part)
+                return self._kept[part]
+        file, group = self.groups[part]
+        column = pq.ParquetFile(file).read_row_group(group, columns=[self.camera])[self.camera].combine_chunks()
+        with self._lock:
+            self._kept[part] = column
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+        return column
+
+
+class VideoFiles:
+    """Pictures in video files, found by seeking."""
+
+    def __init__(self, episodes: Episodes) -> None:
+        self.fps = episodes.fps
+        self.files, self.part_of_row, self.number_of_row = videos_of(episodes)
+
+    def read(self, part: int, rows: np.ndarray) -> list[np.ndarray]:
+        """The pictures of (n,) rows of a file, as large as they are."""
+        numbers = self.number_of_row[rows]
+        with open_video(self.files[part]) as container:
+            decoded = self._decode(container, np.unique(numbers).tolist())
+        return [decoded[number] for number in numbers]
+
+    def _decode(self, container: av.container.InputContainer, numbers: list[int]) -> dict[int, np.ndarray]:
+        """Frames by their number in the file, ascending."""
+        stream = container.streams.video[0]
+        begin, duration = stream.start_time or 0, 1 / (self.fps * stream.time_base)  # of a frame
+        decoded: dict[int, np.ndarray] = {}
+        at = -SEEK_BEYOND - 1
+        for number in numbers:
+            if number - at > SEEK_BEYOND:
+                container.seek(begin + round(number * duration), stream=stream)
+                frames, at = container.decode(stream), -1
+            while at < number:
+                frame = next(frames, None)
+                if frame is None:
+                    break
+                at = round((frame.pts - begin) / duration)
+            if at != number:
+                raise UserError(f"{container.name}: frame {number} is missing; the video is truncated")
+            decoded[number] = frame.to_ndarray(format="rgb24")
+        return decoded
