@@ -12,7 +12,9 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.conftest import debug
 from vla.comparison.compare import compare
-from vla.config import CompareConfig, EvalConfig
+from vla.comparison.sweep import sweep
+from vla.config import CompareConfig, EvalConfig, SweepConfig
+from vla.config_io import load_config
 from vla.eval.evaluate import evaluate
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -116,6 +118,14 @@ def test_the_failure_browser(evaluation):
 
 def test_the_report_of_a_comparison(comparison):
     check_report(comparison)
+
+
+@pytest.mark.parametrize(
+    ("swept", "ablations"), [({"policy.steps": ("1", "2")}, ()), ({}, ("policy.steps=1",))], ids=["sweep", "ablations"]
+)
+def test_the_report_of_a_sweep(data_root, tmp_path, swept, ablations):
+    config = load_config(SweepConfig, ["--config_path", "configs/sweep/debug.yaml", f"--align.data.root={data_root}"])
+    check_report(sweep(replace(config, output=str(tmp_path), ablations=ablations), swept) / "report.html")
 
 
 def test_videos_play(evaluation):

@@ -25,3 +25,11 @@ def lock_folder(folder: Path) -> IO[str]:
             f"{folder}: another process is writing into it; wait for it or choose another --output"
         ) from error
     return file
+
+
+def waiting_lock(folder: Path) -> IO[str]:
+    """Take the folder as `lock_folder` does, once no other process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK_NAME).open("w")
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    return file

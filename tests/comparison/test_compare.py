@@ -17,7 +17,7 @@ from tests.conftest import debug
 from vla.comparison.compare import compare
 from vla.comparison.jobs import Job, run_jobs
 from vla.comparison.page import comparison_page
-from vla.config import CompareConfig, ResultsConfig
+from vla.config import AlignConfig, CompareConfig, DataConfig, EvalConfig, PolicyTrainConfig, ResultsConfig
 from vla.data.episodes import read_episodes, task_of_episode
 from vla.models.clip import load_clip
 from vla.types import UserError
@@ -142,6 +142,34 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
         compare(config)
 
 
+def test_a_name_keeps_its_folder(finished, data_root, encoder, tmp_path):
+    config = debug(CompareConfig, "compare", output=str(finished), encoders=(f"mine={tmp_path}",))
+    config.align.data.root = str(data_root)
+    shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=rf"encoders: 'mine' was {encoder} before"):
+        compare(config)
+
+
+def test_a_folder_of_an_older_version_goes_on(finished, data_root, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    path = tmp_path / "run" / "begun.json"
+    begun = json.loads(path.read_text())
+    del begun["align"]["data"]["stream"], begun["policies"]
+    path.write_text(json.dumps(begun))
+    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), demonstrations=(1,), arms=("random-frozen",))
+    config.align.data.root = str(data_root)
+    compare(config)
+    assert "0 left" in capsys.readouterr().out
+
+
+def test_a_policy_of_the_users_is_evaluated_on_the_episodes_of_the_arms(finished):
+    def episodes(name: str) -> set[tuple]:
+        found = json.loads((finished / "eval" / name / "eval.json").read_text())["episodes"]
+        return {(e["kind"], e["split"], e["level"], e["task"], e["seed"]) for e in found if e["kind"] == "success"}
+
+    assert episodes("theirs-given-0") == episodes("aligned-frozen-1-0")
+
+
 def test_transfer_keeps_tasks_from_the_encoders_and_gives_policies_these_alone(tmp_path):
     config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), seeds=(0,), demonstrations=(1,))
     config = replace(config, arms=("aligned-frozen", "random-frozen"), transfer=("place",))
@@ -170,6 +198,16 @@ def test_transfer_keeps_tasks_from_the_encoders_and_gives_policies_these_alone(t
         ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
         ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
         ("seeds", (0, 0), "repeats a value"),
+        ("seeds", (), "seeds: .*give at least one number"),
+        ("seeds", (-1,), "seeds: .*none below 0"),
+        ("demonstrations", (), "demonstrations: .*give at least one number"),
+        ("align", AlignConfig(steps=10, snapshots=(11,)), r"align\.snapshots: 11 is not a step of 1 to 10"),
+        ("eval", EvalConfig(split_episodes=1), r"eval\.split_episodes: 1 episode has no interval"),
+        (
+            "policy",
+            PolicyTrainConfig(data=DataConfig(shift_px=2)),
+            r"policy\.data\.shift_px: stage two gets align\.data",
+        ),
         ("encoders", ("random=.",), "'random' is taken"),
         ("encoders", ("empty=tests",), "encoders: tests: "),
     ],
@@ -184,6 +222,7 @@ def test_a_dry_run_says_cost_and_power_and_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "jobs" in out
     assert "80 % power" in out
+    assert "strictest of" in out
     assert not (tmp_path / "run").exists()
 
 

@@ -107,6 +107,9 @@ def test_flags_are_split_into_fields_and_the_rest():
         ("--sweep.eval.episodes=1,2", "fields of align and policy"),
         ("--sweep.align.steps=", "different values"),
         ("--sweep.align.steps=1,1", "different values"),
+        ("--sweep.align.seed=1,2", "the sweep sets it itself"),
+        ("--sweep.align.data.root=a,b", "the sweep sets it itself"),
+        ("--sweep.policy.data.color_jitter=0,0.4", "stage two gets align.data"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(config, flag, message):

@@ -49,7 +49,7 @@ CONTRASTS = (
     ("aligned-frozen", "cloning-pretrained-frozen", "contrast against cloning as pretraining"),
     ("aligned-frozen", "shuffle-language", "what the instructions of the triplets give"),
     ("aligned-frozen", "shuffle-action", "what the actions of the triplets give"),
-    ("aligned-tuned", "scratch", "alignment then fine-tuning against cloning alone, equal wall-clock"),
+    ("aligned-tuned", "scratch", "alignment then fine-tuning against cloning alone; the minutes of both are above"),
     ("aligned-tuned", "aligned-frozen", "fine-tuning against freezing"),
     ("aligned-frozen", "no-language", "what the instruction gives the policy"),
     ("aligned-frozen", "no-vision", "what the picture gives the policy"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vla.comparison.arms import CONTRASTS
 from vla.comparison.jobs import Job, duration, needed, run_jobs
 from vla.comparison.plan import chosen_arms, plan_jobs, write_json
 from vla.comparison.report import comparison_report, demonstrations, interval
@@ -19,9 +20,9 @@ from vla.config import CompareConfig, SweepConfig
 from vla.config_io import to_dict
 from vla.eval.evaluate import checked
 from vla.eval.report import write_report
-from vla.eval.statistics import visible_difference
+from vla.eval.statistics import episodes_needed, visible_difference
 from vla.integrations.collect import checked_tasks
-from vla.locks import lock_folder
+from vla.locks import waiting_lock
 from vla.models.clip import patch_tokens
 from vla.training.align import make_encoders
 from vla.types import UserError
@@ -31,6 +32,8 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 # For the estimate alone: timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
 TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
 DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
+GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
+GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
 FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size")  # changing these changes no result
 
 
@@ -49,28 +52,30 @@ def compare(config: CompareConfig) -> Path | None:
     print(
         f"compare: {len(jobs)} jobs, {len(left)} left, about {duration(sum(job.seconds for job in left))} in one process"
     )
-    print(power(config))
+    can_see = power(config)
+    print(can_see)
     if config.dry_run:
         for job in left:
             print(f"  {job.name:40} {duration(job.seconds):>12}")
         return None
     check_same(folder, config)
     run_jobs(jobs, folder / "jobs", print)
-    return finish(config, folder)
+    return finish(config, folder, can_see)
 
 
-def finish(config: CompareConfig, folder: Path) -> Path:
-    """Write comparison.json, its tables as CSV and report.html; of several processes one does, the others leave."""
+def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
+    """Write comparison.json, its tables as CSV and report.html; of several processes one does, the others wait for it."""
     report = folder / "report.html"
-    try:
-        lock = lock_folder(folder / "jobs" / "report")
-    except UserError:
-        return report
-    with lock:
+    with waiting_lock(folder / "jobs" / "report"):
         result = summarise_comparison(config)
+        protocol = {"power": can_see, "training seeds": ", ".join(map(str, config.seeds))}
+        if (folder / "data.json").is_file():
+            data = json.loads((folder / "data.json").read_text())
+            result["data"] = data
+            protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
         result |= {
             "command": " ".join(["python", *sys.argv]),
-            "protocol": {"power": power(config), "training seeds": ", ".join(map(str, config.seeds)), **versions()},
+            "protocol": protocol | versions(),
             "config": to_dict(config),
         }
         write_json(folder / "comparison.json", result)
@@ -95,20 +100,42 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def check_same(folder: Path, config: CompareConfig | SweepConfig) -> None:
     """Refuse to mix the results of two configurations; arms, encoders, seeds, numbers and ablations may be added.
 
+    Fields that a folder of an older version does not know had their defaults.
+
     Raises:
-        UserError: a field that changes results differs from what the folder was begun with.
+        UserError: a field that changes results differs from what the folder was begun with, or a name had another folder.
     """
     path = folder / "begun.json"
-    growing = ("arms", "encoders", "policies", "demonstrations", "seeds", "ablations", "output")
-    wanted = {key: value for key, value in to_dict(config).items() if key not in growing}
-    wanted = json.loads(json.dumps(without(wanted, FREE_FIELDS)))
-    if path.is_file():
-        made_with = json.loads(path.read_text())
-        differ = [key for key in wanted if made_with.get(key) != wanted[key]]
-        if differ:
-            raise UserError(f"{folder}: was begun with another {', '.join(differ)}; choose another --output")
-    else:
-        write_json(path, wanted)
+    wanted, usual = comparable(config), comparable(type(config)())
+    given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
+    begun = json.loads(path.read_text()) if path.is_file() else wanted | given
+    made_with = filled(begun, usual)
+    differ = [key for key in wanted if made_with[key] != wanted[key]]
+    if differ:
+        raise UserError(f"{folder}: was begun with another {', '.join(differ)}; choose another --output")
+    for field, folders in given.items():
+        before = begun.get(field, {})
+        for name in folders:
+            if before.get(name, folders[name]) != folders[name]:
+                raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
+        begun[field] = before | folders
+    write_json(path, begun)
+
+
+def comparable(config: CompareConfig | SweepConfig) -> dict:
+    """What changes results, and may not change within a folder."""
+    fields = {key: value for key, value in to_dict(config).items() if key not in GROWING}
+    return json.loads(json.dumps(without(fields, FREE_FIELDS)))
+
+
+def filled(tree: dict, usual: dict) -> dict:
+    """The mapping with the usual values where it has none, at any depth."""
+    return {
+        key: filled(tree[key], value)
+        if isinstance(value, dict) and isinstance(tree.get(key), dict)
+        else tree.get(key, value)
+        for key, value in usual.items()
+    }
 
 
 def without(tree: dict, names: tuple[str, ...]) -> dict:
@@ -122,13 +149,22 @@ def without(tree: dict, names: tuple[str, ...]) -> dict:
 
 def power(config: CompareConfig) -> str:
     """What the comparison can show, before it runs."""
-    plain = len(config.seeds) * config.eval.episodes
-    split = len(config.seeds) * config.eval.split_episodes
-    text = f"{len(config.seeds)} training seeds of {config.eval.episodes} plain episodes see differences from about "
-    text += (
-        f"{100 * visible_difference(plain):.0f} points on (80 % power at success around 70 %, if training seeds agree)"
-    )
-    return text + (f"; each split level from {100 * visible_difference(split):.0f} points on" if split else "")
+    seeds, episodes = len(config.seeds), config.eval.episodes
+    planned = sum(first in config.arms and second in config.arms for first, second, _ in CONTRASTS)
+    planned += len(config.encoders) if "aligned-frozen" in config.arms else 0
+    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {points(seeds, episodes)}"
+    if planned > 1:
+        text += f" ({points(seeds, episodes, 0.05 / planned)} at the strictest of {planned} corrected ones)"
+    if config.eval.split_episodes:
+        text += f"; each split level sees {points(seeds, config.eval.split_episodes)}"
+    text += f"; 10 points take {episodes_needed(0.1, seeds)} episodes"
+    return text + " (80 % power at success around 70 %, if training seeds agree)"
+
+
+def points(seeds: int, episodes: int, alpha: float = 0.05) -> str:
+    """The smallest difference that is seen, in words."""
+    difference = visible_difference(seeds, episodes, alpha=alpha)
+    return f"differences from {100 * difference:.0f} points on" if difference < 1 else "no difference"
 
 
 def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:

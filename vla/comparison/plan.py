@@ -6,7 +6,7 @@ Every encoder gets the text tower of the aligned one of its seed, so that arms d
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -17,13 +17,21 @@ from transformers import AutoConfig, CLIPConfig, CLIPModel, VisionTextDualEncode
 
 from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
-from vla.config import CompareConfig
+from vla.config import CompareConfig, DataConfig, EvalConfig
 from vla.data.episodes import read_episodes, rows_of, split_episodes, task_of_episode
 from vla.data.frames import open_pictures
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.integrations.collect import checked_tasks, collect
-from vla.models.clip import load_clip, resize_positions, save_clip, tokenize, with_text_of, with_vision_of
+from vla.models.clip import (
+    load_clip,
+    quick_attention,
+    resize_positions,
+    save_clip,
+    tokenize,
+    with_text_of,
+    with_vision_of,
+)
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import make_encoders, make_model, make_source, train_align
 from vla.training.policy import train_policy
@@ -35,6 +43,7 @@ ALIGNED = (
     "action",
     "all",
 )  # sources that are alignments, named by what of the triplets is shuffled
+OWN_POOLER = ("none", "cloned")  # sources whose pooler was trained on the text features that all arms have
 
 
 def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
@@ -63,6 +72,7 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     Raises:
         UserError: unknown or repeated names, or several training seeds or numbers of demonstrations that are equal.
     """
+    check_numbers(config)
     arms = {}
     for name in config.arms:
         if name not in ARMS:
@@ -97,6 +107,42 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     return arms
 
 
+def check_numbers(config: CompareConfig) -> None:
+    """Refuse numbers that nothing can be trained or estimated with.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field, values in (("seeds", config.seeds), ("demonstrations", config.demonstrations)):
+        if not values or min(values) < 0:
+            raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
+    beyond = [step for step in config.align.snapshots if not 0 < step <= config.align.steps]
+    if beyond:
+        raise UserError(f"config error: align.snapshots: {beyond[0]} is not a step of 1 to {config.align.steps}")
+    check_episodes(config.eval)
+    surplus = config_differences(config.policy.data, DataConfig())
+    if surplus:
+        raise UserError(
+            f"config error: policy.data.{surplus[0]}: stage two gets align.data; set align.data.{surplus[0]}"
+        )
+
+
+def check_episodes(config: EvalConfig) -> None:
+    """Refuse a single episode: it has no interval.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field in ("episodes", "split_episodes", "grounding_episodes"):
+        if getattr(config, field) == 1:
+            raise UserError(f"config error: eval.{field}: 1 episode has no interval; give more")
+
+
+def config_differences(config: DataConfig, other: DataConfig) -> list[str]:
+    """Fields that differ."""
+    return [field.name for field in fields(config) if getattr(config, field.name) != getattr(other, field.name)]
+
+
 def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
     """The numbers of demonstrations an arm is trained on: all, or the middle one for a snapshot of the alignment."""
     return config.demonstrations if not arm.snapshot else (config.demonstrations[len(config.demonstrations) // 2],)
@@ -105,8 +151,8 @@ def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
 def plan_jobs(config: CompareConfig) -> list[Job]:
     """All jobs in a good order: seed by seed, so that the first seed's results are there early."""
     folder, arms = Path(config.output), chosen_arms(config)
-    jobs = [Job("data", folder / "data.json", partial(make_data, config))]
-    for seed in config.seeds:
+    jobs = [Job("data", folder / "data.json", partial(make_data, config))] if arms else []
+    for seed in config.seeds if arms else ():
         sources = list(dict.fromkeys(["none", *(arm.source for arm in arms.values() if not arm.name)]))
         if "cloned" in sources and "random" not in sources:
             sources.append("random")
@@ -176,9 +222,16 @@ def finished_encoder_jobs(config: CompareConfig, encoder: str, seed: int, needs:
 def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[str, ...]) -> Job:
     """The evaluation of one policy, the same episodes for all."""
     output = Path(config.output) / "eval" / name
-    tasks = config.transfer or config.eval.tasks
-    evaluation = replace(config.eval, policy=str(policy), output=str(output), tasks=tasks, workers=1)
-    return Job(f"eval-{name}", output / "report.html", partial(evaluate, evaluation), needs)
+    return Job(f"eval-{name}", output / "report.html", partial(evaluate_policy, config, policy, output), needs)
+
+
+def evaluate_policy(config: CompareConfig, policy: Path, output: Path) -> None:
+    """Evaluate a policy on the tasks of the demonstrations, whatever it was trained on, unless transfer or `eval.tasks` names others."""
+    made = Path(config.align.data.root) / "meta" / "concord.json"
+    record = json.loads(made.read_text()) if made.is_file() else {}
+    env = config.eval.env or record.get("env", config.collect.env.name)
+    tasks = config.transfer or config.eval.tasks or tuple(record.get("tasks", ())) or checked_tasks(config.collect)
+    evaluate(replace(config.eval, policy=str(policy), output=str(output), env=env, tasks=tasks, workers=1))
 
 
 def encoder_folder(config: CompareConfig, encoder: str, seed: int) -> Path:
@@ -206,6 +259,7 @@ def make_data(config: CompareConfig) -> None:
         cache = config.align.data.cache if root == config.align.data.root else None
         open_pictures(episodes, replace(config.align.data, cache=cache))
         record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
+        record[root] |= {"collected with": (episodes.extra or {}).get("config")}
     own = record.pop(config.align.data.root)
     own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})
     write_json(Path(config.output) / "data.json", own)
@@ -243,6 +297,8 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
         torch.manual_seed(seed)
         texts = read_episodes(config.align.data.root, config.align.data.camera).texts
         clip, _ = make_encoders(replace(config.align.tower, lexicon=None), image_size, texts)  # gets the aligned words
+        if config.align.tower.pretrained:
+            clip = quick_attention(CLIPModel(clip.config))
     else:
         torch.manual_seed(seed)
         clip = with_vision_of(named(config.encoders, "encoders")[encoder], text_clip, image_size)
@@ -305,6 +361,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
             aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
             tune=tune,
             tuned_part=arm.tuned_part if tune else "all",
+            pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
             encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
             auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
             hide=arm.hide,
@@ -353,6 +410,8 @@ def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
         if not (cache / store.name).exists():
             try:
                 os.link(store, cache / store.name)
+            except FileExistsError:  # another process was first
+                pass
             except OSError:  # another file system, or a file system without links
                 (cache / store.name).symlink_to(store.resolve())
 
@@ -360,6 +419,6 @@ def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write a file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
     temporary.write_text(json.dumps(content, indent=1, default=float) + "\n")
     temporary.rename(path)

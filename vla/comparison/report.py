@@ -3,7 +3,9 @@
 from typing import Any
 
 from vla.eval.evaluation_report import LANGUAGE, curve_figure
-from vla.eval.report import COLORS, Figure, Report, Section, Table, figure
+from vla.eval.report import Figure, Report, Section, Table, figure, line_style
+
+MAIN_GROUPS = ("plain", "perturbed", "held-out combinations")  # what the answers at the top are about
 
 
 def comparison_report(result: dict[str, Any]) -> Report:
@@ -17,17 +19,20 @@ def comparison_report(result: dict[str, Any]) -> Report:
     sections.append(
         Section(
             "Differences",
-            "First minus second, the same training seeds and episodes. Intervals span training seeds and episodes; p-values are "
-            "corrected for the number of differences in one group (Holm).",
+            f"First minus second, the same training seeds and episodes. {spanned(result)} All episodes of one scene count as one "
+            "observation. p-values are corrected for the arms compared on one group of episodes at one number of demonstrations "
+            "(Holm); the intervals are not. McNemar's test is of each training seed alone.",
             tuple(contrast_table(result, group) for group in groups if any_contrast(result, group)),
         )
     )
+    if not result["contrasts"]:
+        sections.pop()
     if result["validity"]:
         sections.append(
             Section(
                 "Which measure tells success?",
-                "Spearman's correlation of a measure of the encoder with the closed-loop success of frozen policies on it, over encoders and "
-                "training seeds.",
+                "Spearman's correlation of a measure of the encoder with the closed-loop success of frozen policies on it. Each encoder is "
+                "the mean of its training seeds. The strongest of many measures owe part of their place to luck.",
                 (validity_table(result),),
             )
         )
@@ -41,28 +46,55 @@ def comparison_report(result: dict[str, Any]) -> Report:
 
 
 def answers(result: dict[str, Any]) -> list[str]:
-    """A sentence for each difference at the most demonstrations, on plain episodes first."""
-    sentences = []
-    for row in result["contrasts"]:
-        if row["group"] not in ("plain", "perturbed", "held-out combinations"):
-            continue
-        low, high = round(100 * row["low"]), round(100 * row["high"])
-        points = f"{abs(100 * row['value']):.0f} points [{low}, {high}]"
-        where = f"{row['group']} episodes, {demonstrations(row['demonstrations'])}"
-        if row["holm_p"] < 0.05 and row["value"] > 0:
-            sentences.append(f"{row['first']} beats {row['second']} by {points} ({where}).")
-        elif row["holm_p"] < 0.05:
-            sentences.append(f"{row['first']} loses to {row['second']} by {points} ({where}).")
-        else:
-            sentences.append(
-                f"{row['first']} and {row['second']} do not differ beyond chance: {100 * row['value']:+.0f} points "
-                f"[{low}, {high}] ({where})."
-            )
-    return sentences
+    """A sentence for each difference at the most demonstrations, on plain episodes first, and what is done as told."""
+    counts = [row["demonstrations"] for row in result["contrasts"]]
+    most = max(counts, key=amount, default=None)
+    shown = [group for group in MAIN_GROUPS if any_contrast(result, group)]
+    sentences = [
+        difference_sentence(row)
+        for group in shown
+        for row in result["contrasts"]
+        if row["group"] == group and row["demonstrations"] == most
+    ]
+    return sentences + [
+        f"{row['arm']} does {interval(row)} of what it is told when the instruction is exchanged for another of the scene "
+        f"({demonstrations(row['demonstrations'])})."
+        for row in result["success"]
+        if row["group"] == "swapped instructions" and (most is None or row["demonstrations"] in (most, None))
+    ]
 
 
-def demonstrations(count: int) -> str:
+def difference_sentence(row: dict[str, Any]) -> str:
+    """Who beats whom by how much, or that chance explains it."""
+    value, low, high = (100 * row[name] for name in ("value", "low", "high"))
+    seeds = "" if row["seeds"] > 1 else ", one training seed"
+    where = f"{row['group']} episodes, {demonstrations(row['demonstrations'])}{seeds}"
+    if row["holm_p"] < 0.05 and value > 0:
+        return f"{row['first']} beats {row['second']} by {value:.0f} points [{low:.0f}, {high:.0f}] ({where})."
+    if row["holm_p"] < 0.05:
+        return f"{row['first']} loses to {row['second']} by {-value:.0f} points [{-high:.0f}, {-low:.0f}] ({where})."
+    alone = low > 0 or high < 0
+    what = "chance among several comparisons" if alone else "chance"
+    return f"{row['first']} and {row['second']} do not differ beyond {what}: {value:+.0f} points [{low:.0f}, {high:.0f}] ({where})."
+
+
+def spanned(result: dict[str, Any]) -> str:
+    """What the intervals of differences are over."""
+    seeds = max((row["seeds"] for row in result["contrasts"]), default=1)
+    if seeds > 1:
+        return f"Intervals span {seeds} training seeds and the scenes."
+    return "Intervals span the scenes alone: with one training seed they say nothing of others."
+
+
+def amount(count: int | None) -> float:
+    """For ordering numbers of demonstrations: 0 stands for all; policies as given come first."""
+    return -1.0 if count is None else count or float("inf")
+
+
+def demonstrations(count: int | None) -> str:
     """`5 demonstrations of each task`."""
+    if count is None:
+        return "as given"
     return f"{count} demonstrations of each task" if count else "all demonstrations"
 
 
@@ -95,8 +127,12 @@ def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
             x = [numbers.index(row["demonstrations"]) + 0.05 * (i - len(arms) / 2) for row in points]
             y = [row["value"] for row in points]
             spread = [[r["value"] - max(r["low"], 0) for r in points], [min(r["high"], 1) - r["value"] for r in points]]
-            axes.errorbar(x, y, yerr=spread, marker="o", capsize=2, color=COLORS[i % len(COLORS)], label=arm)
-        axes.set(xticks=range(len(numbers)), xticklabels=[str(n) if n else "all" for n in numbers], ylim=(0, 1))
+            axes.errorbar(x, y, yerr=spread, capsize=2, label=arm, **line_style(i))
+        axes.set(
+            xticks=range(len(numbers)),
+            xticklabels=["given" if n is None else str(n) if n else "all" for n in numbers],
+            ylim=(0, 1),
+        )
         axes.set(xlabel="demonstrations of each task", ylabel="success rate")
         axes.grid(axis="y", alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -109,8 +145,8 @@ def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
 
 def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
     """Every split by its levels: curves for perturbations, a table for kinds of wording and combination."""
-    most = max((row["demonstrations"] or float("inf") for row in rows), default=0)
-    rows = [row for row in rows if (row["demonstrations"] or float("inf")) == most]
+    most = max((row["demonstrations"] for row in rows), key=amount, default=None)
+    rows = [row for row in rows if row["demonstrations"] in (most, None)]
     curves: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     kinds: dict[str, dict[str, str]] = {}
     plain = {row["arm"]: rate_of(row) for row in rows if row["split"] == "train"}
@@ -121,7 +157,7 @@ def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
             points = curves.setdefault(row["split"], {}).setdefault(row["arm"], [(0, plain[row["arm"]])])
             points.append((row["level"], rate_of(row)))
     sections = []
-    where = demonstrations(0 if most == float("inf") else int(most))
+    where = "policies as they are" if most is None else demonstrations(most)
     if curves:
         figures = tuple(curve_figure(arms, f"Success against {name} level") for name, arms in curves.items())
         sections.append(Section("As perturbations grow", f"With {where}.", figures))
@@ -152,7 +188,7 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
             demonstrations(row["demonstrations"]),
             f"{100 * row['value']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]",
             f"{row['holm_p']:.3f}",
-            f"{row['mcnemar_p']:.3f}",
+            ", ".join(f"{p:.3f}" for p in row["mcnemar_p"]) if row["mcnemar_p"] else "-",
         )
         for row in result["contrasts"]
         if row["group"] == group
@@ -163,7 +199,7 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
         "demonstrations",
         "points, 95 % interval",
         "p (Holm)",
-        "p (McNemar, these seeds only)",
+        "p (McNemar, each seed)",
     )
     return Table(f"Differences on {group} episodes", heads, rows)
 

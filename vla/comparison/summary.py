@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from vla.comparison.arms import CONTRASTS
+from vla.comparison.arms import CONTRASTS, Arm
 from vla.comparison.plan import chosen_arms, encoder_folder, named, numbers_of
 from vla.config import CompareConfig
 from vla.eval.statistics import Estimate, crossed_interval, holm, paired_p_value
@@ -22,7 +22,9 @@ GROUPS: dict[str, tuple[str, frozenset[str] | None]] = {
     "new wording": ("success", frozenset({"paraphrase", "synonym"})),
     "swapped instructions": ("swap", None),
 }
+FEWEST_ENCODERS = 5  # fewer say nothing about a correlation
 Outcomes = dict[tuple, bool]  # (split, level, task, seed) -> success
+Runs = dict[tuple[str, int | None], list[dict[str, Outcomes]]]  # arm, demonstrations (None: as given) -> training seeds
 
 
 def read_outcomes(path: Path) -> dict[str, Outcomes]:
@@ -47,7 +49,9 @@ def read_levels(path: Path) -> dict[str, Outcomes]:
 
 
 def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estimate:
-    """Mean success over training seeds and episodes, or the mean difference from `minus`, run by run and episode by episode.
+    """Mean success over training seeds and scenes, or the mean difference from `minus`, run by run and episode by episode.
+
+    Episodes of one seed show one scene in every split and level, so their mean is what counts as an observation.
 
     Raises:
         ValueError: the runs do not hold the same episodes.
@@ -59,15 +63,26 @@ def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estim
     matrix = np.array([[run[key] for key in keys] for run in runs], float)
     if minus is not None:
         matrix = matrix - np.array([[run[key] for key in keys] for run in minus], float)
-    strata = np.array(["/".join(map(str, key[:3])) for key in keys])
-    _, sizes = np.unique(strata, return_counts=True)
-    return crossed_interval(matrix, strata if sizes.min() > 1 else np.zeros(len(keys)))
+    scenes, scene = np.unique([f"{task}/{seed}" for _, _, task, seed in keys], return_inverse=True)
+    means = np.stack([np.bincount(scene, row) for row in matrix]) / np.bincount(scene)
+    tasks, sizes = np.unique([name.rpartition("/")[0] for name in scenes], return_counts=True)
+    return crossed_interval(
+        means, np.repeat(np.arange(len(tasks)), sizes) if sizes.min() > 1 else np.zeros(len(scenes))
+    )
+
+
+def mcnemar_p_values(firsts: list[Outcomes], seconds: list[Outcomes]) -> list[float] | None:
+    """McNemar's p-value for each training seed; None where several episodes show one scene and so are not independent."""
+    scenes = [key[2:] for key in firsts[0]]
+    if len(set(scenes)) < len(scenes):
+        return None
+    return [paired_p_value([a[key] for key in a], [b[key] for key in a]) for a, b in zip(firsts, seconds, strict=True)]
 
 
 def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
     """Everything the report says, as plain data."""
     folder, arms = Path(config.output), chosen_arms(config)
-    runs: dict[tuple[str, int], list[dict[str, Outcomes]]] = {}
+    runs: Runs = {}
     rows, minutes, levels = [], {}, []
     for name, arm in arms.items():
         for count in numbers_of(config, arm):
@@ -77,8 +92,8 @@ def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
             minutes[name, count] = np.mean([wall_minutes(config, name, count, seed) for seed in config.seeds])
     for name in named(config.policies, "policies"):
         file = folder / "eval" / f"{name}-given-0" / "eval.json"
-        runs[name, 0] = [read_outcomes(file)]
-        levels += level_rows(name, 0, [read_levels(file)])
+        runs[name, None] = [read_outcomes(file)]
+        levels += level_rows(name, None, [read_levels(file)])
     for (name, count), members in runs.items():
         for group in members[0]:
             row = {"arm": name, "demonstrations": count, "group": group}
@@ -96,7 +111,7 @@ def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def level_rows(name: str, count: int, members: list[dict[str, Outcomes]]) -> list[dict[str, Any]]:
+def level_rows(name: str, count: int | None, members: list[dict[str, Outcomes]]) -> list[dict[str, Any]]:
     """Success of one arm on every split and level."""
     return [
         {
@@ -129,7 +144,7 @@ def trained_seconds(run: Path) -> float:
 
 
 def contrasts(
-    runs: dict[tuple[str, int], list[dict[str, Outcomes]]],
+    runs: Runs,
     demonstrations: Iterable[int],
     pairs: Iterable[tuple[str, str, str]],
 ) -> list[dict[str, Any]]:
@@ -144,12 +159,10 @@ def contrasts(
                     continue
                 firsts, seconds = [run[group] for run in a], [run[group] for run in b]
                 difference = estimate(firsts, minus=seconds)
-                keys = sorted(firsts[0])
-                pooled = [[run[key] for run in arm for key in keys] for arm in (firsts, seconds)]
                 family.append(
                     {"first": first, "second": second, "says": says, "demonstrations": count, "group": group}
                     | asdict(difference)
-                    | {"mcnemar_p": paired_p_value(*pooled)}
+                    | {"mcnemar_p": mcnemar_p_values(firsts, seconds)}
                 )
             for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
                 row["holm_p"] = corrected
@@ -157,45 +170,61 @@ def contrasts(
     return rows
 
 
-def validity(config: CompareConfig, runs: dict[tuple[str, int], list[dict[str, Outcomes]]]) -> list[dict[str, Any]]:
+def validity(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
     """Spearman's correlation of each measure of an encoder with the success of the frozen policies on it.
 
-    Over encoders, snapshots of the alignment and training seeds, at each number of demonstrations.
+    Over encoders, snapshots of the alignment among them, each the mean of its training seeds; at each number of demonstrations.
     """
     arms = {
         name: arm
         for name, arm in chosen_arms(config).items()
-        if arm.source not in ("named", "vision") and arm.tuned_part == "nothing" and arm.hide == "none"
+        if arm.source != "named" and arm.tuned_part == "nothing" and arm.hide == "none"
     }
     rows = []
     for count in config.demonstrations:
-        measured, success = [], []
-        for name, arm in arms.items():
-            if (name, count) not in runs:
-                continue
-            for number, seed in enumerate(config.seeds):
-                path = encoder_folder(config, arm.encoder, seed).parent / "measures.json"
-                measured.append(json.loads(path.read_text()))
-                success.append({g: float(np.mean(list(o.values()))) for g, o in runs[name, count][number].items()})
-        if len(measured) < 4:
+        there = {name: arm for name, arm in arms.items() if (name, count) in runs}
+        if len(there) < FEWEST_ENCODERS:
             continue
-        for measure in [m for m in measured[0] if not m.endswith("/chance") and all(m in other for other in measured)]:
-            for group in success[0]:
-                x, y = [m[measure] for m in measured], [s[group] for s in success]
-                if np.ptp(x) == 0 or np.ptp(y) == 0:
+        measured = [mean_measures(config, arm) for arm in there.values()]
+        for group in runs[next(iter(there)), count][0]:
+            success = [np.mean([np.mean(list(run[group].values())) for run in runs[name, count]]) for name in there]
+            for measure in measured[0]:
+                values = [m[measure] for m in measured if measure in m]
+                if (
+                    measure.endswith("/chance")
+                    or len(values) < len(measured)
+                    or np.ptp(values) == 0
+                    or np.ptp(success) == 0
+                ):
                     continue
-                rho, p = stats.spearmanr(x, y)
-                low, high = fisher_interval(float(rho), len(x))
-                rows.append(
-                    {"measure": measure, "group": group, "demonstrations": count, "rho": float(rho), "low": low}
-                    | {"high": high, "p_value": float(p), "encoders": len(x)}
-                )
+                rho = float(stats.spearmanr(values, success).statistic)
+                low, high = fisher_interval(rho, len(values))
+                row = {
+                    "measure": measure,
+                    "group": group,
+                    "demonstrations": count,
+                    "rho": rho,
+                    "low": low,
+                    "high": high,
+                }
+                rows.append(row | {"encoders": len(values)})
     return rows
 
 
+def mean_measures(config: CompareConfig, arm: Arm) -> dict[str, float]:
+    """An encoder's alignment measures, averaged over training seeds; those that every seed has."""
+    files = [encoder_folder(config, arm.encoder, seed).parent / "measures.json" for seed in config.seeds]
+    seeds = [json.loads(file.read_text()) for file in files]
+    return {name: float(np.mean([m[name] for m in seeds])) for name in seeds[0] if all(name in m for m in seeds)}
+
+
 def fisher_interval(rho: float, n: int) -> tuple[float, float]:
-    """95 % interval of a rank correlation of n >= 4 pairs (Fisher's z with Bonett and Wright's variance, 2000)."""
-    if abs(rho) >= 1:
-        return rho, rho
-    half = 1.96 * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    return float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half))
+    """95 % interval of a rank correlation of n >= 4 pairs (Fisher's z with Bonett and Wright's variance, 2000).
+
+    A perfect correlation counts as half way to the next one that n pairs can have.
+    """
+    most = 1 - 6 / (n**3 - n)
+    bounded = float(np.clip(rho, -most, most))
+    half = 1.96 * np.sqrt((1 + bounded**2 / 2) / (n - 3))
+    low, high = np.tanh(np.arctanh(bounded) - half), np.tanh(np.arctanh(bounded) + half)
+    return float(min(low, rho)), float(max(high, rho))

@@ -18,20 +18,27 @@ from typing import Any
 
 from vla.comparison.compare import check_same
 from vla.comparison.jobs import Job, run_jobs
+from vla.comparison.plan import check_episodes, config_differences, write_json
 from vla.comparison.report import interval
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
-from vla.config import SweepConfig
+from vla.config import DataConfig, SweepConfig
 from vla.config_io import ConfigError, check, set_field, to_dict
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_pictures
 from vla.eval.evaluate import evaluate
 from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with_interval, write_report
+from vla.eval.statistics import holm
 from vla.integrations.collect import collect
+from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.policy import train_policy
 from vla.versions import versions
 
 SWEPT = ("align", "policy")  # stages whose fields can be swept
+SET_HERE = {f"{stage}.{field}" for stage in SWEPT for field in ("output", "seed", "resume")} | {
+    "policy.encoder",
+    "align.data.root",
+}
 MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_probe_r2", "state_probe_r2")
 
 Point = dict[str, str]  # dotted field -> the value's text
@@ -83,12 +90,16 @@ def at_point(config: SweepConfig, point: Point) -> SweepConfig:
     """The configuration with a point's values.
 
     Raises:
-        ConfigError: an unknown field or a value that does not fit it.
+        ConfigError: an unknown field or a value that does not fit it, or a field that the sweep itself sets.
     """
     config = deepcopy(config)
     for name, text in point.items():
         if name.partition(".")[0] not in SWEPT:
             raise ConfigError(f"{name}: fields of {' and '.join(SWEPT)} can be swept or ablated, as align.steps can")
+        if name in SET_HERE or name.startswith("policy.data."):
+            raise ConfigError(
+                f"{name}: the sweep sets it itself; stage two gets align.data and the encoder of its point"
+            )
         set_field(config, name, text, where="sweep", from_text=True)
     check(config)
     return config
@@ -112,27 +123,48 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path:
         )
     if swept and config.ablations:
         raise ConfigError(f"ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
+    check_points(config)
     folder = Path(config.output)
     check_same(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
     runs = [(point, seed, at_point(config, point)) for point in chosen for seed in config.seeds]
     jobs = {job.name: job for point, seed, at in runs for job in jobs_of(at, folder, point, seed)}
     run_jobs(list(jobs.values()), folder / "jobs", print)
-    rows = [row_of(folder, point, seed) for point, seed, _ in runs]
-    differences = [] if swept else [difference_of(folder, chosen[0], point, config.seeds) for point in chosen]
-    result = {"swept": swept, "rows": rows, "differences": differences, "config": to_dict(config)}
-    result |= {"command": " ".join(["python", *sys.argv]), "versions": versions()}
-    (folder / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
-    fields = list(dict.fromkeys(name for point in chosen for name in point))
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=[*fields, "seed", "success", "low", "high", "n", *MEASURES])
-        table.writeheader()
-        table.writerows(flat(row) for row in rows)
-    write_report(folder / "report.html", sweep_report(result))
+    finish(config, swept, chosen, folder)
+    return folder
+
+
+def check_points(config: SweepConfig) -> None:
+    """Refuse what no point can be trained or estimated with.
+
+    Raises:
+        UserError: names the field.
+    """
+    if not config.seeds or min(config.seeds) < 0:
+        raise ConfigError(f"seeds: {list(config.seeds)}; give at least one number, none below 0")
+    check_episodes(config.eval)
+    surplus = config_differences(config.policy.data, DataConfig())
+    if surplus:
+        raise ConfigError(f"policy.data.{surplus[0]}: stage two gets align.data; set align.data.{surplus[0]}")
+
+
+def finish(config: SweepConfig, swept: dict[str, tuple[str, ...]], chosen: list[Point], folder: Path) -> None:
+    """Write sweep.json, sweep.csv and report.html; of several processes one does, the others wait for it."""
+    with waiting_lock(folder / "jobs" / "report"):
+        rows = [row_of(folder, point, seed) for point in chosen for seed in config.seeds]
+        differences = [] if swept else [difference_of(folder, chosen[0], point, config.seeds) for point in chosen]
+        result = {"swept": swept, "rows": rows, "differences": differences, "config": to_dict(config)}
+        result |= {"command": " ".join(["python", *sys.argv]), "versions": versions()}
+        write_json(folder / "sweep.json", result)
+        fields = list(dict.fromkeys(name for point in chosen for name in point))
+        with (folder / "sweep.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, fieldnames=[*fields, "seed", "success", "low", "high", "n", *MEASURES])
+            table.writeheader()
+            table.writerows(flat(row) for row in rows)
+        write_report(folder / "report.html", sweep_report(result))
     for row in rows:
         print(f"  {label(row['point']):40} seed {row['seed']}  {with_interval(row['success'], row['interval'])}")
     print(f"wrote {folder / 'sweep.json'} and {folder / 'report.html'}")
-    return folder
 
 
 def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[Job]:
@@ -161,8 +193,7 @@ def make_data(config: SweepConfig) -> None:
         collect(replace(config.collect, output=data.root))
     episodes = read_episodes(data.root, data.camera)
     open_pictures(episodes, data)
-    path = Path(config.output) / "data.json"
-    path.write_text(json.dumps({"root": data.root, "fingerprint": episodes.fingerprint}) + "\n")
+    write_json(Path(config.output) / "data.json", {"root": data.root, "fingerprint": episodes.fingerprint})
 
 
 def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
@@ -237,7 +268,7 @@ def sweep_report(result: dict[str, Any]) -> Report:
         )
         parts = tuple(Section(name, "", (field_figure(name, values, rows),)) for name, values in swept.items())
     else:
-        title, answers = "What each part gives", tuple(map(ablation_sentence, result["differences"][1:]))
+        title, answers = "What each part gives", ablation_sentences(result["differences"][1:])
         parts = (
             Section(
                 "One change at a time",
@@ -255,11 +286,15 @@ def sweep_report(result: dict[str, Any]) -> Report:
     )
 
 
-def ablation_sentence(row: dict[str, Any]) -> str:
-    """What one change does to success on plain episodes."""
-    difference = row["groups"]["plain"]["difference"]
-    sure = "" if difference["low"] > 0 or difference["high"] < 0 else ", not beyond chance"
-    return f"{label(row['point'])}: {points_of_success(difference)} points of success{sure}."
+def ablation_sentences(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What each change does to success on plain episodes, beyond chance or not (Holm's correction for the number of changes)."""
+    differences = [row["groups"]["plain"]["difference"] for row in rows]
+    sentences = []
+    for row, difference, p in zip(rows, differences, holm([d["p_value"] for d in differences]), strict=True):
+        sure = "" if p < 0.05 else ", not beyond chance among so many changes"
+        seeds = "" if difference["seeds"] > 1 else " (one training seed)"
+        sentences.append(f"{label(row['point'])}: {points_of_success(difference)} points of success{seeds}{sure}.")
+    return tuple(sentences)
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> Table:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vla.eval.report import COLORS, Figure, Report, Section, Table, Video, figure, with_interval
+from vla.eval.report import Figure, Report, Section, Table, Video, figure, line_style, with_interval
 from vla.eval.rollouts import EpisodeRecord
 
 SPLIT_TEXTS = {
@@ -169,7 +169,7 @@ def curve_figure(curves: dict[str, list[tuple[int, dict[str, Any]]]], title: str
             levels = [level + 0.03 * (i - len(curves) / 2) for level, _ in points]
             rates = [part["success_rate"] for _, part in points]
             spread = [[abs(part["success_rate"] - part["interval"][side]) for _, part in points] for side in (0, 1)]
-            axes.errorbar(levels, rates, yerr=spread, marker="o", capsize=2, color=COLORS[i % len(COLORS)], label=name)
+            axes.errorbar(levels, rates, yerr=spread, capsize=2, label=name, **line_style(i))
         axes.set(xticks=sorted({level for points in curves.values() for level, _ in points}), ylim=(0, 1.02))
         axes.set(xlabel="level (0: plain)", ylabel="success rate")
         axes.grid(axis="y", alpha=0.3)
@@ -198,7 +198,7 @@ def protocol(result: dict[str, Any]) -> dict[str, str]:
         "success": "the goal holds at any timestep (episodes end there)"
         if config.get("end_on_success")
         else "the goal holds at any timestep (episodes run to their horizon); final: at the last one",
-        "intervals": "95 % Wilson",
+        "intervals": "95 % Wilson; of the grounding score, Student's t over scenes",
         "seeds": f"{config['seed']} and up, the same in every split",
         "policy": config["policy"],
         "wall time": f"{result['wall_time_s']} s",

@@ -7,6 +7,7 @@ phone, with a keyboard and with a screen reader.
 import base64
 import html
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLORS = ("#1f5fbf", "#d1495b", "#2a9d5c", "#8a5fbf", "#c77d1e", "#4d4d4d", "#0f8b8d", "#b0578d")  # of lines
+MARKERS = "os^DvPX*"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def write_report(path: Path, report: Report) -> None:
     """Render to `path`, which appears whole."""
     environment = Environment(loader=PackageLoader("vla.eval", "templates"), autoescape=select_autoescape())
     environment.globals.update(kind=lambda block: type(block).__name__, video_data=_video_data, svg=Markup)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(environment.get_template("report.html.jinja").render(report=report))
     partial.rename(path)
 
@@ -116,6 +118,12 @@ def figure(
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     return Figure(svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1), description)
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour, marker and dashes of the line of a number, so that lines differ without their colours, too."""
+    dashes = "-" if number < len(COLORS) else "--"
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
 
 
 def percent(share: float) -> str:

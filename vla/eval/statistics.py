@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint, samplesize_proportions_2indep_onetail
+from statsmodels.stats.proportion import proportion_confint
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -95,10 +95,11 @@ def crossed_interval(outcomes: np.ndarray, strata: np.ndarray, confidence: float
         variance = max(sum(mean_squares), ms_seed, ms_episode) / outcomes.size
     total = variance * outcomes.size
     squares = sum(m**2 / f for m, f in zip(mean_squares, freedoms, strict=True))
-    freedom = max(total**2 / squares, min(freedoms)) if squares > 0 else 1.0
-    # Where all outcomes agree, the rule of three (Hanley and Lippman-Hand 1983).
-    half = max(float(stats.t.ppf(0.5 + confidence / 2, freedom)) * variance**0.5, 3 / outcomes.size)
-    p_value = float(2 * stats.t.sf(abs(value) / variance**0.5, freedom)) if variance > 0 else float(value == 0)
+    freedom = max(total**2 / squares, min(freedoms)) if squares > 0 else episode_freedom
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, freedom))
+    # Where all outcomes agree, the rule of three (Hanley and Lippman-Hand 1983); seeds on the same episode count once.
+    deviation = max(variance**0.5, 3 / episodes / quantile)
+    half, p_value = quantile * deviation, float(2 * stats.t.sf(abs(value) / deviation, freedom))
     return Estimate(value, value - half, value + half, p_value, seeds, episodes)
 
 
@@ -107,15 +108,38 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(list(p_values), method="holm")[1].tolist() if len(p_values) else []
 
 
-def episodes_needed(first: float, second: float, power: float = 0.8) -> int:
-    """Episodes an arm at which two success rates are told apart with this power at the 5 % level, two-sided, unpaired."""
-    exact = samplesize_proportions_2indep_onetail(second - first, first, power, alpha=0.05)  # halves alpha itself
-    return int(np.ceil(exact))
+def power(first: float, second: float, *, seeds: int, episodes: int, alpha: float = 0.05, trials: int = 400) -> float:
+    """How often the crossed interval tells two arms apart, by simulation: independent episodes, training seeds that agree.
+
+    Args:
+        first, second: the arms' success rates.
+        seeds: training seeds of each arm.
+        episodes: of each seed, the same for all.
+        alpha: level of the test, two-sided.
+    """
+    rng = np.random.default_rng(0)
+    shape = (trials, seeds, episodes)
+    differences = (rng.random(shape) < first).astype(float) - (rng.random(shape) < second)
+    return float(np.mean([crossed_interval(d, np.zeros(episodes)).p_value < alpha for d in differences]))
 
 
-def visible_difference(episodes: int, around: float = 0.7, power: float = 0.8) -> float:
-    """The smallest difference below the rate `around` that `episodes` an arm tell apart with this power."""
-    for points in range(1, round(100 * around)):
-        if episodes_needed(around, around - points / 100, power) <= episodes:
-            return points / 100
-    return 1.0
+def visible_difference(
+    seeds: int, episodes: int, *, around: float = 0.7, alpha: float = 0.05, wanted: float = 0.8
+) -> float:
+    """The smallest difference below the rate `around`, to a point, that is told apart with the wanted power; 1 if none is."""
+    low, high = 0, round(100 * around)
+    if power(around, 0.0, seeds=seeds, episodes=episodes, alpha=alpha) < wanted:
+        return 1.0
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = power(around, around - middle / 100, seeds=seeds, episodes=episodes, alpha=alpha) >= wanted
+        low, high = (low, middle) if enough else (middle, high)
+    return high / 100
+
+
+def episodes_needed(difference: float, seeds: int, *, around: float = 0.7, wanted: float = 0.8) -> int:
+    """Episodes of each seed, to about a fifth, at which a difference below the rate `around` is told apart with the wanted power."""
+    episodes = 20
+    while power(around, around - difference, seeds=seeds, episodes=episodes) < wanted:
+        episodes = round(1.2 * episodes)
+    return episodes

@@ -90,8 +90,15 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     if not config.failures and not everything.success.any():
         raise UserError(f"{everything.root}: no episode succeeded; clone failures with --failures=true")
     frames = open_pictures(everything, config.data)
-    episodes = everything if config.failures else select(everything, np.flatnonzero(everything.success))
-    train, validation = split_episodes(episodes, config.data.holdout, config.seed)
+    cloned = np.flatnonzero(everything.success | config.failures)
+    episodes = select(everything, cloned)
+    train, validation = (
+        np.flatnonzero(np.isin(cloned, part)) for part in split_episodes(everything, config.data.holdout, config.seed)
+    )
+    if not (len(train) and len(validation)):
+        raise UserError(
+            f"{everything.root}: no success among the training or the held-out episodes; change --data.holdout"
+        )
     train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
     rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
     stats = {
@@ -187,9 +194,9 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             checkpoint(run, done, unwrapped, optimizer, averaged, others, elapsed)
     bar.close()
 
+    run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     with averaged_weights(unwrapped, averaged):
         folder = export(run.folder / "policy", config, unwrapped, stats, episodes)
-    run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     run.close()
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")

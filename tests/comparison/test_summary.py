@@ -1,0 +1,103 @@
+"""Groups of episodes: what counts as one observation, and correlations of few encoders."""
+
+import numpy as np
+import pytest
+
+from vla.comparison.report import answers, comparison_report
+from vla.comparison.summary import estimate, fisher_interval, mcnemar_p_values
+
+
+def outcomes(success: np.ndarray) -> dict:
+    """Episodes of (levels, scenes) as those of a split; the scenes are of two tasks in turn."""
+    levels, scenes = success.shape
+    return {
+        ("light", level, f"task{scene % 2}", scene): bool(success[level, scene])
+        for level in range(levels)
+        for scene in range(scenes)
+    }
+
+
+def test_intervals_of_many_levels_of_one_scene_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        difficulty, level = rng.normal(size=(1, 1, 30)), rng.normal(size=(3, 12, 30))
+        success = rng.random((3, 12, 30)) < 1 / (1 + np.exp(-(2.0 * difficulty + 0.3 * level)))
+        interval = estimate([outcomes(run) for run in success])
+        held.append(interval.low <= 0.5 <= interval.high)
+    assert np.mean(held) >= 0.92
+
+
+def test_more_levels_of_the_same_scenes_are_not_more_observations():
+    success = np.random.default_rng(0).random((1, 30)) < 0.5
+    once, twelve_times = (estimate([outcomes(np.repeat(success, n, axis=0))]) for n in (1, 12))
+    assert (once.low, once.high) == (twelve_times.low, twelve_times.high)
+    assert twelve_times.episodes == 30
+
+
+def test_mcnemar_is_of_each_seed_and_silent_about_scenes_shown_twice():
+    rng = np.random.default_rng(0)
+    runs = [outcomes(rng.random((1, 40)) < rate) for rate in (0.9, 0.9, 0.1, 0.1)]
+    assert [p < 0.01 for p in mcnemar_p_values(runs[:2], runs[2:])] == [True, True]
+    levels = outcomes(rng.random((2, 40)) < 0.5)
+    assert mcnemar_p_values([levels], [levels]) is None
+
+
+def test_a_perfect_correlation_of_few_encoders_is_not_certain():
+    low, high = fisher_interval(1.0, 5)
+    assert low < 0.5
+    assert high == 1.0
+
+
+def test_an_interval_of_a_correlation_holds_it_and_narrows():
+    few, many = fisher_interval(0.6, 6), fisher_interval(0.6, 60)
+    assert few[0] < many[0] < 0.6 < many[1] < few[1]
+
+
+def contrast(group: str, demonstrations: int, value: float, holm_p: float) -> dict:
+    interval = {"value": value, "low": value - 0.05, "high": value + 0.05, "p_value": holm_p / 2, "holm_p": holm_p}
+    names = {"first": "aligned", "second": "other", "says": "", "group": group, "demonstrations": demonstrations}
+    return names | interval | {"seeds": 3, "episodes": 100, "mcnemar_p": None}
+
+
+def test_answers_are_of_the_most_demonstrations_plain_episodes_first():
+    rows = [contrast("perturbed", 0, 0.2, 0.001), contrast("plain", 5, 0.3, 0.001), contrast("plain", 0, 0.1, 0.001)]
+    sentences = answers({"contrasts": rows, "success": []})
+    assert [("plain" in s, "perturbed" in s) for s in sentences] == [(True, False), (False, True)]
+    assert sentences[0].startswith("aligned beats other by 10 points [5, 15]")
+
+
+@pytest.mark.parametrize(
+    ("value", "holm_p", "says"),
+    [
+        (-0.12, 0.01, "loses to other by 12 points [7, 17]"),
+        (0.02, 0.6, "do not differ beyond chance: +2 points [-3, 7]"),
+        (0.08, 0.2, "do not differ beyond chance among several comparisons: +8 points [3, 13]"),
+    ],
+)
+def test_an_answer_says_no_more_than_its_test(value, holm_p, says):
+    assert says in answers({"contrasts": [contrast("plain", 0, value, holm_p)], "success": []})[0]
+
+
+def test_policies_alone_make_a_report():
+    row = {"arm": "theirs", "demonstrations": None, "group": "plain", "value": 0.5, "low": 0.4, "high": 0.6}
+    level = {
+        "arm": "theirs",
+        "demonstrations": None,
+        "split": "light",
+        "level": 1,
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+    }
+    plain = level | {"split": "train", "level": 0}
+    result = {
+        "arms": {},
+        "success": [row | {"minutes": None}],
+        "levels": [plain, level],
+        "contrasts": [],
+        "validity": [],
+    }
+    report = comparison_report(result | {"command": "", "protocol": {}})
+    assert "Differences" not in [section.title for section in report.sections]
+    assert any(section.text == "With policies as they are." for section in report.sections)
