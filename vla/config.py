@@ -25,11 +25,11 @@ class CollectConfig:
 
     output: str = "outputs/data/tabletop"  # LeRobotDataset root to write
     env: EnvConfig = field(default_factory=EnvConfig)
-    scenes: int = number(1000, 1)  # scenes to collect (tabletop), or episodes for each task (metaworld)
+    scenes: int = number(1000, 1, 100_000)  # scenes to collect (tabletop), or episodes for each task (metaworld)
     goals_per_scene: int = number(4, 1)  # different valid goals demonstrated from the same initial state
     noise: float = number(0.3, 0)  # std of the Gaussian noise on the executed action (DART); labels stay the expert's
     noisy_share: float = number(0.5, 0, 1)  # share of the episodes collected with noise
-    seed: int = number(0, 0)  # seed of the first scene; scene i uses seed + i
+    seed: int = number(0, 0, 400_000)  # seed of the first scene; scene i uses seed + i, far below those of evaluations
     workers: int = number(2, 1)  # processes
 
 
@@ -205,7 +205,7 @@ class EvalConfig:
     env: str | None = None  # environment: tabletop or metaworld; default: the one the policy was trained on
     tasks: tuple[str, ...] = ()  # task names; empty means the ones the policy was trained on, or all
     episodes: int = number(200, 1)  # in-distribution episodes, spread evenly over the tasks
-    seed: int = number(1000000, 0)  # seed of the first episode; never a training seed
+    seed: int = number(1_000_000, 1_000_000)  # seed of the first episode; demonstrations have those below
     splits: tuple[str, ...] = ("all",)  # further splits to evaluate: names, "all" of the environment's, or "none"
     split_episodes: int = number(100, 0)  # episodes for each further split
     grounding_episodes: int = number(100, 0)  # episodes of each grounding measure; 0 switches it off
