@@ -73,6 +73,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
             data = json.loads((folder / "data.json").read_text())
             result["data"] = data
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
+        protocol["trained at commit"] = ", ".join(commits(folder)) or "unknown"
         result |= {
             "command": " ".join(["python", *sys.argv]),
             "protocol": protocol | versions(),
@@ -87,6 +88,12 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
             print(f"  {row['arm']:28} {demonstrations(row['demonstrations']):34} {interval(row)}")
     print(f"wrote {folder / 'comparison.json'} and {report}")
     return report
+
+
+def commits(folder: Path) -> list[str]:
+    """The commits that the policies were trained at; the report may be of a later one."""
+    made = [json.loads(path.read_text()).get("commit") for path in folder.glob("policy/*/*/**/versions.json")]
+    return sorted({commit for commit in made if commit})
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
