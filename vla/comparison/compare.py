@@ -159,9 +159,9 @@ def power(config: CompareConfig) -> str:
     seeds, episodes = len(config.seeds), config.eval.episodes
     planned = sum(first in config.arms and second in config.arms for first, second, _ in CONTRASTS)
     planned += len(config.encoders) if "aligned-frozen" in config.arms else 0
-    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {points(seeds, episodes)}"
+    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see a difference of {points(seeds, episodes)}"
     if planned > 1:
-        text += f" ({points(seeds, episodes, 0.05 / planned)} at the strictest of {planned} corrected ones)"
+        text += f" ({points(seeds, episodes, 0.05 / planned)} where it is the strictest of {planned} corrected ones)"
     if config.eval.split_episodes:
         text += f"; each split level sees {points(seeds, config.eval.split_episodes)}"
     text += f"; 10 points take {episodes_needed(0.1, seeds)} episodes"
@@ -171,7 +171,7 @@ def power(config: CompareConfig) -> str:
 def points(seeds: int, episodes: int, alpha: float = 0.05) -> str:
     """The smallest difference that is seen, in words."""
     difference = visible_difference(seeds, episodes, alpha=alpha)
-    return f"differences from {100 * difference:.0f} points on" if difference < 1 else "no difference"
+    return f"{100 * difference:.0f} points" if difference < 1 else "no difference"
 
 
 def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:

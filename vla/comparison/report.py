@@ -33,7 +33,7 @@ def comparison_report(result: dict[str, Any]) -> Report:
                 "Which measure tells success?",
                 "Spearman's correlation of a measure of the encoder with the closed-loop success of frozen policies on it. Each encoder is "
                 "the mean of its training seeds. The strongest of many measures owe part of their place to luck.",
-                (validity_table(result),),
+                validity_tables(result),
             )
         )
     return Report(
@@ -68,7 +68,7 @@ def difference_sentence(row: dict[str, Any]) -> str:
     """Who beats whom by how much, or that chance explains it."""
     value, low, high = (100 * row[name] for name in ("value", "low", "high"))
     seeds = "" if row["seeds"] > 1 else ", one training seed"
-    where = f"{row['group']} episodes, {demonstrations(row['demonstrations'])}{seeds}"
+    where = f"{row['group']}, {demonstrations(row['demonstrations'])}{seeds}"
     if row["holm_p"] < 0.05 and value > 0:
         return f"{row['first']} beats {row['second']} by {value:.0f} points [{low:.0f}, {high:.0f}] ({where})."
     if row["holm_p"] < 0.05:
@@ -113,7 +113,7 @@ def success_table(group: str, rows: list[dict[str, Any]]) -> Table:
         minutes = [f"{c['minutes']:.0f}" for c in cells if c and c["minutes"] is not None]
         lines.append((arm, *(interval(c) if c else "-" for c in cells), minutes[-1] if minutes else "-"))
     heads = tuple(demonstrations(count) for count in numbers)
-    return Table(f"Success on {group} episodes", ("arm", *heads, "minutes of training"), tuple(lines))
+    return Table(f"Success rates with 95 % intervals, {group}", ("arm", *heads, "minutes of training"), tuple(lines))
 
 
 def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
@@ -140,7 +140,7 @@ def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
     text = "; ".join(
         f"{row['arm']} {100 * row['value']:.0f} % at {demonstrations(row['demonstrations'])}" for row in rows
     )
-    return figure(draw, f"Success on {group} episodes: {text}.", (7.5, 3.6))
+    return figure(draw, f"Success, {group}: {text}.", (7.5, 3.6))
 
 
 def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
@@ -201,23 +201,34 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
         "p (Holm)",
         "p (McNemar, each seed)",
     )
-    return Table(f"Differences on {group} episodes", heads, rows)
+    return Table(f"Differences, {group}", heads, rows)
 
 
-def validity_table(result: dict[str, Any]) -> Table:
-    """Measures by the strength of their correlation with plain success."""
-    rows = sorted(result["validity"], key=lambda row: -abs(row["rho"]))
-    return Table(
-        "Correlation of measures with success",
-        ("measure", "episodes", "demonstrations", "Spearman's rho, 95 % interval", "encoders"),
-        tuple(
-            (
-                row["measure"].replace("_", " "),
-                row["group"],
-                demonstrations(row["demonstrations"]),
-                f"{row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]",
-                str(row["encoders"]),
+def validity_tables(result: dict[str, Any]) -> tuple[Table, ...]:
+    """For each number of demonstrations measures by groups of episodes, the strongest correlation with plain success first."""
+    tables = []
+    for count in dict.fromkeys(row["demonstrations"] for row in result["validity"]):
+        rows = [row for row in result["validity"] if row["demonstrations"] == count]
+        groups = list(dict.fromkeys(row["group"] for row in rows))
+        cells: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in rows:
+            cells.setdefault(row["measure"], {})[row["group"]] = row
+        order = sorted(
+            cells, key=lambda measure: -max(abs(cells[measure].get(g, {}).get("rho", 0)) for g in groups[:1])
+        )
+        tables.append(
+            Table(
+                f"Spearman's rho with success, {demonstrations(count)}, {rows[0]['encoders']} encoders",
+                ("measure", *groups),
+                tuple(
+                    (measure.replace("_", " "), *(correlation(cells[measure].get(group)) for group in groups))
+                    for measure in order
+                ),
             )
-            for row in rows
-        ),
-    )
+        )
+    return tuple(tables)
+
+
+def correlation(row: dict[str, Any] | None) -> str:
+    """`+0.90 [+0.10, +0.99]`."""
+    return f"{row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if row else "-"
