@@ -163,6 +163,9 @@ class PolicyTrainConfig:
 
     output: str = "outputs/policy/tabletop"  # run folder
     encoder: str = "outputs/align/tabletop/clip"  # aligned encoder, a CLIPModel folder; or "random", untrained
+    start: str | None = (
+        None  # policy folder to go on from: its encoder, pooler, head and statistics; encoder is then ignored
+    )
     data: DataConfig = field(default_factory=DataConfig)
     tower: TowerConfig = field(default_factory=TowerConfig)  # used only with encoder=random
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -46,7 +46,9 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
         f"--encoders=[mine={encoder},dinov2={others}]",
         f"--policies=[theirs={policy_folder}]",
     ]
-    command += ["--arms=[random-frozen,cloning-pretrained-frozen,aligned-frozen,shuffle-all,no-vision]"]
+    command += [
+        "--arms=[random-frozen,cloning-pretrained-frozen,aligned-frozen,aligned-head-tuned,shuffle-all,no-vision]"
+    ]
     command += ["--demonstrations=[1]"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -57,10 +59,13 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
 def test_every_arm_encoder_and_policy_is_in_the_result(finished):
     result = json.loads((finished / "comparison.json").read_text())
     arms = {row["arm"] for row in result["success"]}
-    trained = {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "shuffle-all", "no-vision"}
+    trained = {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "aligned-head-tuned", "shuffle-all"}
+    trained.add("no-vision")
     assert arms == trained | {"aligned-frozen@1", "mine", "dinov2", "theirs"}
     assert {row["group"] for row in result["success"]} == {"plain", "perturbed", "swapped instructions"}
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["success"])
+    minutes = {row["arm"]: row["minutes"] for row in result["success"]}
+    assert minutes["aligned-head-tuned"] > minutes["aligned-frozen"]  # whose minutes it contains
 
 
 def test_differences_are_of_the_same_seeds_and_corrected(finished):
@@ -142,6 +147,12 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
         compare(config)
 
 
+def test_the_tuned_head_goes_on_from_the_frozen_arms(finished):
+    run = finished / "policy" / "aligned-head-tuned" / "1" / "0"
+    record = json.loads((run / "policy" / "concord.json").read_text())
+    assert record["start"] == str(finished / "policy" / "aligned-frozen" / "1" / "0" / "policy")
+
+
 def test_a_name_keeps_its_folder(finished, data_root, encoder, tmp_path):
     config = debug(CompareConfig, "compare", output=str(finished), encoders=(f"mine={tmp_path}",))
     config.align.data.root = str(data_root)
@@ -196,6 +207,7 @@ def test_transfer_keeps_tasks_from_the_encoders_and_gives_policies_these_alone(t
         ("transfer", ("fly",), "transfer: 'fly' is not a task"),
         ("transfer", ("reach", "push", "pick", "place", "next_to", "separate"), "no task is left for the encoders"),
         ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
+        ("arms", ("aligned-head-tuned",), "aligned-head-tuned goes on from aligned-frozen; name that, too"),
         ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
         ("seeds", (0, 0), "repeats a value"),
         ("seeds", (), "seeds: .*give at least one number"),

@@ -16,7 +16,8 @@ from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats
 from vla.training.auxiliary import Auxiliary
-from vla.training.policy import make_policy, train_policy
+from vla.training.policy import train_policy
+from vla.training.start import make_policy
 from vla.types import UserError
 
 

@@ -104,3 +104,35 @@ def test_a_control_is_blind_to_what_is_hidden_from_it_and_to_nothing_else(policy
     told_other = np.array_equal(actions(0, "reach the red star"), actions(0, "push the blue cross up"))
     shown_other = np.array_equal(actions(0, "reach the red star"), actions(1, "reach the red star"))
     assert (told_other, shown_other) == (hide == "language", hide == "vision")
+
+
+def test_training_goes_on_from_a_policy_with_its_statistics(policy_config, policy_folder, tmp_path):
+    changes = {"start": str(policy_folder), "encoder": "nowhere", "tune": True, "tuned_part": "vision", "seed": 7}
+    config = replace(policy_config, **changes, steps=2, output=str(tmp_path / "run"))
+    config.optimizer = replace(config.optimizer, lr=1e-20)  # exported as it began
+    folder = train_policy(config)
+    before, after = (load_file(path / "model.safetensors") for path in (policy_folder, folder))
+    assert all(before[name].equal(after[name]) for name in before)
+    stats = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+    before, after = (load_file(path / stats) for path in (policy_folder, folder))
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_what_goes_on_learns(policy_config, policy_folder, tmp_path):
+    config = replace(policy_config, start=str(policy_folder), steps=2, ema=0.0, output=str(tmp_path / "run"))
+    before, after = (load_file(path / "model.safetensors") for path in (policy_folder, train_policy(config)))
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"network"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "nowhere"}, "start: nowhere: not a policy folder"),
+        ({"hide": "language"}, "was trained with hide none, not language"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(policy_config, policy_folder, tmp_path, changes, message):
+    config = replace(policy_config, **{"start": str(policy_folder)} | changes, output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=message):
+        train_policy(config)

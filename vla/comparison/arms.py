@@ -12,7 +12,7 @@ class Arm:
 
     `source`: an untrained tower, one pretrained by cloning, one aligned on triplets of which this part is shuffled ("none": the
     real alignment), or one that the user names: an encoder, or a vision model alone. `snapshot`: the alignment as of this
-    step; 0 is its end. `name`: of the encoder, if the user named it.
+    step; 0 is its end. `name`: of the encoder, if the user named it. `after`: the arm whose policies this one's go on from.
     """
 
     source: Source
@@ -21,6 +21,7 @@ class Arm:
     hide: Literal["none", "language", "vision"] = "none"
     snapshot: int = 0
     name: str = ""
+    after: str = ""
 
     @property
     def encoder(self) -> str:
@@ -35,6 +36,9 @@ ARMS = {
     "aligned-frozen": Arm("none", "aligned, then frozen"),
     "aligned-last-block": Arm("none", "aligned, its last block fine-tuned", tuned_part="last_block"),
     "aligned-tuned": Arm("none", "aligned, then fine-tuned", tuned_part="vision"),
+    "aligned-head-tuned": Arm(
+        "none", "as aligned-frozen, then fine-tuned together with its head", tuned_part="vision", after="aligned-frozen"
+    ),
     "shuffle-language": Arm("language", "aligned with instructions of other episodes, frozen"),
     "shuffle-action": Arm("action", "aligned with actions of other rows, frozen"),
     "shuffle-all": Arm("all", "aligned with instructions and actions of others, frozen"),
@@ -51,6 +55,12 @@ CONTRASTS = (
     ("aligned-frozen", "shuffle-action", "what the actions of the triplets give"),
     ("aligned-tuned", "scratch", "alignment then fine-tuning against cloning alone; the minutes of both are above"),
     ("aligned-tuned", "aligned-frozen", "fine-tuning against freezing"),
+    (
+        "aligned-head-tuned",
+        "scratch",
+        "alignment, head, then fine-tuning against cloning alone; the minutes of both are above",
+    ),
+    ("aligned-head-tuned", "aligned-frozen", "what fine-tuning adds to a trained head"),
     ("aligned-frozen", "no-language", "what the instruction gives the policy"),
     ("aligned-frozen", "no-vision", "what the picture gives the policy"),
 )

@@ -78,6 +78,8 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
         if name not in ARMS:
             raise UserError(f"config error: arms: {name!r} is not an arm; known: {', '.join(ARMS)}")
         arms[name] = ARMS[name]
+        if arms[name].after not in ("", *config.arms):
+            raise UserError(f"config error: arms: {name} goes on from {arms[name].after}; name that, too")
     for name, folder in named(config.encoders, "encoders").items():
         if name in get_args(Source):
             raise UserError(f"config error: encoders: {name!r} is taken; choose another name")
@@ -164,12 +166,13 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
             for count in numbers_of(config, arm):
                 run = folder / "policy" / name / str(count) / str(seed)
                 encoder = f"encoder-{arm.encoder}-{seed}"
+                after = (f"policy-{arm.after}-{count}-{seed}",) if arm.after else ()
                 jobs.append(
                     Job(
                         f"policy-{name}-{count}-{seed}",
                         run / "policy",
                         partial(make_policy, config, name, arm, count, seed),
-                        ("data",) if arm.source == "named" else (encoder,),
+                        ("data",) if arm.source == "named" else (encoder, *after),
                     )
                 )
                 jobs.append(evaluation_job(config, f"{name}-{count}-{seed}", run / "policy", (jobs[-1].name,)))
@@ -357,6 +360,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
             config.policy,
             output=str(folder / "policy" / name / str(count) / str(seed)),
             encoder=encoder,
+            start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
             data=data,
             aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
             tune=tune,

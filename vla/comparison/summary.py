@@ -129,6 +129,8 @@ def wall_minutes(config: CompareConfig, name: str, count: int, seed: int) -> flo
     """Minutes of training behind one policy, what pretrained its encoder included."""
     folder, arm = Path(config.output), chosen_arms(config)[name]
     seconds = trained_seconds(folder / "policy" / name / str(count) / str(seed))
+    if arm.after:
+        seconds += trained_seconds(folder / "policy" / arm.after / str(count) / str(seed))
     if arm.source == "cloned":
         seconds += trained_seconds(folder / "policy" / "cloning" / str(seed))
     elif arm.source not in ("random", "named", "vision"):

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,9 +29,8 @@ from vla.data.normalization import NormStats, compute_norm_stats, normalize_quan
 from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
-from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions
-from vla.policies.concord import ConcordConfig, ConcordPolicy
-from vla.training.align import make_encoders
+from vla.models.clip import patch_tokens, pixel_values
+from vla.policies.concord import ConcordPolicy
 from vla.training.auxiliary import Auxiliary
 from vla.training.checkpoint import (
     latest_checkpoint,
@@ -44,6 +42,7 @@ from vla.training.checkpoint import (
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.run import RunFolder, mean_metrics
+from vla.training.start import make_policy, policy_stats, starts_trained
 from vla.training.tokens import open_tokens
 from vla.training.words import Words
 from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
@@ -101,16 +100,19 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         )
     train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
     rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
-    stats = {
-        STATE_KEY: compute_norm_stats(episodes.state[rows]),
-        ACTION_KEY: compute_norm_stats(episodes.action[rows]),
-    }
-
     policy = make_policy(config, episodes).to(accelerator.device)
+    stats = (
+        policy_stats(Path(config.start))
+        if config.start
+        else {
+            STATE_KEY: compute_norm_stats(episodes.state[rows]),
+            ACTION_KEY: compute_norm_stats(episodes.action[rows]),
+        }
+    )
     normalizers = Normalizers(stats[ACTION_KEY], stats[STATE_KEY])
     auxiliary = Auxiliary(config, episodes, train, frames, normalizers, policy) if config.auxiliary else None
     encoder_lr = config.optimizer.lr * config.encoder_lr_scale
-    pooler_lr = config.optimizer.lr * (config.pooler_lr_scale if starts_aligned(config) else 1.0)
+    pooler_lr = config.optimizer.lr * (config.pooler_lr_scale if starts_trained(config) else 1.0)
     groups = [(policy.network.pooler, pooler_lr), (policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
     groups += [(auxiliary.model, config.optimizer.lr)] if auxiliary else []
     optimizer = make_optimizers(groups, config.optimizer.weight_decay)
@@ -201,62 +203,6 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
-
-
-def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
-    """A new policy on the encoder that the configuration names."""
-    if config.encoder == "random":
-        clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
-    else:
-        clip, tokenizer = load_clip(config.encoder)
-        clip = resize_positions(clip, config.data.image_size)
-    head = config.head
-    policy_config = ConcordConfig(
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        input_features={
-            episodes.camera: PolicyFeature(FeatureType.VISUAL, (3, config.data.image_size, config.data.image_size)),
-            STATE_KEY: PolicyFeature(FeatureType.STATE, (episodes.state.shape[1],)),
-        },
-        output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (episodes.action.shape[1],))},
-        tune=config.tune,
-        tuned_part=config.tuned_part,
-        hide=config.hide,
-        encoder_lr_scale=config.encoder_lr_scale,
-        precision=config.precision,
-        kind=head.kind,
-        horizon=head.horizon,
-        n_action_steps=head.n_action_steps,
-        queries=head.queries,
-        width=head.width,
-        hidden=head.hidden,
-        layers=head.layers,
-        state_dropout=head.state_dropout,
-        flow_steps=head.flow_steps,
-        image_size=config.data.image_size,
-    )
-    policy = ConcordPolicy(policy_config, clip=clip, tokenizer=tokenizer)
-    if starts_aligned(config):
-        load_pooler(policy, Path(config.encoder).parent / "alignment.safetensors")
-    return policy
-
-
-def starts_aligned(config: PolicyTrainConfig) -> bool:
-    """Whether the pooler starts from stage one's."""
-    return config.aligned_pooler and config.encoder != "random"
-
-
-def load_pooler(policy: ConcordPolicy, path: Path) -> None:
-    """Start the policy's pooler from stage one's."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; aligned_pooler needs what train_align.py writes beside clip/")
-    weights = {k.removeprefix("pooler."): v for k, v in load_file(path).items() if k.startswith("pooler.")}
-    try:
-        policy.network.pooler.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: its pooler does not fit; use the same queries and width in both stages "
-            "(loss.queries = head.queries, loss.pooler_width = head.width)"
-        ) from error
 
 
 def gather(
@@ -449,6 +395,7 @@ def export(
         "tasks": extra.get("tasks", []),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "encoder": config.encoder,
+        "start": config.start,
         "tune": config.tune,
         "steps": config.steps,
         "seed": config.seed,
@@ -483,10 +430,10 @@ def describe(config, episodes: Episodes, train, validation, policy: ConcordPolic
     """What the run is about to do, in a few lines."""
     trained = sum(p.numel() for p in trained_parameters(policy).values()) / 1e6
     every = sum(p.numel() for p in policy.parameters()) / 1e6
-    how = "fine-tuned" if config.tune else "frozen, through cached tokens"
+    how = "fine-tuned" if config.tune else "frozen" + ", through cached tokens" * bool(config.cached_shifts)
     resumed = f", resumed at step {first}" if first else ""
     return (
-        f"stage two: {len(train)} episodes ({len(validation)} held out), encoder {config.encoder} {how}\n"
+        f"stage two: {len(train)} episodes ({len(validation)} held out), {'policy' if config.start else 'encoder'} {config.start or config.encoder} {how}\n"
         f"{trained:.1f} of {every:.1f} M parameters trained, {config.steps} steps of {config.batch_size} samples{resumed}; "
         f"run folder {config.output}"
     )

@@ -1,0 +1,120 @@
+"""What stage two starts from: a new policy on an encoder, or one that was trained before."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
+from safetensors.torch import load_file
+
+from vla.config import PolicyTrainConfig
+from vla.data.episodes import Episodes
+from vla.data.normalization import NormStats
+from vla.models.clip import load_clip, resize_positions
+from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.training.align import make_encoders
+from vla.types import ACTION_KEY, STATE_KEY, UserError
+
+
+def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
+    """A new policy on the encoder that the configuration names, or the one that it goes on from.
+
+    Raises:
+        UserError: no such encoder or policy, or one that does not fit.
+    """
+    if config.start:
+        return started_policy(config, policy_config(config, episodes))
+    if config.encoder == "random":
+        clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    else:
+        clip, tokenizer = load_clip(config.encoder)
+        clip = resize_positions(clip, config.data.image_size)
+    policy = ConcordPolicy(policy_config(config, episodes), clip=clip, tokenizer=tokenizer)
+    if starts_trained(config):
+        load_pooler(policy, Path(config.encoder).parent / "alignment.safetensors")
+    return policy
+
+
+def policy_config(config: PolicyTrainConfig, episodes: Episodes) -> ConcordConfig:
+    """What LeRobot is told of the policy."""
+    head = config.head
+    return ConcordConfig(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        input_features={
+            episodes.camera: PolicyFeature(FeatureType.VISUAL, (3, config.data.image_size, config.data.image_size)),
+            STATE_KEY: PolicyFeature(FeatureType.STATE, (episodes.state.shape[1],)),
+        },
+        output_features={ACTION_KEY: PolicyFeature(FeatureType.ACTION, (episodes.action.shape[1],))},
+        tune=config.tune,
+        tuned_part=config.tuned_part,
+        hide=config.hide,
+        encoder_lr_scale=config.encoder_lr_scale,
+        precision=config.precision,
+        kind=head.kind,
+        horizon=head.horizon,
+        n_action_steps=head.n_action_steps,
+        queries=head.queries,
+        width=head.width,
+        hidden=head.hidden,
+        layers=head.layers,
+        state_dropout=head.state_dropout,
+        flow_steps=head.flow_steps,
+        image_size=config.data.image_size,
+    )
+
+
+def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordPolicy:
+    """The policy that training goes on from, in the wanted configuration.
+
+    Raises:
+        UserError: no such policy, or another head, pooler, image size, state or action than the wanted one's.
+    """
+    folder = Path(config.start)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"config error: start: {folder}: not a policy folder (no config.json)")
+    before = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(before, ConcordConfig):
+        raise UserError(f"config error: start: {folder}: a {before.type} policy, not a concord one")
+    for name in ("kind", "horizon", "queries", "width", "hidden", "layers", "image_size", "hide"):
+        if getattr(before, name) != getattr(wanted, name):
+            raise UserError(
+                f"{folder}: was trained with {name} {getattr(before, name)}, not {getattr(wanted, name)}; set it alike"
+            )
+    for name in ("robot_state_feature", "action_feature"):
+        if getattr(before, name).shape != getattr(wanted, name).shape:
+            raise UserError(
+                f"{folder}: {name} is {getattr(before, name).shape}, in {config.data.root} {getattr(wanted, name).shape}"
+            )
+    return ConcordPolicy.from_pretrained(folder, config=wanted)
+
+
+def policy_stats(folder: Path) -> dict[str, NormStats]:
+    """The statistics of states and actions inside a policy folder."""
+    processors = make_pre_post_processors(PreTrainedConfig.from_pretrained(folder), pretrained_path=str(folder))
+    (stats,) = (step.stats for step in processors[0].steps if getattr(step, "stats", None))
+    return {
+        key: NormStats(**{field.name: np.asarray(stats[key][field.name], np.float32) for field in fields(NormStats)})
+        for key in (STATE_KEY, ACTION_KEY)
+    }
+
+
+def starts_trained(config: PolicyTrainConfig) -> bool:
+    """Whether the pooler starts trained: from stage one's, or from the policy that training goes on from."""
+    return bool(config.start) or (config.aligned_pooler and config.encoder != "random")
+
+
+def load_pooler(policy: ConcordPolicy, path: Path) -> None:
+    """Start the policy's pooler from stage one's."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; aligned_pooler needs what train_align.py writes beside clip/")
+    weights = {k.removeprefix("pooler."): v for k, v in load_file(path).items() if k.startswith("pooler.")}
+    try:
+        policy.network.pooler.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: its pooler does not fit; use the same queries and width in both stages "
+            "(loss.queries = head.queries, loss.pooler_width = head.width)"
+        ) from error
