@@ -25,10 +25,10 @@ from vla.eval.evaluate import evaluate
 from vla.integrations.collect import checked_tasks, collect
 from vla.models.clip import (
     load_clip,
-    quick_attention,
     resize_positions,
     save_clip,
     tokenize,
+    untrained,
     with_text_of,
     with_vision_of,
 )
@@ -301,7 +301,7 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
         texts = read_episodes(config.align.data.root, config.align.data.camera).texts
         clip, _ = make_encoders(replace(config.align.tower, lexicon=None), image_size, texts)  # gets the aligned words
         if config.align.tower.pretrained:
-            clip = quick_attention(CLIPModel(clip.config))
+            clip = untrained(clip)
     else:
         torch.manual_seed(seed)
         clip = with_vision_of(named(config.encoders, "encoders")[encoder], text_clip, image_size)

@@ -196,6 +196,11 @@ def untrained_like(folder: str | Path) -> Encoder:
     return quick_attention(kind(config))
 
 
+def untrained(clip: CLIPModel) -> CLIPModel:
+    """A CLIP model of the same sizes with random weights (the caller seeds torch)."""
+    return quick_attention(CLIPModel(clip.config))
+
+
 def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> VisionTextDualEncoderModel:
     """The vision transformer of a folder or hub id, for pictures of about `image_size`, with the text tower of `text`.
 
