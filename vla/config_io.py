@@ -275,3 +275,13 @@ def field_comments(cls: type) -> dict[str, str]:
             if hash_sign:
                 comments[node.target.id] = comment.strip()
     return comments
+
+
+def filled(tree: dict, usual: dict) -> dict:
+    """The mapping with the usual values where it has none, at any depth."""
+    return {
+        key: filled(tree[key], value)
+        if isinstance(value, dict) and isinstance(tree.get(key), dict)
+        else tree.get(key, value)
+        for key, value in usual.items()
+    }

@@ -53,7 +53,7 @@ def test_a_picture_that_is_none_is_named(data_root, tmp_path):
 
 def test_a_full_disk_is_one_line(data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
-    with pytest.raises(UserError, match=r"disk full while building the frame store; set --data\.cache=FOLDER"):
+    with pytest.raises(UserError, match=r"disk full while building the frame store; set data\.cache to another folder"):
         open_frames(read_episodes(data_root), 32, str(tmp_path), workers=1)
 
 

@@ -5,6 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,6 +53,42 @@ def test_any_rows_in_any_order_are_those_of_the_store(episodes, tmp_path):
     np.testing.assert_array_equal(stream[int(rows[0])], store[rows[0]])
 
 
+@pytest.fixture
+def long_gop(video_root, tmp_path):
+    """The data set of videos, encoded anew with a key frame in forty."""
+    root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    (path,) = root.glob("videos/*/*/*.mp4")
+    with av.open(str(path)) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.gop_size = 64, 64, 40
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return root
+
+
+def test_far_key_frames_change_nothing(long_gop, tmp_path):
+    episodes = read_episodes(long_gop)
+    store, stream = open_frames(episodes, 32, str(tmp_path), workers=1), StreamedFrames(episodes, 32)
+    for seed in range(5):
+        rows = np.random.default_rng(seed).integers(len(store), size=6)
+        np.testing.assert_array_equal(stream[rows], store[rows])
+
+
+@pytest.mark.parametrize("way", ["stored", "streamed"])
+def test_a_video_that_ends_early_is_named(long_gop, way):
+    (path,) = long_gop.glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(path)
+    name = f"videos/{IMAGE_KEY}/from_timestamp"
+    late = pa.array([time + 1.0 for time in table[name].to_pylist()], table.schema.field(name).type)
+    pq.write_table(table.set_column(table.column_names.index(name), name, late), path)
+    episodes = read_episodes(long_gop)
+    with pytest.raises(UserError, match=r"file-000\.mp4: .*missing; the video is truncated"):
+        open_frames(episodes, 32) if way == "stored" else StreamedFrames(episodes, 32)[np.arange(len(episodes.state))]
+
+
 def test_videos_are_read_as_lerobot_reads_them(video_root, tmp_path):
     theirs = LeRobotDataset("local/video", root=video_root, video_backend="pyav")
     store = open_frames(read_episodes(video_root), 64, str(tmp_path))
@@ -79,12 +116,16 @@ def test_little_memory_changes_nothing_but_time(data_root, monkeypatch):
     assert len(stream.source._kept) == 1
 
 
-def test_a_picture_that_is_none_is_named(data_root, tmp_path):
+@pytest.mark.parametrize(
+    "cell",
+    [{"bytes": b"nothing", "path": None}, {"bytes": b"", "path": None}, {"bytes": None, "path": "gone.png"}, None],
+)
+def test_a_picture_that_is_none_is_named(data_root, tmp_path, cell):
     root = shutil.copytree(data_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
     path = data_files(root)[0]
     table = pq.read_table(path)
     pictures = table[IMAGE_KEY].to_pylist()
-    pictures[4]["bytes"] = b"nothing"
+    pictures[4] = cell
     column = pa.array(pictures, pq.read_schema(path).field(IMAGE_KEY).type)
     pq.write_table(table.set_column(table.column_names.index(IMAGE_KEY), IMAGE_KEY, column), path)
     stream = StreamedFrames(read_episodes(root), 32)

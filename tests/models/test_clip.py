@@ -25,6 +25,7 @@ from vla.models.clip import (
     save_clip,
     text_features,
     tokenize,
+    untrained,
     vision_features,
     with_vision_of,
 )
@@ -184,3 +185,14 @@ def test_attention_in_bfloat16_computes_what_the_fused_kernel_does(texts):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         quick = text_features(clip, ids, mask)[0]
     torch.testing.assert_close(quick.float()[mask.bool()], exact[mask.bool()], atol=0.06, rtol=0)
+
+
+def test_an_untrained_twin_has_the_sizes_and_other_weights(saved):
+    _, model, _ = saved
+    torch.manual_seed(5)
+    twin = untrained(model)
+    assert type(twin) is type(model)
+    ours, theirs = model.state_dict(), twin.state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert not ours[name].equal(theirs[name])

@@ -1,6 +1,7 @@
 """Stage two on a real small data set: what it refuses, the token cache, rollouts during training."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from vla.data.episodes import read_episodes
+from vla.data.episodes import read_episodes, split_episodes
 from vla.data.frames import open_frames
 from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
-from vla.training.policy import train_policy
+from vla.training.policy import cloned_episodes, train_policy
 from vla.types import UserError
 
 
@@ -104,6 +106,38 @@ def test_a_control_is_blind_to_what_is_hidden_from_it_and_to_nothing_else(policy
     told_other = np.array_equal(actions(0, "reach the red star"), actions(0, "push the blue cross up"))
     shown_other = np.array_equal(actions(0, "reach the red star"), actions(1, "reach the red star"))
     assert (told_other, shown_other) == (hide == "language", hide == "vision")
+
+
+def test_failures_are_left_out_after_scenes_are_held_out(policy_config):
+    everything = read_episodes(policy_config.data.root)
+    failed = everything.scene_id == everything.scene_id.min()
+    failed[::5] = True
+    everything = replace(everything, success=~failed)
+    train, validation = split_episodes(everything, policy_config.data.holdout, policy_config.seed)
+    episodes, cloned, held_out = cloned_episodes(policy_config, everything)
+    assert set(episodes.episode_index[cloned]) == set(everything.episode_index[train]) - set(np.flatnonzero(failed))
+    assert set(episodes.episode_index[held_out]) == set(everything.episode_index[validation]) - set(
+        np.flatnonzero(failed)
+    )
+
+
+def test_held_out_failures_alone_are_refused(policy_config):
+    everything = read_episodes(policy_config.data.root)
+    _, validation = split_episodes(everything, policy_config.data.holdout, policy_config.seed)
+    success = np.ones(len(everything.success), bool)
+    success[validation] = False
+    with pytest.raises(UserError, match=r"change --data\.holdout"):
+        cloned_episodes(policy_config, replace(everything, success=success))
+
+
+def test_a_run_of_an_older_version_goes_on(policy_config, tmp_path):
+    config = replace(policy_config, steps=2, save_every=1, output=str(tmp_path / "run"))
+    shutil.rmtree(train_policy(config))
+    path = tmp_path / "run" / "config.yaml"
+    older = yaml.safe_load(path.read_text())
+    del older["start"], older["data"]["stream"]
+    path.write_text(yaml.safe_dump(older))
+    assert train_policy(replace(config, resume=True)).is_dir()
 
 
 def test_training_goes_on_from_a_policy_with_its_statistics(policy_config, policy_folder, tmp_path):

@@ -17,7 +17,7 @@ from vla.comparison.plan import chosen_arms, plan_jobs, write_json
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
 from vla.config import CompareConfig, SweepConfig
-from vla.config_io import to_dict
+from vla.config_io import filled, to_dict
 from vla.eval.evaluate import checked
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
@@ -34,7 +34,7 @@ TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
 DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
 GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
-FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size")  # changing these changes no result
+FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size", "stream", "cache")  # changing these changes no result
 
 
 def compare(config: CompareConfig) -> Path | None:
@@ -52,8 +52,10 @@ def compare(config: CompareConfig) -> Path | None:
     print(
         f"compare: {len(jobs)} jobs, {len(left)} left, about {duration(sum(job.seconds for job in left))} in one process"
     )
+    arms = chosen_arms(config)
     can_see = power(config)
-    print(can_see)
+    if arms:
+        print(can_see)
     if config.dry_run:
         for job in left:
             print(f"  {job.name:40} {duration(job.seconds):>12}")
@@ -64,11 +66,13 @@ def compare(config: CompareConfig) -> Path | None:
 
 
 def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
-    """Write comparison.json, its tables as CSV and report.html; of several processes one does, the others wait for it."""
+    """Write comparison.json, its tables as CSV and report.html; several processes do so one after the other."""
     report = folder / "report.html"
     with waiting_lock(folder / "jobs" / "report"):
         result = summarise_comparison(config)
-        protocol = {"power": can_see, "training seeds": ", ".join(map(str, config.seeds))}
+        protocol = (
+            {"power": can_see, "training seeds": ", ".join(map(str, config.seeds))} if chosen_arms(config) else {}
+        )
         if (folder / "data.json").is_file():
             data = json.loads((folder / "data.json").read_text())
             result["data"] = data
@@ -91,9 +95,13 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
 
 
 def commits(folder: Path) -> list[str]:
-    """The commits that the policies were trained at; the report may be of a later one."""
-    made = [json.loads(path.read_text()).get("commit") for path in folder.glob("policy/*/*/**/versions.json")]
-    return sorted({commit for commit in made if commit})
+    """The commits that encoders and policies were trained at; the report may be of a later one."""
+    made = [
+        json.loads(path.read_text())
+        for stage in ("align", "policy")
+        for path in folder.glob(f"{stage}/**/versions.json")
+    ]
+    return sorted({commit for record in made for commit in record.get("commits", [record.get("commit")]) if commit})
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -135,16 +143,6 @@ def comparable(config: CompareConfig | SweepConfig) -> dict:
     return json.loads(json.dumps(without(fields, FREE_FIELDS)))
 
 
-def filled(tree: dict, usual: dict) -> dict:
-    """The mapping with the usual values where it has none, at any depth."""
-    return {
-        key: filled(tree[key], value)
-        if isinstance(value, dict) and isinstance(tree.get(key), dict)
-        else tree.get(key, value)
-        for key, value in usual.items()
-    }
-
-
 def without(tree: dict, names: tuple[str, ...]) -> dict:
     """The mapping without some keys, at any depth; `policy.batch_size` stays, since training depends on it."""
     return {
@@ -159,7 +157,7 @@ def power(config: CompareConfig) -> str:
     seeds, episodes = len(config.seeds), config.eval.episodes
     planned = sum(first in config.arms and second in config.arms for first, second, _ in CONTRASTS)
     planned += len(config.encoders) if "aligned-frozen" in config.arms else 0
-    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see a difference of {points(seeds, episodes)}"
+    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {points(seeds, episodes)}"
     if planned > 1:
         text += f" ({points(seeds, episodes, 0.05 / planned)} where it is the strictest of {planned} corrected ones)"
     if config.eval.split_episodes:
@@ -171,7 +169,7 @@ def power(config: CompareConfig) -> str:
 def points(seeds: int, episodes: int, alpha: float = 0.05) -> str:
     """The smallest difference that is seen, in words."""
     difference = visible_difference(seeds, episodes, alpha=alpha)
-    return f"{100 * difference:.0f} points" if difference < 1 else "no difference"
+    return f"a difference of {100 * difference:.0f} points" if difference < 1 else "no difference"
 
 
 def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:

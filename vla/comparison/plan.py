@@ -6,6 +6,7 @@ Every encoder gets the text tower of the aligned one of its seed, so that arms d
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -417,7 +418,8 @@ def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
             except FileExistsError:  # another process was first
                 pass
             except OSError:  # another file system, or a file system without links
-                (cache / store.name).symlink_to(store.resolve())
+                with suppress(FileExistsError):
+                    (cache / store.name).symlink_to(store.resolve())
 
 
 def write_json(path: Path, content: dict) -> None:

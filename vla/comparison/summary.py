@@ -63,12 +63,11 @@ def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estim
     matrix = np.array([[run[key] for key in keys] for run in runs], float)
     if minus is not None:
         matrix = matrix - np.array([[run[key] for key in keys] for run in minus], float)
-    scenes, scene = np.unique([f"{task}/{seed}" for _, _, task, seed in keys], return_inverse=True)
+    scenes = sorted({key[2:] for key in keys})
+    scene = np.array([scenes.index(key[2:]) for key in keys])
     means = np.stack([np.bincount(scene, row) for row in matrix]) / np.bincount(scene)
-    tasks, sizes = np.unique([name.rpartition("/")[0] for name in scenes], return_counts=True)
-    return crossed_interval(
-        means, np.repeat(np.arange(len(tasks)), sizes) if sizes.min() > 1 else np.zeros(len(scenes))
-    )
+    _, strata, sizes = np.unique([task for task, _ in scenes], return_inverse=True, return_counts=True)
+    return crossed_interval(means, strata if sizes.min() > 1 else np.zeros(len(scenes)))
 
 
 def mcnemar_p_values(firsts: list[Outcomes], seconds: list[Outcomes]) -> list[float] | None:

@@ -149,7 +149,7 @@ def check_points(config: SweepConfig) -> None:
 
 
 def finish(config: SweepConfig, swept: dict[str, tuple[str, ...]], chosen: list[Point], folder: Path) -> None:
-    """Write sweep.json, sweep.csv and report.html; of several processes one does, the others wait for it."""
+    """Write sweep.json, sweep.csv and report.html; several processes do so one after the other."""
     with waiting_lock(folder / "jobs" / "report"):
         rows = [row_of(folder, point, seed) for point in chosen for seed in config.seeds]
         differences = [] if swept else [difference_of(folder, chosen[0], point, config.seeds) for point in chosen]

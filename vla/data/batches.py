@@ -1,5 +1,6 @@
 """From rows to triplets: what one step of stage one sees, as a pure function of (seed, step)."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,9 @@ from vla.data.minimal_pairs import MinimalPairs
 from vla.data.normalization import NormStats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler
 from vla.data.triplets import gather_chunks
-from vla.types import TripletBatch
+from vla.types import Indexed, TripletBatch
+
+PICTURES = 1024  # read at a time
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,16 @@ class TripletSource:
         )
 
 
-def shared_pictures(episodes: Episodes, frames: np.ndarray) -> np.ndarray:
+def shared_pictures(episodes: Episodes, frames: Indexed) -> np.ndarray:
     """(r,) for each row the first row with the same picture, as far as episodes of one scene start from the same."""
     picture_of_row = np.arange(len(episodes.frame_row))
-    first_of_scene: dict[int, tuple[int, np.ndarray]] = {}
-    for row, scene in zip(episodes.start[:-1], episodes.scene_id, strict=True):
-        if scene >= 0:
-            picture = frames[episodes.frame_row[row]]
-            first, seen = first_of_scene.setdefault(int(scene), (int(row), picture))
-            if np.array_equal(picture, seen):
-                picture_of_row[row] = first
+    _, scene, members = np.unique(episodes.scene_id, return_inverse=True, return_counts=True)
+    together = np.flatnonzero((episodes.scene_id >= 0) & (members[scene] > 1))  # episodes that may share theirs
+    first_with: dict[tuple[int, bytes], int] = {}
+    for part in np.array_split(together, -(-len(together) // PICTURES) or 1):
+        rows = episodes.start[part]
+        for row, number, picture in zip(rows, scene[part], episodes.gather_frames(frames, rows), strict=True):
+            picture_of_row[row] = first_with.setdefault((int(number), hashlib.sha256(picture).digest()), int(row))
     return picture_of_row
 
 

@@ -19,16 +19,17 @@ def is_video(episodes: Episodes) -> bool:
     return _info(episodes)["features"][episodes.camera]["dtype"] == "video"
 
 
-def decode_picture(picture: dict, camera: str, file: Path, group: int, offset: int) -> np.ndarray:
+def decode_picture(picture: dict | None, camera: str, file: Path, group: int, offset: int) -> np.ndarray:
     """(H, W, 3) uint8 of a cell of an image column, bytes or the path of a file.
 
     Raises:
         UserError: it is no picture; names the parquet file, row group and row.
     """
-    encoded = picture["bytes"]
-    if encoded is None:
-        encoded = (file.parents[2] / picture["path"]).read_bytes()
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    encoded = (picture or {}).get("bytes") or b""
+    if not encoded and picture and picture.get("path"):
+        path = file.parents[2] / picture["path"]
+        encoded = path.read_bytes() if path.is_file() else b""
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB) if encoded else None
     if image is None:
         raise UserError(f"{file}: {camera} of row {offset} in row group {group} is not a picture")
     return image

@@ -59,7 +59,7 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(
-                f"{folder}: disk full while building the frame store; set --data.cache=FOLDER, or --data.stream=true"
+                f"{folder}: disk full while building the frame store; set data.cache to another folder, or data.stream to true"
             ) from error
         raise
     finally:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import av
@@ -14,7 +15,8 @@ from vla.data.episodes import Episodes, data_files
 from vla.types import UserError
 
 KEPT_BYTES = 1 << 30  # of encoded pictures, in memory
-SEEK_BEYOND = 8  # frames; up to so many are decoded in passing
+SEEK_BEYOND = 8  # frames; up to so many are decoded in passing, and as many as seeking has cost
+FEW = 32  # pictures of one part that a thread decodes alone
 
 
 class StreamedFrames:
@@ -30,6 +32,7 @@ class StreamedFrames:
         self.source = VideoFiles(episodes) if is_video(episodes) else RowGroups(episodes)
         self.shape = (len(self.source.part_of_row), image_size, image_size, 3)
         self._lock = threading.Lock()
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __len__(self) -> int:
@@ -40,16 +43,24 @@ class StreamedFrames:
         if np.ndim(rows) == 0:
             return self[np.array([rows])][0]
         pictures = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        parts = self.source.part_of_row[rows]
 
-        def read(part: int) -> None:
-            places = np.flatnonzero(parts == part)
+        def read(job: tuple[int, np.ndarray]) -> None:
+            part, places = job
             for place, picture in zip(places, self.source.read(part, rows[places]), strict=True):
                 pictures[place] = resize(picture, self.shape[1])
 
         with self._lock:
-            list(self._pool.map(read, np.unique(parts)))
+            list(self._pool.map(read, self._jobs(rows)))
         return pictures
+
+    def _jobs(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Parts of the source with the places of (n,) rows that are in them; neighbouring rows together."""
+        order = np.argsort(rows, kind="stable")
+        parts = self.source.part_of_row[rows[order]]
+        for part in np.unique(parts):
+            places = order[parts == part]
+            for share in np.array_split(places, min(self._workers, -(-len(places) // FEW))):
+                yield int(part), share
 
 
 class RowGroups:
@@ -89,10 +100,9 @@ class RowGroups:
 
 
 class VideoFiles:
-    """Pictures in video files, found by seeking."""
+    """Pictures in video files of a constant frame rate, found by seeking."""
 
     def __init__(self, episodes: Episodes) -> None:
-        self.fps = episodes.fps
         self.files, self.part_of_row, self.number_of_row = videos_of(episodes)
 
     def read(self, part: int, rows: np.ndarray) -> list[np.ndarray]:
@@ -105,11 +115,12 @@ class VideoFiles:
     def _decode(self, container: av.container.InputContainer, numbers: list[int]) -> dict[int, np.ndarray]:
         """Frames by their number in the file, ascending."""
         stream = container.streams.video[0]
-        begin, duration = stream.start_time or 0, 1 / (self.fps * stream.time_base)  # of a frame
+        begin, duration = stream.start_time or 0, 1 / (stream.average_rate * stream.time_base)  # of a frame
         decoded: dict[int, np.ndarray] = {}
-        at = -SEEK_BEYOND - 1
+        at, reach = -1, -1  # the frame that was decoded last; how far ahead seeking does not pay
         for number in numbers:
-            if number - at > SEEK_BEYOND:
+            sought = number - at > reach
+            if sought:
                 container.seek(begin + round(number * duration), stream=stream)
                 frames, at = container.decode(stream), -1
             while at < number:
@@ -117,7 +128,11 @@ class VideoFiles:
                 if frame is None:
                     break
                 at = round((frame.pts - begin) / duration)
+                if sought:
+                    reach, sought = max(reach, SEEK_BEYOND, number - at), False
             if at != number:
-                raise UserError(f"{container.name}: frame {number} is missing; the video is truncated")
+                raise UserError(
+                    f"{container.name}: frame {number} is missing; the video is truncated, or of a varying frame rate"
+                )
             decoded[number] = frame.to_ndarray(format="rgb24")
         return decoded

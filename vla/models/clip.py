@@ -196,9 +196,9 @@ def untrained_like(folder: str | Path) -> Encoder:
     return quick_attention(kind(config))
 
 
-def untrained(clip: CLIPModel) -> CLIPModel:
-    """A CLIP model of the same sizes with random weights (the caller seeds torch)."""
-    return quick_attention(CLIPModel(clip.config))
+def untrained[E: Encoder](clip: E) -> E:
+    """An encoder of the same sizes with random weights (the caller seeds torch)."""
+    return quick_attention(type(clip)(clip.config))
 
 
 def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> VisionTextDualEncoderModel:

@@ -1,7 +1,7 @@
 """Stage two: behaviour cloning of an action head on the aligned representation, frozen or fine-tuned.
 
 `train_policy` is the whole loop, top to bottom. Batches depend on (seed, step) alone. With a frozen encoder the loop
-reads cached patch tokens and never runs the vision tower.
+reads cached patch tokens and never runs the vision tower, unless it is told to keep no cache.
 """
 
 import hashlib
@@ -86,19 +86,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     everything = read_episodes(config.data.root, config.data.camera)
     if config.rollouts_every and "env" not in (everything.extra or {}):
         raise UserError(f"{everything.root}: names no environment (meta/concord.json); leave out --rollouts_every")
-    if not config.failures and not everything.success.any():
-        raise UserError(f"{everything.root}: no episode succeeded; clone failures with --failures=true")
     frames = open_pictures(everything, config.data)
-    cloned = np.flatnonzero(everything.success | config.failures)
-    episodes = select(everything, cloned)
-    train, validation = (
-        np.flatnonzero(np.isin(cloned, part)) for part in split_episodes(everything, config.data.holdout, config.seed)
-    )
-    if not (len(train) and len(validation)):
-        raise UserError(
-            f"{everything.root}: no success among the training or the held-out episodes; change --data.holdout"
-        )
-    train = limit_per_task(episodes, train, config.data.episodes_per_task, config.seed)
+    episodes, train, validation = cloned_episodes(config, everything)
     rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
     policy = make_policy(config, episodes).to(accelerator.device)
     stats = (
@@ -203,6 +192,27 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
+
+
+def cloned_episodes(config: PolicyTrainConfig, everything: Episodes) -> tuple[Episodes, np.ndarray, np.ndarray]:
+    """The episodes to clone, and the positions among them of the training and the held-out ones.
+
+    Scenes are held out before failures are left out, so that stage one, which trains on failures as well, holds out the same.
+
+    Raises:
+        UserError: no success to train on, or none held out.
+    """
+    if not config.failures and not everything.success.any():
+        raise UserError(f"{everything.root}: no episode succeeded; clone failures with --failures=true")
+    cloned = np.flatnonzero(everything.success | config.failures)
+    parts = split_episodes(everything, config.data.holdout, config.seed)
+    train, validation = (np.flatnonzero(np.isin(cloned, part)) for part in parts)
+    if not (len(train) and len(validation)):
+        raise UserError(
+            f"{everything.root}: no success among the training or the held-out episodes; change --data.holdout"
+        )
+    episodes = select(everything, cloned)
+    return episodes, limit_per_task(episodes, train, config.data.episodes_per_task, config.seed), validation
 
 
 def gather(

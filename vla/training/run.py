@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from vla.config_io import save_yaml, to_dict
+from vla.config_io import filled, save_yaml, to_dict
 from vla.locks import lock_folder
 from vla.training.checkpoint import latest_checkpoint
 from vla.types import UserError
@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "output",
     "workers",
     "cache",
+    "stream",
     "eval_every",
     "rollouts_every",
     "rollouts",
@@ -55,7 +56,7 @@ class RunFolder:
             return
         self._lock = lock_folder(folder)
         save_yaml(config, folder / "config.yaml")
-        (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        write_versions(folder / "versions.json")
         with (folder / "log.txt").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
 
@@ -85,11 +86,20 @@ class RunFolder:
 
     def _refuse_other_config(self, config: Any) -> None:
         old = yaml.safe_load((self.folder / "config.yaml").read_text())
+        old = filled(old, to_dict(type(config)()))  # fields that an older version did not know had their defaults
         differing = [k for k in differences(old, to_dict(config)) if k.split(".")[-1] not in FREE_FIELDS]
         if differing and latest_checkpoint(self.folder) is not None:
             raise UserError(
                 f"{self.folder}: cannot resume with another {', '.join(differing)}; choose another --output"
             )
+
+
+def write_versions(path: Path) -> None:
+    """The versions now, and under `commits` all that a run was begun or resumed at."""
+    before = json.loads(path.read_text()).get("commits", []) if path.is_file() else []
+    now = versions()
+    commits = list(dict.fromkeys([*before, now["commit"]])) if "commit" in now else before
+    path.write_text(json.dumps(now | {"commits": commits}, indent=1) + "\n")
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:

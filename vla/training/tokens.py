@@ -82,7 +82,9 @@ def build(
         store.flush()
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"{folder}: disk full, {size / 1e9:.1f} GB needed; lower --cached_shifts") from error
+            raise UserError(
+                f"{folder}: disk full, {size / 1e9:.1f} GB needed; lower --cached_shifts, 0 keeps none"
+            ) from error
         raise
     partial.rename(path)
     progress.unlink(missing_ok=True)

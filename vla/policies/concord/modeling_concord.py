@@ -92,10 +92,13 @@ class ConcordPolicy(PreTrainedPolicy):
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
 
     def train(self, mode: bool = True) -> Self:
-        """As usual; training makes remembered word tokens stale."""
+        """As usual, but a frozen encoder never trains; training makes remembered word tokens stale."""
         if mode:
             self._words.clear()
-        return super().train(mode)
+        super().train(mode)
+        if not self.config.tune:
+            self.clip.eval()
+        return self
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """() cloning loss of a batch with `action` (b, h, a) and, if it pads, `action_is_pad` (b, h)."""
