@@ -165,7 +165,7 @@ def test_a_folder_of_an_older_version_goes_on(finished, data_root, tmp_path, cap
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     path = tmp_path / "run" / "begun.json"
     begun = json.loads(path.read_text())
-    del begun["align"]["data"]["stream"], begun["policies"]
+    del begun["align"]["data"]["word_dropout"], begun["policies"]
     path.write_text(json.dumps(begun))
     config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), demonstrations=(1,), arms=("random-frozen",))
     config.align.data.root = str(data_root)
