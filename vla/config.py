@@ -246,6 +246,7 @@ class CompareConfig:
         str, ...
     ] = ()  # tasks that encoders never see: they train on all others, policies clone these alone
     tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
+    tuned_lr_scale: float = number(0.1, 0)  # learning rate of aligned-head-tuned relative to policy.optimizer.lr
     scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together
     cloning_steps: int = number(1500, 1)  # steps of the cloning that pretrains: as long as the alignment
     collect: CollectConfig = field(default_factory=CollectConfig)  # the demonstrations

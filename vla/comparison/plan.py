@@ -356,6 +356,9 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
     steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
     link_frames(config, cloned_root(config), cache)
     data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
+    optimizer = config.policy.optimizer
+    if arm.after:
+        optimizer = replace(optimizer, lr=optimizer.lr * config.tuned_lr_scale)
     train_policy(
         replace(
             config.policy,
@@ -363,6 +366,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
             encoder=encoder,
             start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
             data=data,
+            optimizer=optimizer,
             aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
             tune=tune,
             tuned_part=arm.tuned_part if tune else "all",
