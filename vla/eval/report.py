@@ -106,7 +106,13 @@ def figure(
 ) -> Figure:
     """An SVG figure; `draw` gets the axes, as an array of `grid` where there are several. Colours follow the page, light or dark."""
     with plt.rc_context(
-        {"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none", "axes.edgecolor": "#888"}
+        {
+            "font.family": "sans-serif",
+            "font.size": 10,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "concord",
+            "axes.edgecolor": "#888",
+        }
     ):
         canvas, axes = plt.subplots(*grid, figsize=size, layout="constrained")
         for one in np.atleast_1d(axes).flat:
