@@ -99,5 +99,6 @@ def test_policies_alone_make_a_report():
         "validity": [],
     }
     report = comparison_report(result | {"command": "", "protocol": {}})
+    assert report.answers == ("theirs succeeds in 50 % [40, 60].",)
     assert "Differences" not in [section.title for section in report.sections]
     assert any(section.text == "With policies as they are." for section in report.sections)

@@ -52,10 +52,8 @@ def compare(config: CompareConfig) -> Path | None:
     print(
         f"compare: {len(jobs)} jobs, {len(left)} left, about {duration(sum(job.seconds for job in left))} in one process"
     )
-    arms = chosen_arms(config)
-    can_see = power(config)
-    if arms:
-        print(can_see)
+    can_see = power(config) if chosen_arms(config) else ""
+    print(can_see or "policies as they are: no training seeds, no differences")
     if config.dry_run:
         for job in left:
             print(f"  {job.name:40} {duration(job.seconds):>12}")
@@ -70,9 +68,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
     report = folder / "report.html"
     with waiting_lock(folder / "jobs" / "report"):
         result = summarise_comparison(config)
-        protocol = (
-            {"power": can_see, "training seeds": ", ".join(map(str, config.seeds))} if chosen_arms(config) else {}
-        )
+        protocol = {"power": can_see, "training seeds": ", ".join(map(str, config.seeds))} if can_see else {}
         if (folder / "data.json").is_file():
             data = json.loads((folder / "data.json").read_text())
             result["data"] = data

@@ -420,7 +420,7 @@ def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
             try:
                 os.link(store, cache / store.name)
             except FileExistsError:  # another process was first
-                pass
+                continue
             except OSError:  # another file system, or a file system without links
                 with suppress(FileExistsError):
                     (cache / store.name).symlink_to(store.resolve())

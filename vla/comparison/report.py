@@ -16,17 +16,16 @@ def comparison_report(result: dict[str, Any]) -> Report:
         rows = [row for row in result["success"] if row["group"] == group]
         sections.append(Section(f"Success, {group}", "", (success_table(group, rows), success_figure(group, rows))))
     sections += level_sections(result["levels"])
-    sections.append(
-        Section(
-            "Differences",
-            f"First minus second, the same training seeds and episodes. {spanned(result)} All episodes of one scene count as one "
-            "observation. p-values are corrected for the arms compared on one group of episodes at one number of demonstrations "
-            "(Holm); the intervals are not. McNemar's test is of each training seed alone.",
-            tuple(contrast_table(result, group) for group in groups if any_contrast(result, group)),
+    if result["contrasts"]:
+        sections.append(
+            Section(
+                "Differences",
+                f"First minus second, the same training seeds and episodes. {spanned(result)} All episodes of one scene count as one "
+                "observation. p-values are corrected for the arms compared on one group of episodes at one number of demonstrations "
+                "(Holm); the intervals are not. McNemar's test is of each training seed alone.",
+                tuple(contrast_table(result, group) for group in groups if any_contrast(result, group)),
+            )
         )
-    )
-    if not result["contrasts"]:
-        sections.pop()
     if result["validity"]:
         sections.append(
             Section(
@@ -56,6 +55,10 @@ def answers(result: dict[str, Any]) -> list[str]:
         for row in result["contrasts"]
         if row["group"] == group and row["demonstrations"] == most
     ]
+    if not sentences:
+        sentences = [
+            f"{row['arm']} succeeds in {interval(row)}." for row in result["success"] if row["group"] == "plain"
+        ]
     return sentences + [
         f"{row['arm']} does {interval(row)} of what it is told when the instruction is exchanged for another of the scene "
         f"({demonstrations(row['demonstrations'])})."
@@ -205,7 +208,7 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
 
 
 def validity_tables(result: dict[str, Any]) -> tuple[Table, ...]:
-    """For each number of demonstrations measures by groups of episodes, the strongest correlation with plain success first."""
+    """For each number of demonstrations measures by groups of episodes, the strongest correlation in the first group first."""
     tables = []
     for count in dict.fromkeys(row["demonstrations"] for row in result["validity"]):
         rows = [row for row in result["validity"] if row["demonstrations"] == count]
@@ -213,9 +216,7 @@ def validity_tables(result: dict[str, Any]) -> tuple[Table, ...]:
         cells: dict[str, dict[str, dict[str, Any]]] = {}
         for row in rows:
             cells.setdefault(row["measure"], {})[row["group"]] = row
-        order = sorted(
-            cells, key=lambda measure: -max(abs(cells[measure].get(g, {}).get("rho", 0)) for g in groups[:1])
-        )
+        order = sorted(cells, key=lambda measure: -abs(cells[measure].get(groups[0], {}).get("rho", 0)))
         tables.append(
             Table(
                 f"Spearman's rho with success, {demonstrations(count)}, {rows[0]['encoders']} encoders",
