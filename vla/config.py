@@ -167,6 +167,7 @@ class PolicyTrainConfig:
         None  # policy folder to go on from: its encoder, pooler, head and statistics; encoder is then ignored
     )
     data: DataConfig = field(default_factory=DataConfig)
+    more: tuple[str, ...] = ()  # further data sets to clone beside it, whole, ROOT or ROOT=WEIGHT; data.root has weight 1
     tower: TowerConfig = field(default_factory=TowerConfig)  # used only with encoder=random
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -244,7 +245,10 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
     transfer: tuple[
         str, ...
-    ] = ()  # tasks that encoders never see: they train on all others, policies clone these alone
+    ] = ()  # tasks that encoders never see: they train on all others
+    transfer_weight: float = number(
+        1.0, 0
+    )  # weight of those others beside 1 of the transfer tasks where policies clone; 0: these alone
     tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
     tuned_lr_scale: float = number(0.1, 0)  # learning rate of aligned-head-tuned relative to policy.optimizer.lr
     scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together

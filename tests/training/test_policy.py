@@ -12,11 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vla.data.episodes import read_episodes, split_episodes
+from vla.config import PolicyTrainConfig
+from vla.data.episodes import Episodes, read_episodes, split_episodes, task_of_episode
 from vla.data.frames import open_frames
+from vla.data.mixture import Mixture, open_mixture
 from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
+from vla.training import policy
 from vla.training.policy import cloned_episodes, train_policy
 from vla.types import UserError
 
@@ -108,13 +111,17 @@ def test_a_control_is_blind_to_what_is_hidden_from_it_and_to_nothing_else(policy
     assert (told_other, shown_other) == (hide == "language", hide == "vision")
 
 
+def mixture_of(config: PolicyTrainConfig, episodes: Episodes) -> Mixture:
+    return replace(open_mixture(config.data, (), config.seed), episodes=episodes)
+
+
 def test_failures_are_left_out_after_scenes_are_held_out(policy_config):
     everything = read_episodes(policy_config.data.root)
     failed = everything.scene_id == everything.scene_id.min()
     failed[::5] = True
     everything = replace(everything, success=~failed)
     train, validation = split_episodes(everything, policy_config.data.holdout, policy_config.seed)
-    episodes, cloned, held_out = cloned_episodes(policy_config, everything)
+    episodes, (cloned,), held_out = cloned_episodes(policy_config, mixture_of(policy_config, everything))
     assert set(episodes.episode_index[cloned]) == set(everything.episode_index[train]) - set(np.flatnonzero(failed))
     assert set(episodes.episode_index[held_out]) == set(everything.episode_index[validation]) - set(
         np.flatnonzero(failed)
@@ -127,7 +134,35 @@ def test_held_out_failures_alone_are_refused(policy_config):
     success = np.ones(len(everything.success), bool)
     success[validation] = False
     with pytest.raises(UserError, match=r"change --data\.holdout"):
-        cloned_episodes(policy_config, replace(everything, success=success))
+        cloned_episodes(policy_config, mixture_of(policy_config, replace(everything, success=success)))
+
+
+def test_further_data_sets_are_cloned_by_their_weights(policy_config, tmp_path, monkeypatch):
+    """Rows of both in every batch, those of the second three times as many, whole; the first one's are limited."""
+    root = policy_config.data.root
+    other = shutil.copytree(root, tmp_path / "other", ignore=shutil.ignore_patterns(".concord"))
+    drawn = []
+    monkeypatch.setattr(policy, "digest", lambda batch: drawn.append(batch.rows) or "")
+    config = replace(policy_config, data=replace(policy_config.data, episodes_per_task=1), more=(f"{other}=3",))
+    train_policy(replace(config, steps=2, batch_size=16, log_every=1, output=str(tmp_path / "run")))
+    everything = read_episodes(root)
+    own = len(everything.frame_row)
+    assert [(rows < own).sum() for rows in drawn] == [4, 4]
+    assert max(rows.max() for rows in drawn) >= own
+    tasks = task_of_episode(everything)
+    few = everything.episode_of_row[np.concatenate([rows[rows < own] for rows in drawn])]
+    assert all(len(set(few[tasks[few] == task])) <= 1 for task in tasks)
+
+
+def test_a_further_data_set_without_actions_is_refused(policy_config):
+    mixture = open_mixture(policy_config.data, (f"{policy_config.data.root}=1",), 0)
+    action = mixture.episodes.action.copy()
+    action[-1] = np.nan
+    with pytest.raises(UserError, match="lacks actions or states; only stage one can use it"):
+        cloned_episodes(
+            replace(policy_config, more=("elsewhere",)),
+            replace(mixture, episodes=replace(mixture.episodes, action=action)),
+        )
 
 
 def test_a_run_of_an_older_version_goes_on(policy_config, tmp_path):

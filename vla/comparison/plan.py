@@ -354,7 +354,10 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
         cache = folder / "cache" / f"{arm.encoder}-{seed}"
     tune = arm.tuned_part != "nothing"
     steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
-    link_frames(config, cloned_root(config), cache)
+    broad = config.align.data.root
+    more = (f"{broad}={config.transfer_weight}",) if config.transfer and config.transfer_weight else ()
+    for root in (cloned_root(config), *([broad] if more else [])):
+        link_frames(config, root, cache)
     data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
     optimizer = config.policy.optimizer
     if arm.after:
@@ -366,6 +369,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
             encoder=encoder,
             start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
             data=data,
+            more=more or config.policy.more,
             optimizer=optimizer,
             aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
             tune=tune,

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers
-from vla.data.episodes import Episodes, limit_per_task, read_episodes, rows_of, select, split_episodes
-from vla.data.frames import open_pictures
+from vla.data.episodes import Episodes, limit_per_task, rows_of, select
+from vla.data.mixture import Mixture, open_mixture
 from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
+from vla.data.sampler import shares
 from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
@@ -83,12 +84,15 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         accelerator.print(f"{run.folder}: finished already")
         return run.folder / "policy"
 
-    everything = read_episodes(config.data.root, config.data.camera)
-    if config.rollouts_every and "env" not in (everything.extra or {}):
-        raise UserError(f"{everything.root}: names no environment (meta/concord.json); leave out --rollouts_every")
-    frames = open_pictures(everything, config.data)
-    episodes, train, validation = cloned_episodes(config, everything)
+    mixture = open_mixture(replace(config.data, episodes_per_task=None), config.more, config.seed)
+    if config.rollouts_every and "env" not in (mixture.episodes.extra or {}):
+        raise UserError(f"{config.data.root}: names no environment (meta/concord.json); leave out --rollouts_every")
+    frames = mixture.frames
+    episodes, parts, validation = cloned_episodes(config, mixture)
+    train = np.concatenate(parts)
     rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
+    rows_of_part = [rows_of(episodes, part) for part in parts]
+    samples = shares(config.batch_size, mixture.weights)
     policy = make_policy(config, episodes).to(accelerator.device)
     stats = (
         policy_stats(Path(config.start))
@@ -127,7 +131,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
 
     def make_batch(step: int) -> CloningBatch:
         rng = np.random.default_rng([config.seed, step, 2])
-        chosen = rows[rng.integers(len(rows), size=config.batch_size)]
+        drawn = [part[rng.integers(len(part), size=n)] for part, n in zip(rows_of_part, samples, strict=True)]
+        chosen = np.concatenate(drawn)
         batch = gather(config, episodes, frames, tokens, stats, chosen, rng)
         return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
 
@@ -194,25 +199,29 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     return folder
 
 
-def cloned_episodes(config: PolicyTrainConfig, everything: Episodes) -> tuple[Episodes, np.ndarray, np.ndarray]:
-    """The episodes to clone, and the positions among them of the training and the held-out ones.
+def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episodes, list[np.ndarray], np.ndarray]:
+    """The episodes to clone, and the positions among them of each data set's training episodes and of the held-out ones.
 
     Scenes are held out before failures are left out, so that stage one, which trains on failures as well, holds out the same.
 
     Raises:
-        UserError: no success to train on, or none held out.
+        UserError: a data set without a success to train on, none held out, or one without actions or states.
     """
-    if not config.failures and not everything.success.any():
-        raise UserError(f"{everything.root}: no episode succeeded; clone failures with --failures=true")
+    everything = mixture.episodes
     cloned = np.flatnonzero(everything.success | config.failures)
-    parts = split_episodes(everything, config.data.holdout, config.seed)
-    train, validation = (np.flatnonzero(np.isin(cloned, part)) for part in parts)
-    if not (len(train) and len(validation)):
-        raise UserError(
-            f"{everything.root}: no success among the training or the held-out episodes; change --data.holdout"
-        )
+    (*parts, validation) = (np.flatnonzero(np.isin(cloned, part)) for part in (*mixture.train, mixture.validation))
+    for root, part in zip((config.data.root, *config.more), parts, strict=True):
+        if not len(part):
+            raise UserError(f"{root}: no training episode succeeded; clone failures with --failures=true")
+    if not len(validation):
+        raise UserError(f"{config.data.root}: no held-out episode succeeded; change --data.holdout")
     episodes = select(everything, cloned)
-    return episodes, limit_per_task(episodes, train, config.data.episodes_per_task, config.seed), validation
+    for root, part in zip(config.more, parts[1:], strict=True):
+        rows = rows_of(episodes, part)
+        if not (np.isfinite(episodes.action[rows]).all() and np.isfinite(episodes.state[rows]).all()):
+            raise UserError(f"{root}: lacks actions or states; only stage one can use it")
+    parts[0] = limit_per_task(episodes, parts[0], config.data.episodes_per_task, config.seed)
+    return episodes, parts, validation
 
 
 def gather(
@@ -404,6 +413,7 @@ def export(
         "env": extra.get("env"),
         "tasks": extra.get("tasks", []),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
+        "more": config.more,
         "encoder": config.encoder,
         "start": config.start,
         "tune": config.tune,
