@@ -167,7 +167,9 @@ class PolicyTrainConfig:
         None  # policy folder to go on from: its encoder, pooler, head and statistics; encoder is then ignored
     )
     data: DataConfig = field(default_factory=DataConfig)
-    more: tuple[str, ...] = ()  # further data sets to clone beside it, whole, ROOT or ROOT=WEIGHT; data.root has weight 1
+    more: tuple[
+        str, ...
+    ] = ()  # further data sets to clone beside it, whole, ROOT or ROOT=WEIGHT; data.root has weight 1
     tower: TowerConfig = field(default_factory=TowerConfig)  # used only with encoder=random
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -243,9 +245,7 @@ class CompareConfig:
     policies: tuple[str, ...] = ()  # LeRobot policy folders to evaluate beside the arms, NAME=FOLDER each
     demonstrations: tuple[int, ...] = (5, 25, 0)  # demonstrations of each task that the policies clone; 0 means all
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
-    transfer: tuple[
-        str, ...
-    ] = ()  # tasks that encoders never see: they train on all others
+    transfer: tuple[str, ...] = ()  # tasks that encoders never see: they train on all others
     transfer_weight: float = number(
         1.0, 0
     )  # weight of those others beside 1 of the transfer tasks where policies clone; 0: these alone
