@@ -29,7 +29,7 @@ from vla.training.align import make_encoders
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
 from vla.versions import versions
 
-SMALL_SCENES = 300
+SMALL_SCENES = 600
 TEXT = "push the red star to the left"
 NOISE = 0.3  # std of the noise on the expert's executed velocity, as in collection
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vla.comparison.report import answers, comparison_report
-from vla.comparison.summary import estimate, fisher_interval, mcnemar_p_values
+from vla.comparison.summary import contrasts, estimate, fisher_interval, mcnemar_p_values
 
 
 def outcomes(success: np.ndarray) -> dict:
@@ -77,6 +77,20 @@ def test_answers_are_of_the_most_demonstrations_plain_episodes_first():
 )
 def test_an_answer_says_no_more_than_its_test(value, holm_p, says):
     assert says in answers({"contrasts": [contrast("plain", 0, value, holm_p)], "success": []})[0]
+
+
+def test_against_scratch_fewer_demonstrations_are_compared_with_more():
+    rng = np.random.default_rng(0)
+    arms = [("aligned-tuned", 5, 0.6), ("aligned-tuned", 0, 0.9), ("scratch", 5, 0.1), ("scratch", 0, 0.5)]
+    runs = {(name, count): [{"plain": outcomes(rng.random((1, 40)) < rate)}] * 2 for name, count, rate in arms}
+    rows = contrasts(runs, (0, 5), [("aligned-tuned", "scratch", ""), ("aligned-tuned", "other", "")])
+    found = {(row["demonstrations"], row["demonstrations_of_second"]): row["value"] for row in rows}
+    assert set(found) == {(0, 0), (5, 5), (5, 0)}
+    assert found[5, 0] < found[0, 0]
+    report = comparison_report(
+        {"contrasts": rows, "success": [], "arms": {}, "levels": [], "validity": [], "command": "", "protocol": {}}
+    )
+    assert "5 demonstrations of each task against all demonstrations" in report.answers[-1]
 
 
 def test_policies_alone_make_a_report():

@@ -21,7 +21,7 @@ def comparison_report(result: dict[str, Any]) -> Report:
             Section(
                 "Differences",
                 f"First minus second, the same training seeds and episodes. {spanned(result)} All episodes of one scene count as one "
-                "observation. p-values are corrected for the arms compared on one group of episodes at one number of demonstrations "
+                "observation. p-values are corrected for the arms compared on one group of episodes at the same numbers of demonstrations "
                 "(Holm); the intervals are not. McNemar's test is of each training seed alone.",
                 tuple(contrast_table(result, group) for group in groups if any_contrast(result, group)),
             )
@@ -46,14 +46,14 @@ def comparison_report(result: dict[str, Any]) -> Report:
 
 def answers(result: dict[str, Any]) -> list[str]:
     """A sentence for each difference at the most demonstrations, on plain episodes first, and what is done as told."""
-    counts = [row["demonstrations"] for row in result["contrasts"]]
+    counts = [number_of_second(row) for row in result["contrasts"]]
     most = max(counts, key=amount, default=None)
     shown = [group for group in MAIN_GROUPS if any_contrast(result, group)]
     sentences = [
         difference_sentence(row)
         for group in shown
         for row in result["contrasts"]
-        if row["group"] == group and row["demonstrations"] == most
+        if row["group"] == group and number_of_second(row) == most
     ]
     if not sentences:
         sentences = [
@@ -71,7 +71,7 @@ def difference_sentence(row: dict[str, Any]) -> str:
     """Who beats whom by how much, or that chance explains it."""
     value, low, high = (100 * row[name] for name in ("value", "low", "high"))
     seeds = "" if row["seeds"] > 1 else ", one training seed"
-    where = f"{row['group']}, {demonstrations(row['demonstrations'])}{seeds}"
+    where = f"{row['group']}, {compared_demonstrations(row)}{seeds}"
     if row["holm_p"] < 0.05 and value > 0:
         return f"{row['first']} beats {row['second']} by {value:.0f} points [{low:.0f}, {high:.0f}] ({where})."
     if row["holm_p"] < 0.05:
@@ -99,6 +99,17 @@ def demonstrations(count: int | None) -> str:
     if count is None:
         return "as given"
     return f"{count} demonstrations of each task" if count else "all demonstrations"
+
+
+def number_of_second(row: dict[str, Any]) -> int:
+    """The number of demonstrations of a difference's second arm; files of older versions know only differences at the same one."""
+    return row.get("demonstrations_of_second", row["demonstrations"])
+
+
+def compared_demonstrations(row: dict[str, Any]) -> str:
+    """`5 demonstrations of each task`, or `25 demonstrations of each task against all demonstrations`."""
+    first, second = row["demonstrations"], number_of_second(row)
+    return demonstrations(first) + (f" against {demonstrations(second)}" if first != second else "")
 
 
 def interval(row: dict[str, Any]) -> str:
@@ -188,7 +199,7 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
         (
             f"{row['first']} - {row['second']}",
             row["says"],
-            demonstrations(row["demonstrations"]),
+            compared_demonstrations(row),
             f"{100 * row['value']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]",
             f"{row['holm_p']:.3f}",
             ", ".join(f"{p:.3f}" for p in row["mcnemar_p"]) if row["mcnemar_p"] else "-",

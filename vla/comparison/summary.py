@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +150,28 @@ def contrasts(
     demonstrations: Iterable[int],
     pairs: Iterable[tuple[str, str, str]],
 ) -> list[dict[str, Any]]:
-    """Differences of arms; p-values are Holm's over all arms that are compared in one group at one number of demonstrations."""
+    """Differences of arms; p-values are Holm's over all arms that are compared in one group at the same numbers of demonstrations.
+
+    Against scratch there is the difference from scratch with the next larger number, too.
+    """
+    pairs, numbers = list(pairs), sorted(demonstrations, key=lambda count: count or np.inf)
+    against_scratch = [pair for pair in pairs if pair[1] == "scratch"]
     rows = []
-    for count in demonstrations:
+    for count, other, compared in [
+        *((count, count, pairs) for count in demonstrations),
+        *((fewer, more, against_scratch) for fewer, more in pairwise(numbers)),
+    ]:
         for group in GROUPS:
             family = []
-            for first, second, says in pairs:
-                a, b = runs.get((first, count)), runs.get((second, count))
+            for first, second, says in compared:
+                a, b = runs.get((first, count)), runs.get((second, other))
                 if not (a and b and group in a[0]):
                     continue
                 firsts, seconds = [run[group] for run in a], [run[group] for run in b]
                 difference = estimate(firsts, minus=seconds)
                 family.append(
-                    {"first": first, "second": second, "says": says, "demonstrations": count, "group": group}
+                    {"first": first, "second": second, "says": says, "group": group}
+                    | {"demonstrations": count, "demonstrations_of_second": other}
                     | asdict(difference)
                     | {"mcnemar_p": mcnemar_p_values(firsts, seconds)}
                 )
