@@ -202,7 +202,7 @@ def measure(m: Measurement) -> dict[str, float]:
 
     sampler = sampled(batch)
     if (drawn := len(sampler.rows(0))) > m.rows:  # goals came up in several scenes
-        goals = max(1, batch.goals * m.rows // drawn)
+        goals = max(1, batch.goals * m.rows // (2 * drawn))
         while len((sampler := sampled(replace(batch, goals=goals))).rows(0)) < m.rows:
             goals += max(1, goals // 50)
     config = AlignConfig(data=DataConfig(root=m.root), batch=batch, threads=m.threads)
