@@ -58,7 +58,7 @@ def test_the_pooler_is_the_policys_own_and_the_rest_goes_on_from_the_file(config
     frames = open_frames(episodes, config.data.image_size)
     everything = np.arange(len(episodes.goal_id))
     stats = Normalizers(compute_norm_stats(episodes.action), compute_norm_stats(episodes.state))
-    auxiliary = Auxiliary(config, episodes, everything, frames, stats, policy)
+    auxiliary = Auxiliary(config, episodes, [everything], [1.0], frames, stats, policy)
     assert auxiliary.model.pooler is policy.network.pooler
     assert auxiliary.model.clip is policy.clip
     saved = load_file(encoder.parent / "alignment.safetensors")
@@ -76,6 +76,20 @@ def test_the_pooler_is_the_policys_own_and_the_rest_goes_on_from_the_file(config
     assert any(name.startswith("clip.vision_model.") for name in changed)
     for name in changed:  # twice the gradient on top of what was there
         torch.testing.assert_close(parameters[name].grad, 2 * first[name] - 1, rtol=1e-4, atol=1e-5)
+
+
+def test_a_started_policy_brings_the_alignment_it_was_trained_on(config, tmp_path):
+    """Not that of `encoder`, which a start makes meaningless."""
+    first = train_policy(replace(config, steps=1, output=str(tmp_path / "first")))
+    changed = replace(config, start=str(first), encoder="/nowhere/clip", steps=1, output=str(tmp_path / "second"))
+    policy = train_policy(changed)
+    assert json.loads((policy / "concord.json").read_text())["encoder"] == config.encoder
+    episodes = read_episodes(config.data.root)
+    everything, frames = np.arange(len(episodes.goal_id)), open_frames(episodes, config.data.image_size)
+    stats = Normalizers(compute_norm_stats(episodes.action), compute_norm_stats(episodes.state))
+    auxiliary = Auxiliary(changed, episodes, [everything], [1.0], frames, stats, make_policy(changed, episodes))
+    saved = load_file(Path(config.encoder).parent / "alignment.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in auxiliary.own_parameters().items())
 
 
 def test_a_control_that_hides_something_is_refused(config):

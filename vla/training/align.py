@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from vla.config import AlignConfig, LossConfig, TowerConfig
+from vla.config import AlignConfig, BatchConfig, LossConfig, TowerConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.frames import open_pictures
 from vla.data.minimal_pairs import MinimalPairs
-from vla.data.mixture import Mixture, open_mixture
+from vla.data.mixture import open_mixture
 from vla.data.normalization import compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.eval.alignment import Embedded, measure_alignment
@@ -91,7 +91,7 @@ def train_align(config: AlignConfig) -> Path:
     told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
-    sampler = make_sampler(config, mixture)
+    sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
     pairs = minimal_pairs(config.loss, episodes, train, partial(say, accelerator))
     relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
 
@@ -268,14 +268,14 @@ def make_stats(episodes: Episodes, rows: np.ndarray) -> Normalizers:
     return Normalizers(*map(compute_norm_stats, known))
 
 
-def make_sampler(config: AlignConfig, mixture: Mixture) -> MixedSampler:
-    """The batches' rows: each data set gives goals by its weight."""
-    episodes, samplers = mixture.episodes, []
-    for number, (positions, goals) in enumerate(
-        zip(mixture.train, shares(config.batch.goals, mixture.weights), strict=True)
-    ):
-        batch = asdict(config.batch) | {"goals": goals, "seed": config.seed + (number << 20)}
-        samplers.append(GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, positions, **batch))
+def make_sampler(
+    batch: BatchConfig, seed: int, episodes: Episodes, parts: list[np.ndarray], weights: list[float]
+) -> MixedSampler:
+    """The batches' rows: each data set, whose training episodes are one of `parts`, gives goals by its weight."""
+    samplers = []
+    for number, (positions, goals) in enumerate(zip(parts, shares(batch.goals, weights), strict=True)):
+        own = asdict(batch) | {"goals": goals, "seed": seed + (number << 20)}
+        samplers.append(GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, positions, **own))
     return MixedSampler(samplers)
 
 

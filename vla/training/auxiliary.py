@@ -1,8 +1,9 @@
 """Stage one's terms beside the cloning loss of stage two, on the encoder that is fine-tuned and the policy's pooler."""
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,10 @@ from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import Normalizers, TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.normalization import normalize_quantile
-from vla.data.sampler import GoalSampler
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
-from vla.training.align import make_model, minimal_pairs
+from vla.training.align import make_model, make_sampler, minimal_pairs
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.types import TripletBatch, UserError
@@ -32,12 +32,16 @@ class Auxiliary:
         self,
         config: PolicyTrainConfig,
         episodes: Episodes,
-        train: np.ndarray,
+        parts: list[np.ndarray],
+        weights: list[float],
         frames: np.ndarray,
         stats: Normalizers,
         policy: ConcordPolicy,
     ) -> None:
         """Build on a policy; what stage one has beside its encoder goes on from the file beside it, if there is one.
+
+        Args:
+            parts, weights: training episodes of every data set, and what each weighs in a batch.
 
         Raises:
             UserError: a frozen encoder, or sizes that are not those of the policy's pooler or of the file.
@@ -54,15 +58,17 @@ class Auxiliary:
             )
         self.config = config
         align = AlignConfig(data=config.data, loss=loss, batch=config.batch, horizon=head.horizon)
+        train = np.concatenate(parts)
         self.pairs = minimal_pairs(loss, episodes, train, print)
         self.source = TripletSource(episodes, frames, stats, head.horizon)
-        self.sampler = GoalSampler(
-            episodes.start, episodes.goal_id, episodes.scene_id, train, seed=config.seed, **asdict(config.batch)
-        )
+        self.sampler = make_sampler(config.batch, config.seed, episodes, parts, weights)
         self.model = make_model(align, policy.clip, episodes)
-        beside = Path(config.encoder).parent / "alignment.safetensors"
-        if config.encoder != "random" and beside.is_file():
+        encoder = started_encoder(Path(config.start)) if config.start else config.encoder
+        beside = Path(encoder).parent / "alignment.safetensors"
+        if encoder != "random" and beside.is_file():
             load_rest(self.model, beside)
+        else:
+            print(f"auxiliary: its action encoder and projections are untrained; there is no {beside}")
         self.model.pooler = policy.network.pooler
         self.model.to(policy.image_mean.device)
         self.texts = tuple(t.to(policy.image_mean.device) for t in tokenize(policy.tokenizer, episodes.texts))
@@ -98,6 +104,12 @@ class Auxiliary:
             autocast=autocast,
         )
         return {f"auxiliary/{name}": float(term.loss.detach()) for name, term in terms.items()}
+
+
+def started_encoder(policy: Path) -> str:
+    """The encoder that a policy was trained on, as its record says; "random" if it says nothing."""
+    record = policy / "concord.json"
+    return json.loads(record.read_text())["encoder"] if record.is_file() else "random"
 
 
 def load_rest(model: torch.nn.Module, path: Path) -> None:

@@ -32,7 +32,7 @@ from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
-from vla.training.auxiliary import Auxiliary
+from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -103,7 +103,9 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         }
     )
     normalizers = Normalizers(stats[ACTION_KEY], stats[STATE_KEY])
-    auxiliary = Auxiliary(config, episodes, train, frames, normalizers, policy) if config.auxiliary else None
+    auxiliary = None
+    if config.auxiliary:
+        auxiliary = Auxiliary(config, episodes, parts, mixture.weights, frames, normalizers, policy)
     encoder_lr = config.optimizer.lr * config.encoder_lr_scale
     pooler_lr = config.optimizer.lr * (config.pooler_lr_scale if starts_trained(config) else 1.0)
     groups = [(policy.network.pooler, pooler_lr), (policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
@@ -414,7 +416,7 @@ def export(
         "tasks": extra.get("tasks", []),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,
-        "encoder": config.encoder,
+        "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
         "start": config.start,
         "tune": config.tune,
         "steps": config.steps,
