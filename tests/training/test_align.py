@@ -58,6 +58,15 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(align_config,
     assert (clip / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_the_report_of_a_finished_run_can_be_drawn_again(align_config, tmp_path):
+    config = replace(align_config, steps=1, output=str(tmp_path / "run"))
+    report = train_align(config).parent / "report.html"
+    before = report.read_text()
+    report.write_text("an older one")
+    train_align(replace(config, resume=True))
+    assert report.read_text().count("<svg") == before.count("<svg")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(align_config, tmp_path):
     broken = replace(align_config.optimizer, lr=1e30, warmup=0)
     config = replace(align_config, optimizer=broken, steps=20, output=str(tmp_path / "run"))

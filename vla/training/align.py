@@ -39,6 +39,7 @@ from vla.models.clip import Encoder, build_clip, load_clip, resize_positions, sa
 from vla.models.finetuning import add_lora, interpolated
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
+    how_to_replay,
     latest_checkpoint,
     load_checkpoint,
     restore_rng,
@@ -80,7 +81,9 @@ def train_align(config: AlignConfig) -> Path:
     with accelerator.main_process_first():
         run = RunFolder(Path(config.output), config, resume=config.resume, writes=accelerator.is_main_process)
     if (run.folder / "report.html").is_file():
-        say(accelerator, f"{run.folder}: finished already")
+        if accelerator.is_main_process:
+            write_alignment_report(run.folder)
+        say(accelerator, f"{run.folder}: finished already; drew its report.html again")
         return run.folder / "clip"
 
     with accelerator.local_main_process_first():
@@ -418,10 +421,8 @@ def stop_on_nonfinite(run: RunFolder, step: int, batch: TripletBatch, terms: dic
     if run.writes:
         arrays = vars(batch) | {"frames": batch.frames[:]}
         save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
-    last = latest_checkpoint(run.folder)
-    replay = f"--resume=true repeats it from {last.name}" if last else "another --output repeats it from the start"
     raise UserError(
-        f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and the same command with {replay}; "
+        f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
         "try a lower --optimizer.lr or --precision=no with another --output"
     )
 

@@ -81,6 +81,13 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def how_to_replay(run: Path) -> str:
+    """What repeats the step that a run stopped at: batches depend on seed and step alone."""
+    last = latest_checkpoint(run)
+    how = f"--resume=true repeats it from {last.name}" if last else "another --output repeats it from the start"
+    return f"the same command with {how}"
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors by group, and the state.
 

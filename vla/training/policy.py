@@ -34,6 +34,7 @@ from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
 from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
+    how_to_replay,
     latest_checkpoint,
     load_checkpoint,
     restore_rng,
@@ -443,7 +444,7 @@ def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
         arrays |= {f"triplets.{name}": value for name, value in triplets.items()}
     save_file({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}, path)
     raise UserError(
-        f"loss is not finite at step {step}; the batch is in {path}; "
+        f"loss is not finite at step {step}; the batch is in {path}, and {how_to_replay(folder)}; "
         "try a lower --optimizer.lr or --precision=no with another --output"
     )
 
