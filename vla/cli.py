@@ -79,7 +79,8 @@ def sweep(argv: list[str]) -> Path | None:
     from vla.config import SweepConfig
 
     swept, rest = split_flags(argv)
-    return run(load_config(SweepConfig, rest), swept) / "sweep.json"
+    folder = run(load_config(SweepConfig, rest), swept)
+    return folder and folder / "sweep.json"
 
 
 def doctor(argv: list[str]) -> Path | None:

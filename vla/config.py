@@ -273,6 +273,7 @@ class SweepConfig:
     align: AlignConfig = field(default_factory=AlignConfig)  # stage one
     policy: PolicyTrainConfig = field(default_factory=_compared_policy)  # stage two, on stage one's data
     eval: EvalConfig = field(default_factory=EvalConfig)  # the evaluation
+    dry_run: bool = False  # print what would run and how long it takes, then stop
 
 
 @dataclass

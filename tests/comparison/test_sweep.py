@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -51,6 +52,16 @@ def test_the_report_has_a_figure_for_each_field(finished):
     page = (finished / "report.html").read_text()
     assert "Success against align.loss.temperature" in page
     assert "Success against policy.steps" in page
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(config, tmp_path, capsys):
+    swept = {"align.steps": ("10", "1000")}
+    assert sweep(replace(config, output=str(tmp_path / "run"), dry_run=True), swept) is None
+    out = capsys.readouterr().out
+    assert re.search(r"^sweep: 7 jobs, 7 left, about .* in one process", out)
+    times = dict(re.findall(r"align-align.steps=(\d+)-0 +(.+)", out))
+    assert times["10"] != times["1000"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_sweep_runs_nothing_again(finished, config):

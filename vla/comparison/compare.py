@@ -4,34 +4,25 @@ import csv
 import json
 import os
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from vla.comparison.arms import CONTRASTS
-from vla.comparison.jobs import Job, duration, needed, run_jobs
+from vla.comparison.estimates import with_estimates
+from vla.comparison.jobs import in_short, print_left, run_jobs
 from vla.comparison.plan import chosen_arms, plan_jobs, write_json
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
 from vla.config import CompareConfig, SweepConfig
 from vla.config_io import filled, to_dict
-from vla.eval.evaluate import checked
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
-from vla.integrations.collect import checked_tasks
 from vla.locks import waiting_lock
-from vla.models.clip import patch_tokens
-from vla.training.align import make_encoders
 from vla.types import UserError
 from vla.versions import versions
 
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# For the estimate alone: timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
-TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
-DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
 GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
 FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size", "stream", "cache")  # changing these changes no result
@@ -48,15 +39,11 @@ def compare(config: CompareConfig) -> Path | None:
         os.environ.pop(name, None)
     folder = Path(config.output)
     jobs = with_estimates(config, plan_jobs(config))
-    left = needed(jobs)
-    print(
-        f"compare: {len(jobs)} jobs, {len(left)} left, about {duration(sum(job.seconds for job in left))} in one process"
-    )
+    print("compare: " + in_short(jobs))
     can_see = power(config) if chosen_arms(config) else ""
     print(can_see or "policies as they are: no training seeds, no differences")
     if config.dry_run:
-        for job in left:
-            print(f"  {job.name:40} {duration(job.seconds):>12}")
+        print_left(jobs)
         return None
     check_same(folder, config)
     run_jobs(jobs, folder / "jobs", print)
@@ -166,66 +153,3 @@ def points(seeds: int, episodes: int, alpha: float = 0.05) -> str:
     """The smallest difference that is seen, in words."""
     difference = visible_difference(seeds, episodes, alpha=alpha)
     return f"a difference of {100 * difference:.0f} points" if difference < 1 else "no difference"
-
-
-def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
-    """The jobs with the seconds they will take, from the tower's speed on this machine."""
-    forward, training = tower_speed(config)
-    batch = config.align.batch
-    pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
-    policy, episodes = config.policy, config.eval.episodes
-    env = config.collect.env
-    _, levels = checked(replace(config.eval, env=env.name), {})
-    timesteps, look, episode = TYPICAL[env.name]
-    episodes += len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
-    looks = timesteps / policy.head.n_action_steps
-    demos = config.collect.scenes * (
-        len(checked_tasks(config.collect)) if env.name == "metaworld" else config.collect.goals_per_scene
-    )
-    arms = chosen_arms(config)
-
-    def seconds(job: Job) -> float:
-        stage, _, rest = job.name.partition("-")
-        if stage == "data":
-            return episode * demos
-        if stage == "align":
-            return config.align.steps * pictures * training * 1.5  # the words, the losses and the update
-        if stage == "cloning":
-            return config.cloning_steps * policy.batch_size * training * 1.3
-        if stage == "policy":
-            arm = arms[rest.rsplit("-", 2)[0]]
-            if arm.tuned_part == "nothing":
-                seen = policy.steps * policy.batch_size
-                encoded = demos * timesteps * DEMONSTRATED * policy.cached_shifts or seen
-                return seen * 8e-4 + encoded * forward
-            steps = config.scratch_steps if arm.source == "random" else config.tuned_steps
-            return steps * policy.batch_size * training * 1.3
-        if stage == "eval":
-            return episodes * looks * (forward + look)
-        return 10.0
-
-    return [replace(job, seconds=seconds(job)) for job in jobs]
-
-
-def tower_speed(config: CompareConfig) -> tuple[float, float]:
-    """Seconds a picture of the vision tower, forward alone and with its gradients."""
-    clip, _ = make_encoders(
-        replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size, ("a text",)
-    )
-    size = config.align.data.image_size
-    pictures = torch.zeros(32, 3, size, size)
-    times: list[float] = []
-
-    def step(gradients: bool) -> Tensor:
-        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=config.align.precision == "bf16"):
-            total = patch_tokens(clip, pictures).float().sum()
-        if gradients:
-            total.backward()
-        return total
-
-    for gradients in (False, True):
-        step(gradients)
-        started = time.perf_counter()
-        step(gradients)
-        times.append((time.perf_counter() - started) / len(pictures))
-    return times[0], times[1]

@@ -41,6 +41,19 @@ def needed(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.name in wanted]
 
 
+def in_short(jobs: Sequence[Job]) -> str:
+    """How many there are and are left, and how long these take."""
+    left = needed(jobs)
+    seconds = sum(job.seconds for job in left)
+    return f"{len(jobs)} jobs, {len(left)} left, about {duration(seconds)} in one process"
+
+
+def print_left(jobs: Sequence[Job]) -> None:
+    """What a dry run says of every job that is left."""
+    for job in needed(jobs):
+        print(f"  {job.name:40} {duration(job.seconds):>12}")
+
+
 def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None]) -> None:
     """Work through the jobs together with other processes until no result is missing; `folder` takes locks and logs."""
     while left := needed(jobs):

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vla.comparison.compare import check_same
-from vla.comparison.jobs import Job, run_jobs
+from vla.comparison.estimates import stage_seconds
+from vla.comparison.jobs import Job, in_short, print_left, run_jobs
 from vla.comparison.plan import check_episodes, config_differences, write_json
 from vla.comparison.report import interval
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
@@ -111,8 +112,8 @@ def label(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
     return ",".join(parts).replace("/", "_") or "default"
 
 
-def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path:
-    """Run what is left of the sweep, alone or together with other processes, and return its folder.
+def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None:
+    """Run what is left of the sweep, alone or together with other processes, and return its folder; None of a dry run.
 
     Raises:
         UserError: nothing is swept, or a field or value that cannot be.
@@ -125,13 +126,30 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path:
         raise ConfigError(f"ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
     check_points(config)
     folder = Path(config.output)
-    check_same(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
-    runs = [(point, seed, at_point(config, point)) for point in chosen for seed in config.seeds]
-    jobs = {job.name: job for point, seed, at in runs for job in jobs_of(at, folder, point, seed)}
-    run_jobs(list(jobs.values()), folder / "jobs", print)
+    by_name: dict[str, Job] = {}
+    for point in chosen:
+        at = at_point(config, point)
+        seconds = stage_seconds(at)
+        for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
+            by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
+    jobs = list(by_name.values())
+    print("sweep: " + in_short(jobs))
+    if config.dry_run:
+        print_left(jobs)
+        return None
+    check_same(folder, config)
+    run_jobs(jobs, folder / "jobs", print)
     finish(config, swept, chosen, folder)
     return folder
+
+
+def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float:
+    """The seconds that a job at a point's configuration will take."""
+    stage = job.name.partition("-")[0]
+    if stage == "policy" and config.policy.tune:
+        return config.policy.steps * stages["tuned step"]
+    return stages[stage]
 
 
 def check_points(config: SweepConfig) -> None:

@@ -1,0 +1,81 @@
+"""How long the jobs of a comparison or a sweep take, from the tower's speed on this machine."""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vla.comparison.jobs import Job
+from vla.comparison.plan import chosen_arms
+from vla.config import CompareConfig, SweepConfig
+from vla.eval.evaluate import checked
+from vla.integrations.collect import checked_tasks
+from vla.models.clip import patch_tokens
+from vla.training.align import make_encoders
+
+# Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
+TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
+DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
+
+
+def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
+    """Seconds of each stage with a frozen encoder, by the first word of the job's name; "tuned step" is of a fine-tuned one."""
+    forward, training = tower_speed(config)
+    batch, policy, env = config.align.batch, config.policy, config.collect.env
+    pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
+    timesteps, look, episode = TYPICAL[env.name]
+    _, levels = checked(replace(config.eval, env=env.name), {})
+    evaluated = config.eval.episodes + len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
+    looks = timesteps / policy.head.n_action_steps
+    demos = config.collect.scenes * (
+        len(checked_tasks(config.collect)) if env.name == "metaworld" else config.collect.goals_per_scene
+    )
+    seen = policy.steps * policy.batch_size
+    encoded = demos * timesteps * DEMONSTRATED * policy.cached_shifts or seen
+    return {
+        "data": episode * demos,
+        "align": config.align.steps * pictures * training * 1.5,  # the words, the losses and the update
+        "policy": seen * 8e-4 + encoded * forward,
+        "tuned step": policy.batch_size * training * 1.3,
+        "eval": evaluated * looks * (forward + look),
+    }
+
+
+def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
+    """The jobs of a comparison with the seconds they will take."""
+    stages, arms = stage_seconds(config), chosen_arms(config)
+
+    def seconds(job: Job) -> float:
+        stage, _, rest = job.name.partition("-")
+        if stage == "cloning":
+            return config.cloning_steps * stages["tuned step"]
+        if stage == "policy" and (arm := arms[rest.rsplit("-", 2)[0]]).tuned_part != "nothing":
+            return (config.scratch_steps if arm.source == "random" else config.tuned_steps) * stages["tuned step"]
+        return stages.get(stage, 10.0)
+
+    return [replace(job, seconds=seconds(job)) for job in jobs]
+
+
+def tower_speed(config: CompareConfig | SweepConfig) -> tuple[float, float]:
+    """Seconds a picture of the vision tower, forward alone and with its gradients."""
+    clip, _ = make_encoders(
+        replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size, ("a text",)
+    )
+    size = config.align.data.image_size
+    pictures = torch.zeros(32, 3, size, size)
+    times: list[float] = []
+
+    def step(gradients: bool) -> Tensor:
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=config.align.precision == "bf16"):
+            total = patch_tokens(clip, pictures).float().sum()
+        if gradients:
+            total.backward()
+        return total
+
+    for gradients in (False, True):
+        step(gradients)
+        started = time.perf_counter()
+        step(gradients)
+        times.append((time.perf_counter() - started) / len(pictures))
+    return times[0], times[1]
