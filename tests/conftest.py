@@ -8,12 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vla.config import AlignConfig, CollectConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.integrations.collect import collect
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import build_clip
+from vla.models.lexicon import train_tokenizer
 from vla.training.align import train_align
 from vla.training.policy import train_policy
 
@@ -38,6 +41,27 @@ def small_alignment_model(texts: tuple[str, ...], layers: int, **kinds: bool):
     clip, tokenizer = build_clip(texts, **sizes, **text_sizes)
     shapes = {"horizon": 4, "action_dim": 3, "state_dim": 2, "pooler_width": 32, "queries": 2}
     return AlignmentModel(clip, **shapes, temperature=0.07, learn_temperature=True, **kinds), tokenizer
+
+
+@pytest.fixture(scope="session")
+def openai_clip(tmp_path_factory) -> Path:
+    """A small random CLIP as OpenAI published theirs: own statistics of pictures, 2 for the end of a text, scale 100; 32 px."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("openai") / "tiny"
+    tokenizer = train_tokenizer(["push the red star to the left"], 600)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    vision = {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=sizes | text, vision_config=sizes | vision, projection_dim=16)
+    model = CLIPModel(config)
+    model.logit_scale.data.fill_(4.6052)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessor(
+        size=side, crop_size=side, image_mean=list(OPENAI_CLIP_MEAN), image_std=list(OPENAI_CLIP_STD)
+    ).save_pretrained(folder)  # preprocessor_config.json
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,14 @@ import torch
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPTextModel,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
 )
 from transformers.utils import logging
 
@@ -130,6 +133,55 @@ def test_a_folder_with_missing_weights_is_refused(saved):
         load_clip(folder)
 
 
+def published(folder, frames):
+    """The patch tokens that transformers' own processor and model give pictures of the model's size."""
+    model = CLIPModel.from_pretrained(folder).eval().vision_model
+    pixels = CLIPImageProcessor.from_pretrained(folder)(images=[f.numpy() for f in frames], return_tensors="pt")
+    return model.post_layernorm(model(pixels["pixel_values"]).last_hidden_state[:, 1:])
+
+
+@torch.no_grad()
+def test_a_model_of_other_image_statistics_sees_what_its_own_processor_shows_it(openai_clip, frames):
+    pictures = frames[:, :32, :32]
+    ours = patch_tokens(load_clip(openai_clip)[0].eval(), pixel_values(pictures))
+    torch.testing.assert_close(ours, published(openai_clip, pictures), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_saved_model_of_other_image_statistics_sees_the_same_by_its_own_processor(openai_clip, frames, tmp_path):
+    pictures = frames[:, :32, :32]
+    save_clip(tmp_path / "clip", *load_clip(openai_clip))
+    torch.testing.assert_close(
+        published(tmp_path / "clip", pictures), published(openai_clip, pictures), atol=1e-5, rtol=1e-5
+    )
+    again = patch_tokens(load_clip(tmp_path / "clip")[0].eval(), pixel_values(pictures))
+    torch.testing.assert_close(again, published(openai_clip, pictures), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_image_statistics_are_absorbed_at_another_image_size_too(openai_clip, frames):
+    model = resize_positions(CLIPModel.from_pretrained(openai_clip), 48).eval()
+    processor = CLIPImageProcessor.from_pretrained(openai_clip)
+    pixels = processor(images=[f.numpy() for f in frames], do_resize=False, do_center_crop=False, return_tensors="pt")
+    ours = resize_positions(load_clip(openai_clip)[0], 48).eval()
+    expected = patch_tokens(model, pixels["pixel_values"])
+    torch.testing.assert_close(patch_tokens(ours, pixel_values(frames)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_without_an_image_processor_is_one_of_imagenet_statistics(saved):
+    folder, model, _ = saved
+    (folder / "processor_config.json").unlink()
+    weight = load_clip(folder)[0].vision_model.embeddings.patch_embedding.weight
+    assert torch.equal(weight, model.vision_model.embeddings.patch_embedding.weight)
+
+
+def test_a_model_of_another_family_is_refused_with_those_that_work(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    SiglipModel(SiglipConfig(text_config=sizes | {"vocab_size": 32}, vision_config=sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"a siglip model; encoders are CLIP .* DINOv2 or ViT"):
+        load_clip(tmp_path)
+
+
 def test_a_missing_folder_names_the_command_that_makes_one():
     with pytest.raises(UserError, match=r"no such encoder folder; run `python scripts/train_align\.py`"):
         load_clip("outputs/nowhere/clip")
@@ -155,6 +207,18 @@ def test_a_vision_model_of_others_is_read_as_it_is_and_gets_the_text_tower(saved
     with torch.no_grad():
         assert torch.allclose(patch_tokens(loaded.eval(), pixels), vision(pixels).last_hidden_state[:, 1:], atol=1e-6)
         assert torch.allclose(text_features(loaded, ids, mask)[1], text_features(clip, ids, mask)[1], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_vision_model_of_other_image_statistics_sees_what_its_own_processor_shows_it(saved, dinov2):
+    _, clip, _ = saved
+    folder, vision = dinov2
+    processor = CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=False, do_center_crop=False)
+    processor.save_pretrained(folder)
+    frames = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 70, 70, 3), dtype=np.uint8))
+    expected = vision(processor(images=[f.numpy() for f in frames], return_tensors="pt")["pixel_values"])
+    ours = patch_tokens(with_vision_of(folder, clip, 70).eval(), pixel_values(frames))
+    torch.testing.assert_close(ours, expected.last_hidden_state[:, 1:], atol=1e-5, rtol=1e-5)
 
 
 def test_pictures_that_a_vision_models_patches_do_not_divide_are_scaled_up(saved, dinov2):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, Dinov2Config, ViTConfig
 
 from tests.conftest import small_alignment_model
+from vla.models.clip import with_vision_of
 from vla.training.optim import layer_groups, make_optimizers, schedule
 
 
@@ -80,3 +82,15 @@ def test_the_learning_rate_falls_from_layer_to_layer_below_the_last():
     assert rate_of[id(vision.embeddings.patch_embedding.weight)] == 0.125
     assert rate_of[id(clip.visual_projection.weight)] == 1.0
     assert set(rate_of) == {id(p) for p in clip.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", [Dinov2Config, ViTConfig])
+def test_the_layers_of_a_vision_transformer_of_others_have_their_own_rates(kind, tmp_path):
+    sizes = {"image_size": 24, "patch_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(kind(**sizes)).save_pretrained(tmp_path)
+    clip = with_vision_of(tmp_path, small_alignment_model(("a text",), layers=1)[0].clip, 24)
+    groups = make_optimizers(layer_groups(clip, 1.0, 0.5), 0.1).param_groups
+    rate_of = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    rates = [{rate_of[id(p)] for p in layer.parameters()} for layer in clip.vision_model.encoder.layer]
+    assert rates == [{0.5}, {1.0}]
+    assert rate_of[id(clip.vision_model.embeddings.cls_token)] == 0.25

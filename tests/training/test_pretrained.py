@@ -1,18 +1,26 @@
 """A pretrained start: low-rank updates, interpolation with the start, and what is measured on the way."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, Dinov2Config, ViTConfig
 
-from tests.conftest import debug
-from vla.config import CollectConfig
+from tests.conftest import debug, small_alignment_model
+from vla.config import AlignConfig, CollectConfig
+from vla.config_io import save_yaml
+from vla.data.episodes import read_episodes, split_episodes
 from vla.integrations.collect import collect
-from vla.models.clip import build_clip, load_clip, patch_tokens
+from vla.models.clip import build_clip, load_clip, patch_tokens, save_clip, with_vision_of
 from vla.models.finetuning import add_lora, interpolated, merged
-from vla.training.align import train_align
+from vla.training.align import old_data, train_align
+from vla.training.optim import make_optimizers
+from vla.training.pretrained import rate_groups, take_up
 from vla.types import UserError
 
 SIZES = {"image_size": 24, "patch_size": 12, "width": 16, "layers": 2, "heads": 2, "embed_dim": 8}
@@ -126,3 +134,144 @@ def test_a_share_beyond_the_way_is_refused(align_config, encoder, tmp_path):
     tower = replace(align_config.tower, pretrained=str(encoder))
     with pytest.raises(UserError, match=r"wise_ft 1\.5 is not between"):
         train_align(replace(align_config, tower=tower, wise_ft=(1.5,), output=str(tmp_path / "run")))
+
+
+def standing_still(config: AlignConfig, start: Path, output: Path, **changes) -> AlignConfig:
+    """One step from a start that moves nothing."""
+    optimizer = replace(config.optimizer, lr=0.0, pretrained_lr=0.0)
+    tower = replace(config.tower, pretrained=str(start))
+    return replace(config, tower=tower, optimizer=optimizer, steps=1, output=str(output), **changes)
+
+
+def test_a_start_that_stage_one_wrote_brings_what_lies_beside_its_encoder(align_config, encoder, tmp_path, capsys):
+    run = train_align(standing_still(align_config, encoder, tmp_path / "run", seed=5)).parent
+    before, after = (load_file(folder / "alignment.safetensors") for folder in (encoder.parent, run))
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]), name
+    assert "not taken up" not in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_named_and_the_rest_taken_up(align_config, encoder, tmp_path, capsys):
+    run = train_align(standing_still(align_config, encoder, tmp_path / "run", horizon=align_config.horizon + 4)).parent
+    assert (
+        "alignment.safetensors: not taken up, as it does not fit this run: action_encoder\n" in capsys.readouterr().out
+    )
+    before, after = (load_file(folder / "alignment.safetensors") for folder in (encoder.parent, run))
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if name.startswith("pooler."))
+
+
+def test_a_fixed_temperature_stays_as_configured(align_config, encoder, tmp_path):
+    loss = replace(align_config.loss, temperature=0.5, learn_temperature=False)
+    run = train_align(standing_still(align_config, encoder, tmp_path / "run", loss=loss)).parent
+    assert float(load_file(run / "alignment.safetensors")["logit_scales.state"].exp()) == pytest.approx(2)
+
+
+def test_a_start_with_nothing_beside_it_brings_the_scale_of_its_own_loss_alone(openai_clip):
+    model, _ = small_alignment_model(("a text",), layers=1)
+    model.clip = load_clip(openai_clip)[0]
+    take_up(model, str(openai_clip), print)
+    scales = {name: float(model.scale(name).detach()) for name in model.logit_scales}
+    assert scales.pop("vision_language") == pytest.approx(100)
+    assert all(scale == pytest.approx(1 / 0.07) for scale in scales.values())
+
+
+def test_a_sigmoid_loss_does_not_start_from_a_softmaxs_scale(openai_clip):
+    model, _ = small_alignment_model(("a text",), layers=1, sigmoid=True)
+    model.clip = load_clip(openai_clip)[0]
+    take_up(model, str(openai_clip), print)
+    assert float(model.scale("vision_language").detach()) == pytest.approx(1 / 0.07)
+
+
+def test_low_rank_updates_have_the_full_rate_and_pretrained_projections_their_own(align_config):
+    model, _ = small_alignment_model(("a text",), layers=1)
+    add_lora(model.clip, 2)
+    tower = replace(align_config.tower, pretrained="somewhere", lora_rank=2)
+    groups = make_optimizers(rate_groups(model, replace(align_config, tower=tower)), 0.0).param_groups
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    slow = {name_of[id(p)] for g in groups for p in g["params"] if g["peak_lr"] == align_config.optimizer.pretrained_lr}
+    full = {name_of[id(p)] for g in groups for p in g["params"] if g["peak_lr"] == align_config.optimizer.lr}
+    assert slow == {"clip.visual_projection.weight", "clip.text_projection.weight"}
+    assert slow | full == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_rate_by_layer_is_refused_where_layers_keep_their_weights(align_config, encoder, tmp_path):
+    tower = replace(align_config.tower, pretrained=str(encoder), lora_rank=2)
+    optimizer = replace(align_config.optimizer, layer_decay=0.5)
+    with pytest.raises(UserError, match=r"config error: optimizer\.layer_decay: tower\.lora_rank leaves"):
+        train_align(replace(align_config, tower=tower, optimizer=optimizer, output=str(tmp_path / "run")))
+
+
+def start_of(encoder: Path, folder: Path, config: AlignConfig) -> Path:
+    """The encoder as a run of another configuration would have written it."""
+    shutil.copytree(encoder, folder / "clip")
+    shutil.copy(encoder.parent / "alignment.safetensors", folder)
+    save_yaml(config, folder / "config.yaml")
+    return folder / "clip"
+
+
+def forgetting(config: AlignConfig, start: Path, root: Path) -> AlignConfig:
+    return replace(config, tower=replace(config.tower, pretrained=str(start)), forgetting=str(root))
+
+
+@pytest.mark.parametrize("where", ["run", "run/wise_ft/0.5"])
+def test_old_episodes_are_those_that_the_start_held_out(align_config, encoder, data_root, tmp_path, where):
+    before = replace(align_config, seed=11, data=replace(align_config.data, holdout=0.5))
+    start = start_of(encoder, tmp_path / where, before)
+    save_yaml(before, tmp_path / "run" / "config.yaml")
+    old = old_data(forgetting(align_config, start, data_root))["old"].positions
+    episodes = read_episodes(data_root)
+    assert old.tolist() == split_episodes(episodes, 0.5, 11)[1].tolist()
+    assert old.tolist() != split_episodes(episodes, align_config.data.holdout, align_config.seed)[1].tolist()
+
+
+def test_old_episodes_are_split_as_the_new_ones_where_the_start_has_no_run(align_config, openai_clip, data_root):
+    old = old_data(forgetting(align_config, openai_clip, data_root))
+    expected = split_episodes(read_episodes(data_root), align_config.data.holdout, align_config.seed)[1]
+    assert old.keys() == {"old"}
+    assert old["old"].positions.tolist() == expected.tolist()
+
+
+def test_old_data_that_the_start_trained_on_whole_is_refused(align_config, encoder, data_root, tmp_path):
+    before = replace(align_config, more=(f"{data_root}=0.5",))
+    start = start_of(encoder, tmp_path / "run", before)
+    with pytest.raises(UserError, match=r"config error: forgetting: .* was trained on all of"):
+        old_data(forgetting(align_config, start, data_root))
+
+
+def test_old_data_may_call_its_camera_otherwise(align_config, openai_clip, data_root):
+    config = replace(align_config, data=replace(align_config.data, camera="observation.images.front"))
+    source = old_data(forgetting(config, openai_clip, data_root))["old"].source
+    assert source.episodes.camera == "observation.image"
+
+
+def test_goals_that_the_start_never_trained_on_are_measured_apart(align_config, encoder, data_root, tmp_path):
+    before = replace(align_config, data=replace(align_config.data, holdout=0.8))
+    old = old_data(forgetting(align_config, start_of(encoder, tmp_path / "run", before), data_root))
+    goals = read_episodes(data_root).goal_id
+    train, _ = split_episodes(read_episodes(data_root), 0.8, before.seed)
+    assert len(old["old_goals"].positions)
+    assert not np.isin(goals[old["old_goals"].positions], goals[train]).any()
+
+
+def test_a_clip_as_openai_published_theirs_is_aligned_at_another_image_size(align_config, openai_clip, tmp_path):
+    tower = replace(align_config.tower, pretrained=str(openai_clip))
+    folder = train_align(replace(align_config, tower=tower, steps=2, output=str(tmp_path / "run")))
+    clip, _ = load_clip(folder)
+    assert clip.config.vision_config.image_size == align_config.data.image_size
+    assert clip.config.text_config.eos_token_id == 2  # texts are still pooled as they were
+    before = load_clip(openai_clip)[0]
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert 0 < (clip.state_dict()[name] - before.state_dict()[name]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", [Dinov2Config, ViTConfig])
+def test_a_vision_transformer_with_a_text_tower_is_aligned(align_config, encoder, tmp_path, kind):
+    sizes = {"image_size": 48, "patch_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(kind(**sizes)).save_pretrained(tmp_path / "vision")
+    clip, tokenizer = load_clip(encoder)
+    save_clip(tmp_path / "pair", with_vision_of(tmp_path / "vision", clip, 48), tokenizer)
+    tower = replace(align_config.tower, pretrained=str(tmp_path / "pair"))
+    optimizer = replace(align_config.optimizer, layer_decay=0.5)
+    config = replace(align_config, tower=tower, optimizer=optimizer, wise_ft=(0.5,), output=str(tmp_path / "run"))
+    load_clip(train_align(replace(config, steps=2)))  # complete, or it is refused

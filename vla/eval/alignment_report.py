@@ -135,10 +135,13 @@ def way_section(way: list[dict[str, float]]) -> Section:
     names = [name for name in way[0] if name != "share" and not name.endswith("/chance")]
     shown = [name for name in names if name.endswith(("zero_shot", "image_to_text_r1", "text_to_image_r1"))]
     shares = [point["share"] for point in way]
+    colors: dict[str, str] = {}
 
     def draw(axes) -> None:
-        for color, name in zip(COLORS, shown, strict=False):
-            style = "--" if name.startswith("old/") else "-"
+        for name in shown:
+            data, measure = name.split("/")
+            style = {"new": "-", "old": "--", "old_goals": ":"}[data]
+            color = colors.setdefault(measure, COLORS[len(colors)])
             axes.plot(shares, [point[name] for point in way], style, marker="o", color=color, label=name)
         axes.set(xlabel="share of the way from the start (0) to the trained weights (1)", ylim=(0, 1))
         axes.legend(frameon=False, fontsize=8)
@@ -148,7 +151,7 @@ def way_section(way: list[dict[str, float]]) -> Section:
     return Section(
         "From the pretrained start",
         "Weights between the start and the trained ones, on the held-out episodes of the new data, and of the start's own (old) where "
-        "they are given: what falls there was forgotten.",
+        "they are given: what falls there was forgotten. old_goals are those of them whose goals the start never trained on.",
         (
             figure(draw, "From start to end: " + "; ".join(kept) + "."),
             Table("Measures along the way", ("share", *shown), rows),

@@ -21,6 +21,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    ImageProcessingMixin,
     PreTrainedTokenizerBase,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
@@ -36,6 +37,9 @@ from vla.types import UserError
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 Encoder = CLIPModel | VisionTextDualEncoderModel
+FAMILIES = (
+    "CLIP (OpenAI's, OpenCLIP's in transformers' format), or a VisionTextDualEncoder of DINOv2 or ViT and a text tower"
+)
 
 
 def build_clip(
@@ -184,9 +188,16 @@ def start_like_trained_attention(attention: nn.Module) -> None:
 
 
 def encoder_class(source: str | Path) -> tuple[type[Encoder], CLIPConfig | VisionTextDualEncoderConfig]:
-    """The class and configuration of an encoder folder or hub id."""
-    if isinstance(AutoConfig.from_pretrained(source), VisionTextDualEncoderConfig):
+    """The class and configuration of an encoder folder or hub id.
+
+    Raises:
+        UserError: a model of another family.
+    """
+    family = AutoConfig.from_pretrained(source).model_type
+    if family == VisionTextDualEncoderConfig.model_type:
         return VisionTextDualEncoderModel, VisionTextDualEncoderConfig.from_pretrained(source)
+    if family != CLIPConfig.model_type:
+        raise UserError(f"{source}: a {family} model; encoders are {FAMILIES}")
     return CLIPModel, CLIPConfig.from_pretrained(source)
 
 
@@ -204,7 +215,7 @@ def untrained[E: Encoder](clip: E) -> E:
 def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> VisionTextDualEncoderModel:
     """The vision transformer of a folder or hub id, for pictures of about `image_size`, with the text tower of `text`.
 
-    Its projection into the joint space is untrained.
+    It takes pictures as `pixel_values` makes them, whatever its own statistics. Its projection into the joint space is untrained.
 
     Raises:
         UserError: not a vision transformer with patches, or unreadable files.
@@ -213,8 +224,7 @@ def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> Visi
         vision = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: cannot load a vision model: {str(error).strip().splitlines()[0]}") from error
-    if not isinstance(getattr(getattr(vision, "embeddings", None), "position_embeddings", None), nn.Parameter):
-        raise UserError(f"{source}: a {type(vision).__name__} is not a vision transformer like DINOv2 or ViT")
+    refuse_other_vision(source, vision)
     config = VisionTextDualEncoderConfig(
         vision_config=vision.config.to_dict(),
         text_config=text.config.text_config.to_dict(),
@@ -224,12 +234,21 @@ def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> Visi
     model.vision_model.load_state_dict(vision.state_dict(), strict=True)
     model.text_model.text_model.load_state_dict(text.text_model.state_dict(), strict=True)
     model.text_projection.load_state_dict(text.text_projection.state_dict(), strict=True)
+    absorb_statistics(model, *image_statistics(source))
     patch = config.vision_config.patch_size
     return quick_attention(resize_positions(model, patch * -(-image_size // patch)))
 
 
+def refuse_other_vision(source: str | Path, vision: nn.Module) -> None:
+    """Raise a UserError unless the vision model of a folder or hub id is built like DINOv2 or ViT."""
+    if not isinstance(getattr(getattr(vision, "embeddings", None), "position_embeddings", None), nn.Parameter):
+        raise UserError(f"{source}: a {type(vision).__name__} is not a vision transformer like DINOv2 or ViT")
+
+
 def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """A CLIP model and its tokenizer from a local folder, or from the hub if `source` is not a folder.
+
+    The model takes pictures as `pixel_values` makes them, whatever the statistics of its own image processor.
 
     Raises:
         UserError: not a CLIPModel folder, absent or surplus weights, unreadable files.
@@ -255,8 +274,49 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
         if report[kind]:
             some = ", ".join(sorted(str(key) for key in report[kind])[:3])
             raise UserError(f"{source}: {kind.replace('_', ' ')} in the weights ({some}); not a complete CLIPModel")
+    if not isinstance(model, CLIPModel):
+        refuse_other_vision(source, model.vision_model)
     fix_words(model)
+    absorb_statistics(model, *image_statistics(source))
     return quick_attention(model), tokenizer
+
+
+def image_statistics(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std that the image processor of a folder or hub id normalises with; ImageNet's if it has none."""
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:
+        return IMAGE_MEAN, IMAGE_STD
+    if not processor.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return processor.get("image_mean") or IMAGE_MEAN, processor.get("image_std") or IMAGE_STD
+
+
+@torch.no_grad()
+def absorb_statistics(model: Encoder, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Change the patch embedding in place so that pictures normalised by ImageNet's statistics give what others gave.
+
+    A convolution of (x - mean) / std is one of (x - IMAGE_MEAN) / IMAGE_STD with rescaled weights plus a constant. The constant
+    is the same for every patch, as patches neither overlap nor reach beyond the picture; CLIP's convolution has no bias, so
+    its position embeddings of the patches take it up.
+
+    Args:
+        mean, std: (3,) the statistics of the pictures that the model was trained on, in [0, 1].
+    """
+    if (tuple(mean), tuple(std)) == (IMAGE_MEAN, IMAGE_STD):
+        return
+    embeddings = model.vision_model.embeddings
+    patches = embeddings.patch_embedding if isinstance(model, CLIPModel) else embeddings.patch_embeddings.projection
+    own_mean, own_std, new_mean, new_std = (
+        torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std, IMAGE_MEAN, IMAGE_STD)
+    )
+    weight = patches.weight.double()  # (w, 3, p, p)
+    constant = (weight * (new_mean - own_mean) / own_std).sum((1, 2, 3))  # (w,)
+    patches.weight.copy_(weight * new_std / own_std)
+    if patches.bias is not None:
+        patches.bias += constant
+    else:
+        embeddings.position_embedding.weight[1:] += constant
 
 
 def save_clip(folder: Path, model: Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -292,7 +352,7 @@ def resize_positions[E: Encoder](model: E, image_size: int) -> E:
     if image_size % vision.patch_size:
         raise UserError(
             f"config error: data.image_size {image_size} is not a multiple of the encoder's patch size "
-            f"{vision.patch_size}"
+            f"{vision.patch_size}; the next one is {vision.patch_size * -(-image_size // vision.patch_size)}"
         )
     embeddings = model.vision_model.embeddings
     old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -48,9 +48,9 @@ from vla.training.checkpoint import (
 )
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
-from vla.training.optim import Optimizers, layer_groups, make_optimizers, schedule
+from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
-from vla.training.pretrained import HeldOut, along_the_way, check_start
+from vla.training.pretrained import HeldOut, along_the_way, check_start, old_split, rate_groups, take_up
 from vla.training.processes import Processes
 from vla.training.run import RunFolder, mean_metrics
 from vla.types import TripletBatch, UserError
@@ -101,15 +101,13 @@ def train_align(config: AlignConfig) -> Path:
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     start = {name: weight.clone() for name, weight in clip.state_dict().items()} if config.tower.pretrained else None
     model = make_model(config, clip, episodes)
-    tower_lr = config.optimizer.lr if config.tower.pretrained is None else config.optimizer.pretrained_lr
+    if config.tower.pretrained:
+        take_up(model, config.tower.pretrained, partial(say, accelerator))
     if config.tower.lora_rank:
         add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
     if config.tower.locked:
         model.clip.vision_model.requires_grad_(False)
-    groups = [*layer_groups(model.clip, tower_lr, config.optimizer.layer_decay), (model, config.optimizer.lr)]
-    if config.tower.lora_rank:  # updates start from nothing, so they need no small steps
-        groups = [(model, config.optimizer.lr)]
-    optimizer = make_optimizers(groups, config.optimizer.weight_decay)
+    optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay)
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
@@ -308,13 +306,22 @@ def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
 
 
 def old_data(config: AlignConfig) -> dict[str, HeldOut]:
-    """The held-out episodes of the data set that forgetting is measured on, if there is one."""
+    """The held-out episodes of the data set that forgetting is measured on, if there is one.
+
+    Where the start's own run is there, they are those that it held out, and `old_goals` are those of them whose goals the start
+    is known never to have trained on, if they are several.
+    """
     if config.forgetting is None:
         return {}
-    mixture = open_mixture(replace(config.data, root=config.forgetting), (), config.seed)
-    stats = make_stats(mixture.episodes, rows_of(mixture.episodes, mixture.train[0]))
-    source = TripletSource(mixture.episodes, mixture.frames, stats, config.horizon)
-    return {"old": HeldOut(source, mixture.validation)}
+    data, seed, known = old_split(config)
+    mixture = open_mixture(data, (), seed)
+    episodes, (train,), validation = mixture.episodes, mixture.train, mixture.validation
+    source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows_of(episodes, train)), config.horizon)
+    old = {"old": HeldOut(source, validation)}
+    new_goals = validation[~np.isin(episodes.goal_id[validation], episodes.goal_id[train])]
+    if known and len(np.unique(episodes.goal_id[new_goals])) > 1:
+        old["old_goals"] = HeldOut(source, new_goals)
+    return old
 
 
 def measure(

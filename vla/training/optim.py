@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
+
+from vla.models.clip import Encoder
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
     return Optimizers(tuple(members))
 
 
-def layer_groups(clip: CLIPModel, lr: float, decay: float) -> list[tuple[nn.Module, float]]:
+def layer_groups(clip: Encoder, lr: float, decay: float) -> list[tuple[nn.Module, float]]:
     """(module, peak learning rate) groups of both towers: `lr` for the last layer and what follows it, less below.
 
     Each layer below the last one has `decay` times the rate of the one above, the embeddings that of a layer below the
@@ -104,7 +105,8 @@ def layer_groups(clip: CLIPModel, lr: float, decay: float) -> list[tuple[nn.Modu
     """
     groups: list[tuple[nn.Module, float]] = []
     for tower in (clip.vision_model, clip.text_model):
-        layers = tower.encoder.layers
+        tower = getattr(tower, "text_model", tower)  # CLIP's text tower is wrapped where it is loaded alone
+        layers = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer  # DINOv2, ViT, BERT
         groups.append((tower.embeddings, lr * decay ** len(layers)))
         groups += [(layer, lr * decay ** (len(layers) - 1 - depth)) for depth, layer in enumerate(layers)]
     return [*groups, (clip, lr)]

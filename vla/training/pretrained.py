@@ -1,17 +1,25 @@
 """A pretrained start of stage one: how much of what it knew stays, and how far on the way to leave it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from vla.config import AlignConfig
+from vla.config import AlignConfig, DataConfig
+from vla.config_io import filled, read_yaml, to_dict
 from vla.data.batches import TripletSource
+from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.alignment import encoder_measures
+from vla.models.alignment import MAX_LOGIT_SCALE, AlignmentModel
 from vla.models.clip import Encoder, tokenize
 from vla.models.finetuning import interpolated
+from vla.training.optim import layer_groups
 from vla.types import UserError
 
 
@@ -47,9 +55,103 @@ def check_start(config: AlignConfig) -> None:
     own = [name for name in ("vocabulary", "lexicon") if getattr(config.tower, name)]
     if own and config.tower.pretrained is not None:
         raise UserError(f"config error: tower.{own[0]}: tower.pretrained brings its own; leave one of the two out")
+    if config.tower.lora_rank and config.optimizer.layer_decay != 1:
+        raise UserError(
+            "config error: optimizer.layer_decay: tower.lora_rank leaves the layers' weights as they are; leave one of the two out"
+        )
     beyond = [share for share in config.wise_ft if not 0 <= share <= 1]
     if beyond:
         raise UserError(f"config error: wise_ft {beyond[0]:g} is not between 0, the start, and 1, the trained encoder")
+
+
+def rate_groups(model: AlignmentModel, config: AlignConfig) -> list[tuple[nn.Module, float]]:
+    """(module, peak learning rate) groups of stage one: a pretrained encoder at its own rate, all else at the full one.
+
+    Low-rank updates start from nothing, so they have the full rate, too; the projections that train beside them have not.
+    """
+    clip, optimizer = model.clip, config.optimizer
+    lr = optimizer.lr if config.tower.pretrained is None else optimizer.pretrained_lr
+    if config.tower.lora_rank:
+        towers = [(clip.visual_projection, lr), (clip.text_projection, lr)]
+    else:
+        towers = layer_groups(clip, lr, optimizer.layer_decay)
+    return [*towers, (model, optimizer.lr)]
+
+
+@torch.no_grad()
+def take_up(model: AlignmentModel, source: str, tell: Callable[[str], None]) -> None:
+    """Start in place what stage one trains beside an encoder from what lies beside the start, if stage one wrote that.
+
+    A part, such as the pooler, is taken up if all its tensors fit by name and shape; `tell` is told which are not. A start
+    with nothing beside it brings the scale of CLIP's own loss alone. Scales that are not learned stay as configured.
+    """
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    path = Path(source).resolve().parent / "alignment.safetensors"
+    if not (Path(source).is_dir() and path.is_file()):
+        scale = model.logit_scales["vision_language"]
+        if scale.requires_grad and model.logit_bias is None:  # CLIP's loss is the softmax
+            scale.copy_(model.clip.logit_scale.clamp(0, MAX_LOGIT_SCALE))
+        return
+    own, saved = (
+        {name: value for name, value in tensors.items() if not name.startswith("clip.") and name not in fixed}
+        for tensors in (model.state_dict(), load_file(path))
+    )
+    parts = {part_of(name) for name in saved}
+    unfit = {
+        part_of(name)
+        for name in own.keys() | saved.keys()
+        if part_of(name) in parts and (name not in own or name not in saved or own[name].shape != saved[name].shape)
+    }
+    model.load_state_dict({name: value for name, value in saved.items() if part_of(name) not in unfit}, strict=False)
+    if unfit:
+        tell(f"{path}: not taken up, as it does not fit this run: {', '.join(sorted(unfit))}")
+
+
+def part_of(name: str) -> str:
+    """What a tensor beside the encoder belongs to: a module, or one pair's scale, which goes with its bias."""
+    if name == "logit_bias":
+        return "logit_scales.vision_language"
+    return name if name.startswith("logit_scales.") else name.partition(".")[0]
+
+
+def run_of(source: str) -> dict[str, Any] | None:
+    """The configuration of the stage-one run that wrote an encoder folder; None if none did.
+
+    Fields that an older version did not know have their defaults.
+    """
+    folder = Path(source).resolve().parent
+    run = folder.parent.parent if folder.parent.name in ("wise_ft", "snapshots") else folder
+    path = run / "config.yaml"
+    wrote = Path(source).is_dir() and (folder / "alignment.safetensors").is_file() and path.is_file()
+    return filled(read_yaml(path), to_dict(AlignConfig())) if wrote else None
+
+
+def old_split(config: AlignConfig) -> tuple[DataConfig, int, bool]:
+    """The data set that forgetting is measured on, the seed that splits it, and whether all that the start saw is known.
+
+    Held-out share, limit, seed and camera are those of the run that wrote the start, where there is one; else the new run's. What
+    the start saw is known if that run began untrained and read this data set alone.
+
+    Raises:
+        UserError: the start was trained on the whole data set.
+    """
+    root, data, seed, known = config.forgetting, replace(config.data, episodes_per_task=None), config.seed, False
+    before = run_of(config.tower.pretrained)
+    if before is not None:
+        if any(same_folder(root_and_weight(text)[0], root) for text in before["more"]):
+            raise UserError(
+                f"config error: forgetting: {config.tower.pretrained} was trained on all of {root}, so nothing there is held out; "
+                f"name {before['data']['root']}"
+            )
+        names = ("holdout", "episodes_per_task", "camera")
+        data, seed = replace(data, **{name: before["data"][name] for name in names}), before["seed"]
+        alone = not before["more"] and before["tower"]["pretrained"] is None
+        known = alone and same_folder(before["data"]["root"], root)
+    return replace(data, root=root, camera=camera_in(root, data.camera)), seed, known
+
+
+def same_folder(a: str, b: str) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
 
 
 def along_the_way(
