@@ -14,13 +14,13 @@ from vla.losses.alignment import (
     late_interaction,
     mean_squared_distances,
     near_duplicates,
-    pairing,
     soft_term,
     vision_language_sigmoid_term,
     vision_language_term,
     word_patch_term,
 )
 from vla.losses.contrastive import info_nce, info_nce_of, soft_info_nce, soft_targets
+from vla.losses.pairing import pairing
 
 
 def test_frames_of_one_episode_closer_than_the_gap_are_near_duplicates():

@@ -23,90 +23,12 @@ from vla.losses.contrastive import (
     soft_targets,
     weighted_mean,
 )
+from vla.losses.pairing import Pairing
 from vla.losses.rowwise import Term, in_parts, spans
 
 GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
 KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Which texts belong to which images, as lookups by id.
-
-    A text belongs to the images that are asked one of its goals. Other images of a scene it is used in neither have it
-    nor lack it: it names their objects truly.
-    """
-
-    frame_of_row: Tensor  # (b,) image of each row
-    goal_of_row: Tensor  # (b,) index of each row's goal
-    scene_of_frame: Tensor  # (f,) index of each image's scene, -1 where unknown
-    goal_texts: Tensor  # (g, u) bool: the texts a goal is asked with
-    scene_texts: Tensor  # (s, u) bool: the texts used in a scene
-    pair_texts: Tensor  # (s, u) bool: minimal pairs that a scene has drawn; others know nothing of them
-
-    def positives(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
-        """(frames, texts) bool."""
-        first, stop, _ = frames.indices(len(self.scene_of_frame))
-        rows = ((self.frame_of_row >= first) & (self.frame_of_row < stop)).nonzero()[:, 0]
-        asked = self.goal_texts[self.goal_of_row[rows]][:, texts]  # (rows, texts)
-        found = torch.zeros(stop - first, asked.shape[1], device=asked.device)
-        return found.index_add_(0, self.frame_of_row[rows] - first, asked.float()) > 0
-
-    def told(self) -> tuple[Tensor, Tensor, "Pairing"]:
-        """(n,) images and (m,) texts that belong to any of the other side, and the lookups among these alone."""
-        told = torch.zeros(len(self.scene_of_frame), dtype=torch.bool, device=self.frame_of_row.device)
-        told[self.frame_of_row] = True
-        asked = self.goal_texts.any(0)
-        if told.all() and asked.all():
-            return told.nonzero()[:, 0], asked.nonzero()[:, 0], self
-        pairs = Pairing(
-            frame_of_row=(told.cumsum(0) - 1)[self.frame_of_row],
-            goal_of_row=self.goal_of_row,
-            scene_of_frame=self.scene_of_frame[told],
-            goal_texts=self.goal_texts[:, asked],
-            scene_texts=self.scene_texts[:, asked],
-            pair_texts=self.pair_texts[:, asked],
-        )
-        return told.nonzero()[:, 0], asked.nonzero()[:, 0], pairs
-
-    def decided(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
-        """(frames, texts) bool: whether a text is right or wrong of an image, not merely true."""
-        scene = self.scene_of_frame[frames]
-        known = (scene >= 0)[:, None]
-        named = self.scene_texts[scene.clamp_min(0)][:, texts] & known
-        paired = self.pair_texts[scene.clamp_min(0)][:, texts] & known
-        asked = self.goal_texts.any(0)[texts]
-        return torch.where(asked, ~named | self.positives(frames, texts), paired)
-
-
-def pairing(
-    frame_of_row: Tensor,
-    text_of_row: Tensor,
-    goal_id: Tensor,
-    scene_id: Tensor,
-    frames: int,
-    texts: int,
-    pair_of_row: Tensor | None = None,
-) -> Pairing:
-    """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts.
-
-    Rows without a goal (-1) belong to no text. `pair_of_row` is a minimal pair of each row's text, -1 where there is none.
-    """
-    asked = goal_id >= 0
-    paired = text_of_row.new_full((0,), 0) if pair_of_row is None else pair_of_row[asked]
-    frame_of_row, text_of_row, goal_id, scene_id = (x[asked] for x in (frame_of_row, text_of_row, goal_id, scene_id))
-    goals, goal_of_row = goal_id.unique(return_inverse=True)
-    scenes, scene_of_row = scene_id.unique(return_inverse=True)
-    goal_texts = torch.zeros(len(goals), texts, dtype=torch.bool, device=goal_id.device)
-    goal_texts[goal_of_row, text_of_row] = True
-    scene_texts = torch.zeros(len(scenes), texts, dtype=torch.bool, device=goal_id.device)
-    scene_texts[scene_of_row, text_of_row] = True
-    pair_texts = torch.zeros_like(scene_texts)
-    pair_texts[scene_of_row[: len(paired)][paired >= 0], paired[paired >= 0]] = True
-    known = torch.where(scene_id >= 0, scene_of_row, -1)
-    scene_of_frame = known.new_full((frames,), -1).index_copy_(0, frame_of_row, known)
-    return Pairing(frame_of_row, goal_of_row, scene_of_frame, goal_texts, scene_texts, pair_texts)
 
 
 def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor) -> Term:
@@ -176,12 +98,9 @@ def groups_of(pairs: Pairing) -> list[Group]:
     """
     groups = []
     for images in spans(len(pairs.scene_of_frame), GROUP):
-        rows = (pairs.frame_of_row >= images.start) & (pairs.frame_of_row < images.stop)
-        texts = pairs.goal_texts[pairs.goal_of_row[rows]].any(0)
-        asked = int(texts.sum())
-        scenes = pairs.scene_of_frame[images]
-        texts |= pairs.pair_texts[scenes[scenes >= 0]].any(0)
-        groups.append(Group(images, texts.nonzero()[:, 0], asked))
+        asked = pairs.goal_texts.of(pairs.goal_of_row[pairs.rows_of(images)])
+        paired = pairs.pair_texts.of(pairs.scene_of_frame[images])
+        groups.append(Group(images, torch.cat([asked, paired]).unique(), len(asked)))
     return groups
 
 

@@ -10,12 +10,12 @@ from vla.losses.alignment import (
     batch_health,
     idle_chunks,
     near_duplicates,
-    pairing,
     soft_term,
     vision_language_sigmoid_term,
     vision_language_term,
     word_patch_term,
 )
+from vla.losses.pairing import pairing
 from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel, RowEmbeds
 from vla.training.device_batch import DeviceBatch
