@@ -23,7 +23,7 @@ from vla.losses.contrastive import (
     soft_targets,
     weighted_mean,
 )
-from vla.losses.pairing import Pairing
+from vla.losses.pairing import Pairing, Relation
 from vla.losses.rowwise import Term, in_parts, spans
 
 GROUP = 192  # images that are compared with each other's texts word by word
@@ -217,6 +217,17 @@ def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int, rows: slice 
     index = torch.arange(len(timestep), device=timestep.device)
     close = (episode_id[rows, None] == episode_id[None, :]) & ((timestep[rows, None] - timestep[None, :]).abs() < gap)
     return close & (index[rows, None] != index[None, :])
+
+
+def of_other_goals(asked: Relation, images: Tensor, rows: slice = slice(None)) -> Tensor:
+    """(rows, n) bool: which of (n,) ascending images share no goal with those at `rows` among them.
+
+    Args:
+        asked: the goals of each image, at least one; without an instruction one that no other episode has.
+    """
+    goals = asked.of(images[rows])
+    has = asked.table(images, goals).float()  # (n, goals)
+    return has[rows] @ has.T == 0
 
 
 def idle_chunks(action_chunk: Tensor, action_is_pad: Tensor, rest: Tensor, tolerance: float = 0.05) -> Tensor:
