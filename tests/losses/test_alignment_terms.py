@@ -195,6 +195,16 @@ def test_a_minimal_pair_is_a_negative_of_its_scene_alone(monkeypatch):
     assert (similarity.grad[2:, 2] == 0).all()
 
 
+def test_images_of_several_goals_and_texts_of_several_images_can_reach_the_floor_of_zero():
+    frames, texts = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 1])  # a picture of both goals, one of each alone
+    pairs = pairing(frames, texts, texts, torch.full((4,), -1), 3, 2)
+    directions = torch.eye(2)
+    vision, language = directions[torch.tensor([0, 0, 1])], directions
+    term = vision_language_term(vision, language, torch.tensor(100.0), pairs, torch.ones(3))
+    assert term.loss < 1e-6
+    assert term.floor == 0
+
+
 def test_without_pairs_every_text_of_a_group_is_asked():
     *_, pairs, _, _, _ = batch()
     assert all(group.asked == len(group.texts) for group in groups_of(pairs))

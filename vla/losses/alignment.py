@@ -70,7 +70,9 @@ def vision_language_sigmoid_term(
     def part(span: slice, vision: Tensor, language: Tensor, scale: Tensor, bias: Tensor) -> Term:
         positives, weights = pairs.positives(span), progress[span]
         loss = sigmoid_loss(vision[span], language, scale, bias, positives, weights=weights)
-        return weights.sum() / weight * _term(loss, sigmoid_chance(positives, weights=weights))
+        return (
+            weights.sum() / weight * _term(loss, sigmoid_chance(positives, weights=weights))
+        )  # 0 bounds it from below
 
     return in_parts(part, len(vision), len(language), vision, language, scale, bias)
 
@@ -243,11 +245,15 @@ def mean_squared_distances(flat: Tensor, rows: slice = slice(None)) -> Tensor:
     return squared.masked_fill(index[rows, None] == index[None, :], 0.0)
 
 
-def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
-    """Distinct goals and scenes, collision rate and idle-chunk rate of a batch of (b,) ids; rows without a goal (-1) do not count."""
-    goal_id = goal_id[goal_id >= 0]
+def batch_health(goal_id: Tensor, text_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
+    """Distinct goals, instructions and scenes, collision rate and idle-chunk rate of a batch of (b,) ids.
+
+    Rows without a goal (-1) have no instruction.
+    """
+    goal_id, text_id = goal_id[goal_id >= 0], text_id[goal_id >= 0]
     return {
         "distinct_goals": goal_id.unique().numel() * torch.ones(()),
+        "distinct_instructions": text_id.unique().numel() * torch.ones(()),
         "distinct_scenes": scene_id.unique().numel() * torch.ones(()),
         "collision_rate": collision_rate(goal_id),
         "idle_rate": idle.float().mean(),
@@ -255,5 +261,10 @@ def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, T
 
 
 def _term(loss: Tensor, chance: Tensor) -> Term:
-    """A term whose loss can reach zero."""
+    """A term whose floor is 0, because the log is of the *sum* over the positives: one good positive is enough for a row.
+
+    Whoever belongs to whom, if everyone belongs to someone: choose pairs that belong together until each image and text is in
+    one, and drop those that are not needed. What is left are stars, a centre and the leaves that are its own. With one direction for
+    each star, everyone's negatives are in other stars, and the loss goes to 0 as the scale grows.
+    """
     return Term(loss, chance, torch.zeros_like(chance))

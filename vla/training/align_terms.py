@@ -81,7 +81,8 @@ def batch_terms(
             )
     if rows.pooled is not None and (loss.transition_action or loss.transition_language):
         terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap)
-    return terms, batch_health(ids["goal_id"], ids["scene_id"], idle[acted] if len(acted) else idle)
+    idle = idle[acted] if len(acted) else idle
+    return terms, batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], idle)
 
 
 def state_pairs(
