@@ -81,7 +81,9 @@ class LossConfig:
         0.0, 0
     )  # weight: change between two pictures of an episode <-> the actions between
     transition_language: float = number(0.0, 0)  # weight: that change <-> instruction, multi-positive by goal
-    minimal_pairs: bool = False  # word_patch: more negatives, texts with one word exchanged for another of the scene
+    minimal_pairs: bool = (
+        False  # word_patch: more negatives, texts with one word exchanged that name what the scene lacks
+    )
     temperature: float = number(0.07, 0.01)  # initial temperature of every pair
     temperatures: tuple[str, ...] = ()  # other ones of single pairs: PAIR=VALUE, or PAIR=fixed:VALUE to keep it
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed

@@ -275,8 +275,8 @@ def minimal_pairs(
     share = float((pairs.draw(*ids, np.random.default_rng(0)) >= 0).mean())
     if not share:
         raise UserError(
-            f"config error: loss.minimal_pairs: no instruction of {episodes.root} differs in one word of its scene from another; "
-            "leave it out"
+            f"config error: loss.minimal_pairs: in no instruction of {episodes.root} can one word be exchanged so that it names what its "
+            "scene lacks (scene_id and target_position tell); leave it out"
         )
     tell(f"minimal pairs: for {100 * share:.0f} % of the episodes")
     return pairs
