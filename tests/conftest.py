@@ -1,11 +1,14 @@
 """Small real artefacts, made once in every test process: a data set, an aligned encoder, a policy."""
 
 import os
+import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -68,6 +71,21 @@ def openai_clip(tmp_path_factory) -> Path:
 def data_root(tmp_path_factory) -> Path:
     """A tabletop data set of 24 episodes at 48 px."""
     return collect(debug(CollectConfig, "collect", output=str(tmp_path_factory.mktemp("data") / "debug")))
+
+
+@pytest.fixture
+def alike(data_root, tmp_path, monkeypatch) -> Path:
+    """That data set with instructions that often differ in one word, all of whose letters name objects."""
+    monkeypatch.setattr("vla.data.minimal_pairs.object_words", lambda episodes, train: set("abcdevwxyz"))
+    copy = tmp_path / "alike"
+    shutil.copytree(data_root, copy, ignore=shutil.ignore_patterns(".concord"))
+    path = copy / "meta" / "tasks.parquet"
+    table = pq.read_table(path)
+    name = "task" if "task" in table.column_names else "__index_level_0__"
+    phrases = [f"push the {color} {shape}" for color, shape in product("abcde", "vwxyz")]
+    phrases = [phrases[7 * i % 25] for i in range(len(table))]  # a scene's differ in both words
+    pq.write_table(table.set_column(table.column_names.index(name), name, [phrases]), path)
+    return copy
 
 
 @pytest.fixture(scope="session")

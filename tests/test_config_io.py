@@ -17,6 +17,13 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
     assert (config.steps, config.horizon, config.seed) == (9, 8, AlignConfig().seed)
 
 
+def test_temperatures_of_pairs_are_read_alike_from_file_and_flag(tmp_path):
+    wanted = ("state=0.1", "word_patch=fixed:0.07")
+    file = from_yaml(tmp_path, "loss:\n  temperatures: [state=0.1, word_patch=fixed:0.07]\n")
+    flag = load_config(AlignConfig, ["--loss.temperatures=[state=0.1,word_patch=fixed:0.07]"])
+    assert file.loss.temperatures == flag.loss.temperatures == wanted
+
+
 def test_an_unknown_key_names_the_file_and_the_closest_field(tmp_path):
     with pytest.raises(
         ConfigError, match=r"config error: typo.yaml: stepz is not a field of AlignConfig; did you mean steps\?"

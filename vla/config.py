@@ -76,12 +76,16 @@ class LossConfig:
     vision_language: float = number(0.2, 0)  # weight: pooled image <-> instruction, multi-positive by goal
     vision_language_kind: Literal["softmax", "sigmoid"] = "softmax"  # InfoNCE, or a multi-label sigmoid loss
     state: float = number(0.25, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
+    state_within_goal: bool = False  # state: compare pictures only with those that share a goal with them
     transition_action: float = number(
         0.0, 0
     )  # weight: change between two pictures of an episode <-> the actions between
     transition_language: float = number(0.0, 0)  # weight: that change <-> instruction, multi-positive by goal
-    minimal_pairs: bool = False  # word_patch: more negatives, texts with one word exchanged for another of the scene
+    minimal_pairs: bool = (
+        False  # word_patch: more negatives, texts with one word exchanged that name what the scene lacks
+    )
     temperature: float = number(0.07, 0.01)  # initial temperature of every pair
+    temperatures: tuple[str, ...] = ()  # other ones of single pairs: PAIR=VALUE, or PAIR=fixed:VALUE to keep it
     learn_temperature: bool = True  # learn the temperature, scale clamped to 100; False keeps it fixed
     action_beta: float = number(
         0.05, 1e-6

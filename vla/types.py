@@ -22,7 +22,7 @@ GOAL_KEY = "goal_id"
 SCENE_KEY = "scene_id"
 SEED_KEY = "seed"
 SUCCESS_KEY = "success"
-# Optional, (2,) float32 metres a row: where the instructed object is. Only probes read it.
+# Optional, (2,) float32 metres a row: where the instructed object is. Only probes and minimal pairs read it.
 TARGET_KEY = "target_position"
 
 
@@ -47,7 +47,7 @@ class TripletBatch:
     action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
     `goal_id` is -1 for a row without an instruction.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
-    pair_id: (b,) a text that differs in one word and is wrong of the row, -1 if there is none; see `MinimalPairs`.
+    pair_id: (b,) a text that differs in one word and names what the row's scene lacks, -1 if there is none; see `MinimalPairs`.
     """
 
     frames: Indexed

@@ -1,17 +1,13 @@
 """Instructions that differ in one word and are wrong of a scene."""
 
 import json
-import shutil
 from dataclasses import replace
-from itertools import product
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from vla.data.episodes import read_episodes
-from vla.data.minimal_pairs import MinimalPairs, one_word_apart
+from vla.data.minimal_pairs import MinimalPairs, object_words, one_word_apart
 from vla.training.align import train_align
 from vla.types import UserError
 
@@ -31,51 +27,86 @@ def test_texts_that_differ_in_one_word_are_found_with_that_word():
     assert apart[4] == []
 
 
+RED, BLUE = (0.0, 0.1), (0.2, 0.0)  # where the objects are
+EPISODES = (  # scene, instruction, where its object is; the goal is the instruction
+    (0, "push the red star", RED),
+    (0, "push the blue cross", BLUE),
+    (1, "push the blue star", BLUE),
+    (2, "push the red cross", RED),
+    (3, "push the red star", RED),
+    (3, "grab the red star", RED),
+    (3, "push the blue cross", BLUE),
+    (3, "grab the blue cross", BLUE),
+    (4, "push the red star", RED),
+    (4, "grab the blue cross", BLUE),
+    (5, "push the red star", RED),
+    (5, "put the blue cross near the blue star", BLUE),
+)
+
+
 @pytest.fixture(scope="module")
 def episodes(data_root):
-    """Two scenes: red star and blue cross asked in the first, blue star in the second."""
-    few = read_episodes(data_root)
-    texts = ("push the red star", "push the blue cross", "push the blue star", "push the red cross")
-    ids = {"text_id": np.array([0, 1, 2, 3]), "goal_id": np.array([0, 1, 2, 3]), "scene_id": np.array([0, 0, 1, 2])}
-    return replace(few, texts=texts, **ids)
+    """Episodes of one row each."""
+    scene, said, place = zip(*EPISODES, strict=True)
+    texts, text = np.unique(said, return_inverse=True)
+    return replace(
+        read_episodes(data_root),
+        texts=tuple(texts.tolist()),
+        text_id=text,
+        goal_id=text,
+        scene_id=np.array(scene),
+        start=np.arange(len(EPISODES) + 1),
+        target=np.array(place, np.float32),
+    )
 
 
-def drawn(pairs: MinimalPairs, text: int, goal: int, scene: int) -> set[int]:
-    """What fifty draws give."""
-    ids = (np.full(50, value) for value in (text, goal, scene))
-    return set(pairs.draw(*ids, np.random.default_rng(0)).tolist())
+EVERY = np.arange(len(EPISODES))
 
 
-def test_a_pair_exchanges_a_word_for_another_of_the_scene_and_is_no_goal_of_it(episodes):
-    pairs = MinimalPairs(episodes, np.arange(4))
-    assert drawn(pairs, 0, 0, 0) == {2, 3}  # the blue star, the red cross
-    assert drawn(pairs, 2, 2, 1) == {-1}  # no red in its scene
-    assert drawn(pairs, 0, 0, -1) == {-1}
-    assert drawn(pairs, 0, -1, 0) == {-1}
+def drawn(episodes, text: str, scene: int, train=EVERY, goal: str | None = None) -> set[str]:
+    """What fifty draws for a text give; its goal is of the same name if none is given, none if it is empty."""
+    number = {name: index for index, name in enumerate(episodes.texts)}
+    wanted = -1 if goal == "" else number[goal or text]
+    ids = (np.full(50, value) for value in (number[text], wanted, scene))
+    found = MinimalPairs(episodes, train).draw(*ids, np.random.default_rng(0))
+    return {episodes.texts[index] for index in found if index >= 0}
+
+
+def test_words_of_objects_are_those_that_go_with_them(episodes):
+    assert object_words(episodes, EVERY) == {"red", "blue", "star", "cross"}
+
+
+def test_without_positions_of_objects_no_word_is_known_to_name_one(episodes):
+    assert object_words(replace(episodes, target=None), EVERY) == set()
+    assert object_words(replace(episodes, target=np.full_like(episodes.target, np.nan)), EVERY) == set()
+
+
+def test_a_pair_exchanges_a_word_for_another_of_the_scene(episodes):
+    assert drawn(episodes, "push the red star", 0) == {"push the blue star", "push the red cross"}
+    assert drawn(episodes, "push the blue star", 1) == set()  # nothing red in its scene
+
+
+def test_a_row_without_a_scene_or_a_goal_has_no_pair(episodes):
+    assert drawn(episodes, "push the red star", -1) == set()
+    assert drawn(episodes, "push the red star", 0, goal="") == set()
+
+
+def test_a_verb_is_not_exchanged(episodes):
+    assert drawn(episodes, "push the red star", 4) == {"push the blue star", "push the red cross"}
+
+
+def test_a_text_that_names_an_object_of_the_scene_is_no_pair(episodes):
+    assert drawn(episodes, "push the red star", 5) == {"push the red cross"}  # somebody spoke of a blue star
 
 
 def test_what_is_asked_in_the_scene_or_of_the_row_is_no_pair(episodes):
-    everything = MinimalPairs(replace(episodes, scene_id=np.zeros(4, int)), np.arange(4))
-    assert all(drawn(everything, text, text, 0) == {-1} for text in range(4))
-    assert drawn(MinimalPairs(episodes, np.arange(4)), 0, 2, 0) == {3}
+    together = replace(episodes, scene_id=np.where(episodes.scene_id < 3, 0, episodes.scene_id))
+    assert drawn(together, "push the red star", 0) == set()
+    assert drawn(episodes, "push the red star", 0, goal="push the blue star") == {"push the red cross"}
 
 
 def test_texts_of_held_out_episodes_are_no_pairs(episodes):
-    assert drawn(MinimalPairs(episodes, np.array([0, 1, 2])), 0, 0, 0) == {2}
-
-
-@pytest.fixture(scope="module")
-def alike(data_root, tmp_path_factory) -> Path:
-    """The small data set with instructions that often differ in one word."""
-    copy = tmp_path_factory.mktemp("alike") / "set"
-    shutil.copytree(data_root, copy, ignore=shutil.ignore_patterns(".concord"))
-    path = copy / "meta" / "tasks.parquet"
-    table = pq.read_table(path)
-    name = "task" if "task" in table.column_names else "__index_level_0__"
-    phrases = [f"push the {color} {shape}" for color, shape in product("abcde", "vwxyz")]
-    phrases = [phrases[7 * i % 25] for i in range(len(table))]  # a scene's differ in both words
-    pq.write_table(table.set_column(table.column_names.index(name), name, [phrases]), path)
-    return copy
+    assert drawn(episodes, "push the red star", 0, train=np.delete(EVERY, 3)) == {"push the blue star"}
 
 
 def test_stage_one_trains_with_them(align_config, alike, tmp_path):
@@ -91,5 +122,5 @@ def test_stage_one_trains_with_them(align_config, alike, tmp_path):
 
 def test_data_without_any_pair_is_refused(align_config, tmp_path):
     config = replace(align_config, loss=replace(align_config.loss, minimal_pairs=True), output=str(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"loss\.minimal_pairs: no instruction of .* leave it out"):
+    with pytest.raises(UserError, match=r"loss\.minimal_pairs: in no instruction of .* leave it out"):
         train_align(config)

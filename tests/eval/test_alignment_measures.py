@@ -5,9 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from vla.eval.alignment import Embedded, goal_probe, retrieval_measures
-from vla.training.align import train_align
+from vla.data.episodes import read_episodes
+from vla.eval.alignment import Embedded, embed_rows, goal_probe, retrieval_measures, spread_rows
+from vla.eval.retrieval import alignment
+from vla.models.clip import pixel_values, tokenize
+from vla.training.align import make_encoders, make_model, make_source, train_align
 from vla.types import TripletBatch
 
 ROWS = 12
@@ -53,6 +57,45 @@ def test_perfect_embeddings_find_everything_and_a_context_of_another_text_does_n
     assert measures["context_to_action_r1_of_other_image"] == 1  # this one ignores its picture
 
 
+def test_ten_guesses_find_at_least_as_much_as_five():
+    measures = retrieval_measures(embedded(np.eye(ROWS)))
+    for name in ("image_to_text", "text_to_image", "context_to_action"):
+        assert measures[f"{name}_r10"] == 1
+        assert measures[f"{name}_r10/chance"] >= measures[f"{name}_r5/chance"]
+
+
+def test_alignment_is_the_mean_squared_distance_of_partners():
+    assert alignment(np.eye(3), np.eye(3)) == 0
+    assert alignment(np.eye(4), np.eye(4)[[1, 0, 2, 3]]) == 1
+
+
+def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode_whatever_the_parts(
+    align_config, monkeypatch
+):
+    monkeypatch.setattr("vla.eval.alignment.BATCH", 7)  # a last part of one row
+    episodes = read_episodes(align_config.data.root)
+    source = make_source(align_config, episodes, np.arange(len(episodes.timestep)))
+    clip, tokenizer = make_encoders(align_config.tower, align_config.data.image_size, episodes.texts)
+    model = make_model(align_config, clip, episodes).eval()
+    ids, mask = tokenize(tokenizer, episodes.texts)
+    found = embed_rows(model, source, spread_rows(source, np.arange(5), 3), ids, mask)
+    rows, batch = np.arange(15), found.batch
+    other = np.roll(rows, 7)
+    assert (batch.episode_id != batch.episode_id[other]).all()
+
+    @torch.no_grad()
+    def context(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        pixels = pixel_values(torch.from_numpy(batch.frames[batch.frame_of_row[pictures]]))
+        embeds = model.texts(ids, mask)
+        chunks = torch.from_numpy(batch.action_chunk), torch.from_numpy(batch.action_is_pad)
+        text = torch.from_numpy(batch.text_id[texts])
+        return model.rows(embeds, mask, pixels, torch.from_numpy(rows), text, *chunks, None).context.numpy()
+
+    np.testing.assert_allclose(found.context, context(rows, rows), atol=1e-5)
+    np.testing.assert_allclose(found.context_of_other_text, context(rows, other), atol=1e-5)
+    np.testing.assert_allclose(found.context_of_other_image, context(other, rows), atol=1e-5)
+
+
 def test_the_goal_is_read_from_pictures_that_tell_it():
     perfect = embedded(np.eye(ROWS))
     assert goal_probe(perfect, perfect) == {"goal_probe": 1.0, "goal_probe/chance": pytest.approx(0.25)}
@@ -61,7 +104,14 @@ def test_the_goal_is_read_from_pictures_that_tell_it():
 def test_a_run_reports_every_measure(align_config, tmp_path):
     clip = train_align(replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run")))
     metrics = json.loads((clip.parent / "alignment.json").read_text())["metrics"]
-    expected = {"alignment", "modality_gap", "rank_me_context", "uniformity_vision", "uniformity_context_within_goal"}
+    expected = {
+        "alignment",
+        "alignment_context_action",
+        "modality_gap",
+        "rank_me_context",
+        "uniformity_vision",
+        "uniformity_context_within_goal",
+    }
     expected |= {"time_to_go_probe_r2", "state_probe_r2", "target_probe_r2", "zero_shot"}
     expected |= {"context_to_action_r1_of_other_text", "context_to_action_r1_of_other_image"}
     assert expected <= set(metrics)

@@ -14,13 +14,13 @@ from vla.losses.alignment import (
     late_interaction,
     mean_squared_distances,
     near_duplicates,
-    pairing,
     soft_term,
     vision_language_sigmoid_term,
     vision_language_term,
     word_patch_term,
 )
 from vla.losses.contrastive import info_nce, info_nce_of, soft_info_nce, soft_targets
+from vla.losses.pairing import pairing
 
 
 def test_frames_of_one_episode_closer_than_the_gap_are_near_duplicates():
@@ -193,6 +193,16 @@ def test_a_minimal_pair_is_a_negative_of_its_scene_alone(monkeypatch):
     word_patch_term(similarity, torch.ones(()), paired, [group]).loss.backward()
     assert (similarity.grad[:2, 2] > 0).all()  # pushed away
     assert (similarity.grad[2:, 2] == 0).all()
+
+
+def test_images_of_several_goals_and_texts_of_several_images_can_reach_the_floor_of_zero():
+    frames, texts = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 1])  # a picture of both goals, one of each alone
+    pairs = pairing(frames, texts, texts, torch.full((4,), -1), 3, 2)
+    directions = torch.eye(2)
+    vision, language = directions[torch.tensor([0, 0, 1])], directions
+    term = vision_language_term(vision, language, torch.tensor(100.0), pairs, torch.ones(3))
+    assert term.loss < 1e-6
+    assert term.floor == 0
 
 
 def test_without_pairs_every_text_of_a_group_is_asked():

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vla.training.align import at_chance, train_align
+from vla.config import AlignConfig, LossConfig
+from vla.training import align
+from vla.training.align import at_chance, pair_temperatures, train_align
 from vla.types import UserError
 
 
@@ -27,6 +29,31 @@ def test_a_term_of_weight_zero_is_off(align_config, tmp_path):
     assert "context_action/loss" in line
     assert "state/loss" not in line
     assert "word_patch/loss" not in line
+
+
+def test_a_pair_has_the_temperature_that_names_it_and_the_others_the_common_one():
+    loss = LossConfig(temperature=0.1, temperatures=("state=0.2", "word_patch=fixed:0.05"))
+    assert pair_temperatures(loss) == {"state": (0.2, True), "word_patch": (0.05, False)}
+    assert pair_temperatures(replace(loss, learn_temperature=False))["state"] == (0.2, False)
+
+
+def test_fixed_temperatures_stay_while_others_are_learned(align_config, tmp_path):
+    loss = replace(align_config.loss, temperatures=("state=0.2", "word_patch=fixed:0.05"))
+    train_align(replace(align_config, loss=loss, steps=3, eval_every=0, output=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[0], lines[2]
+    assert first["word_patch/scale"] == last["word_patch/scale"] == pytest.approx(20)
+    assert first["state/scale"] == pytest.approx(5, rel=0.02)
+    assert first["state/scale"] != last["state/scale"]
+    assert first["context_action/scale"] == pytest.approx(1 / 0.07, rel=0.02)
+
+
+@pytest.mark.parametrize("text", ["stat=0.1", "state=warm", "state=0.001", "state", "state=fixed:inf"])
+def test_what_is_no_temperature_of_a_pair_is_refused(align_config, tmp_path, text):
+    loss = replace(align_config.loss, temperatures=(text,))
+    with pytest.raises(UserError, match=rf"^config error: loss\.temperatures: '{text}'") as caught:
+        train_align(replace(align_config, loss=loss, output=str(tmp_path / "run")))
+    assert "\n" not in str(caught.value)
 
 
 def test_embedding_in_pieces_trains_alike(align_config, tmp_path):
@@ -80,12 +107,47 @@ def test_a_term_that_stays_at_its_chance_level_is_named():
     assert at_chance(metrics) == ["a"]
 
 
-def test_what_does_not_learn_raises_the_alarm(align_config, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def stuck(align_config, tmp_path, monkeypatch) -> AlignConfig:
+    """A run that cannot learn."""
     monkeypatch.setattr("vla.training.align.SETTLED", 0)
     optimizer = replace(align_config.optimizer, lr=1e-9, warmup=0)
-    train_align(replace(align_config, optimizer=optimizer, steps=2, log_every=1, output=str(tmp_path / "run")))
+    run = {"steps": 2, "log_every": 1, "save_every": 1, "eval_every": 0, "output": str(tmp_path / "run")}
+    return replace(align_config, optimizer=optimizer, **run)
+
+
+def test_what_does_not_learn_raises_the_alarm_once_everywhere(stuck, capsys):
+    folder = train_align(stuck).parent
     out = capsys.readouterr()
-    assert "still at its chance level" in out.out + out.err
+    assert (out.out + out.err).count("still at its chance level") == 1
+    named = [line.get("at_chance") for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    assert named[0]
+    assert not any(named[1:])
+    (warning,) = json.loads((folder / "alignment.json").read_text())["warnings"]
+    assert warning.startswith(f"step 1: {', '.join(named[0])} still at its chance level")
+    assert "Warning: step 1:" in (folder / "report.html").read_text()
+
+
+def test_a_resumed_run_does_not_raise_the_same_alarm_again(stuck, monkeypatch):
+    save = align.checkpoint
+
+    def stops(run, step, *rest):
+        save(run, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align, "checkpoint", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_align(stuck)
+    monkeypatch.setattr(align, "checkpoint", save)
+    folder = train_align(replace(stuck, resume=True)).parent
+    assert len(json.loads((folder / "alignment.json").read_text())["warnings"]) == 1
+
+
+def test_a_run_that_learns_has_no_warnings_and_counts_its_instructions(encoder):
+    folder = encoder.parent
+    assert json.loads((folder / "alignment.json").read_text())["warnings"] == []
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["distinct_instructions"] >= line["distinct_goals"] > 1
 
 
 def test_a_locked_vision_tower_stays_as_it_was_and_the_rest_learns(align_config, encoder, tmp_path):

@@ -14,6 +14,8 @@ from torch import distributed
 
 from tests.conftest import ROOT, small_alignment_model
 from vla.config import LossConfig
+from vla.losses.alignment import mean_squared_distances
+from vla.losses.contrastive import soft_info_nce, soft_targets
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
 from vla.training.align_step import embed_rows, embed_texts, forward_backward
@@ -28,6 +30,7 @@ GOALS = torch.tensor([0, 1, 1])
 
 SIGMOID = LossConfig(vision_language_kind="sigmoid")
 TRANSITIONS = LossConfig(transition_action=0.5, transition_language=0.5, state=0.0)
+WITHIN_GOAL = LossConfig(state_within_goal=True)
 
 
 def make_model(
@@ -106,7 +109,14 @@ def run(
 @pytest.mark.parametrize("chunk", [1, 3, 6])
 @pytest.mark.parametrize(
     "loss",
-    [LossConfig(), SIGMOID, TRANSITIONS, LossConfig(state=0.0, word_patch=0.0), LossConfig(context_action=0.0)],
+    [
+        LossConfig(),
+        SIGMOID,
+        TRANSITIONS,
+        WITHIN_GOAL,
+        LossConfig(state=0.0, word_patch=0.0),
+        LossConfig(context_action=0.0),
+    ],
     ids=str,
 )
 def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
@@ -250,6 +260,53 @@ def test_rows_without_actions_or_states_are_left_out_of_those_terms():
     assert got["vision_language"].loss != expected["vision_language"].loss  # there they count
 
 
+def compared_within_goals(batch: DeviceBatch, gap: int) -> torch.Tensor:
+    """(f, f) bool: itself, and images that share a goal, or an episode without one, but for near-duplicates; row by row."""
+    ids, images = batch.ids, range(len(batch.shown))
+    asked = [
+        {
+            (goal, episode if goal < 0 else None)
+            for shown, goal, episode in zip(batch.frame_of_row, ids["goal_id"], ids["episode_id"], strict=True)
+            for goal, episode in [(int(goal), int(episode))]
+            if shown == image
+        }
+        for image in images
+    ]
+    first = [(int(ids["episode_id"][row]), int(ids["timestep"][row])) for row in batch.shown]
+
+    def near(one: int, other: int) -> bool:
+        return first[one][0] == first[other][0] and abs(first[one][1] - first[other][1]) < gap
+
+    return torch.tensor([[i == j or (bool(asked[i] & asked[j]) and not near(i, j)) for j in images] for i in images])
+
+
+@pytest.mark.parametrize("partly", [False, True], ids=["labelled", "partly"])
+def test_the_state_within_goals_is_the_loss_over_a_mask_of_all_pairs(partly, monkeypatch):
+    model, (ids, mask) = make_model()
+    batch = make_batch(ids, mask, partly)
+    rows = embed_rows(model, batch, embed_texts(model, batch, slice(None)), WITHIN_GOAL, slice(0, 7))
+    stated = batch.state.isfinite().all(1)
+    valid = compared_within_goals(batch, 2)[stated][:, stated]
+    weights = (valid.sum(1) > 1).double()
+    assert 0 < weights.sum() < len(weights) or not partly  # somebody has nobody to be told from
+    targets = soft_targets(mean_squared_distances(batch.state[stated]), WITHIN_GOAL.state_beta, valid)
+    scene, state, scale = rows.scene[stated], rows.state[stated], model.scale("state")
+    forward = soft_info_nce(scene, state, scale, targets, valid=valid, weights=weights)
+    backward = soft_info_nce(state, scene, scale, targets, valid=valid, weights=weights)
+    for pairs in (1 << 20, 5):
+        monkeypatch.setattr("vla.training.align_terms.PAIRS", pairs)
+        monkeypatch.setattr("vla.losses.rowwise.PAIRS", pairs)
+        got = terms_of(batch, WITHIN_GOAL)["state"].loss
+        torch.testing.assert_close(got, (forward + backward) / 2, rtol=1e-6, atol=0)
+
+
+def test_a_batch_whose_goals_have_one_picture_each_has_no_state_term_within_them():
+    batch = make_batch(*make_model()[1])
+    alone = replace(batch, ids=batch.ids | {"goal_id": batch.frame_of_row})
+    assert "state" not in terms_of(alone, WITHIN_GOAL)
+    assert "state" in terms_of(alone, LossConfig())
+
+
 def test_dropout_draws_anew_in_the_next_step():
     model, (ids, mask) = make_model(0.3)
     batch = make_batch(ids, mask)
@@ -258,11 +315,14 @@ def test_dropout_draws_anew_in_the_next_step():
     assert first != second
 
 
-CASES = {
-    "whole": (0, LossConfig()),
-    "pieces": (1, LossConfig()),
-    "sigmoid": (0, SIGMOID),
-    "transitions": (1, TRANSITIONS),
+CASES = {  # chunk, loss, and which batch
+    "whole": (0, LossConfig(), {}),
+    "pieces": (1, LossConfig(), {}),
+    "sigmoid": (0, SIGMOID, {}),
+    "transitions": (1, TRANSITIONS, {}),
+    "within_goal": (1, WITHIN_GOAL, {}),
+    "minimal_pairs": (1, LossConfig(), {"paired": True}),
+    "partly": (0, LossConfig(transition_action=0.5, transition_language=0.5), {"partly": True}),
 }
 
 
@@ -270,8 +330,8 @@ def one_of_many(rank: int, count: int, folder: Path) -> None:
     """A process: leaves what it computed in `folder`."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    for name, (chunk, loss) in CASES.items():
-        total, found = run(chunk, loss, processes=Processes(rank, count))
+    for name, (chunk, loss, which) in CASES.items():
+        total, found = run(chunk, loss, processes=Processes(rank, count), **which)
         save_file(found | {"total": total}, folder / f"{name}_{rank}.safetensors")
     own = torch.full((1 + rank,), float(rank), dtype=torch.bfloat16)
     whole = Processes(rank, count).gather(own, list(range(1, count + 1)))
@@ -293,7 +353,8 @@ def many(request, tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_processes_give_every_gradient_of_one(many, case):
-    total, expected = run(0, CASES[case][1])
+    _, loss, which = CASES[case]
+    total, expected = run(0, loss, **which)
     for rank, computed in enumerate(many):
         torch.testing.assert_close(computed[case]["total"], total, rtol=1e-12, atol=0)
         got = {name: tensor for name, tensor in computed[case].items() if name != "total"}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from vla.config import LossConfig
 from vla.config_io import save_yaml
+from vla.training import align
 from vla.training.align import train_align
 from vla.training.policy import train_policy
 
@@ -57,6 +58,35 @@ def test_stage_one_resumes_exactly(align_config, tmp_path, at_step):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("what", ["more", "stream_and_word_dropout", "minimal_pairs", "other_terms"])
+def test_stage_one_resumes_exactly_whatever_is_switched_on(align_config, alike, tmp_path, monkeypatch, what):
+    data, loss = align_config.data, align_config.loss
+    terms = {"transition_action": 0.5, "transition_language": 0.5, "state_within_goal": True}
+    changes = {
+        "more": {"more": (str(alike),)},
+        "stream_and_word_dropout": {"data": replace(data, stream=True, word_dropout=0.3)},
+        "minimal_pairs": {"data": replace(data, root=str(alike)), "loss": replace(loss, minimal_pairs=True)},
+        "other_terms": {"loss": replace(loss, vision_language_kind="sigmoid", **terms)},
+    }
+    config = replace(align_config, steps=4, eval_every=0, save_every=1, output=str(tmp_path / "whole"), **changes[what])
+    train_align(config)
+    broken, save = replace(config, output=str(tmp_path / "broken")), align.checkpoint
+
+    def stops(run, step, *rest):
+        save(run, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(align, "checkpoint", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_align(broken)
+    monkeypatch.setattr(align, "checkpoint", save)
+    train_align(replace(broken, resume=True))
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "clip" / "model.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tune": True}, {"tune": True, "auxiliary": 0.5, "loss": LossConfig(queries=2, pooler_width=32)}],
@@ -93,10 +123,11 @@ def launch(config, folder: Path, kill_at: int | None = None) -> None:
         assert json.loads((folder / "alignment.json").read_text())["processes"] == 2
 
 
-def test_stage_one_on_two_processes_killed_and_resumed_repeats_the_run_and_is_that_of_one_process(
+def test_stage_one_in_pieces_on_two_processes_killed_and_resumed_repeats_the_run_and_is_that_of_one_process(
     align_config, tmp_path
 ):
-    config = replace(align_config, steps=6, eval_every=0, save_every=2, precision="no", output=str(tmp_path / "two"))
+    run = {"steps": 6, "eval_every": 0, "save_every": 2, "precision": "no"}
+    config = replace(align_config, **run, chunk=3, output=str(tmp_path / "two"))
     launch(config, tmp_path / "two")
     broken = replace(config, output=str(tmp_path / "broken"))
     launch(broken, tmp_path / "broken", kill_at=3)
@@ -104,7 +135,7 @@ def test_stage_one_on_two_processes_killed_and_resumed_repeats_the_run_and_is_th
     two, again = metrics(tmp_path / "two"), metrics(tmp_path / "broken")
     assert again == two
     alone = tmp_path / "one.yaml"
-    save_yaml(replace(config, output=str(tmp_path / "one")), alone)
+    save_yaml(replace(config, chunk=0, output=str(tmp_path / "one")), alone)
     command = [sys.executable, str(ROOT / "scripts" / "train_align.py"), "--config_path", str(alone)]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     first, one = two[0], metrics(tmp_path / "one")[0]

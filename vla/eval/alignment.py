@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla.data.batches import TripletSource
 from vla.data.episodes import Episodes
-from vla.eval.retrieval import rank_me, recall_at_k, recall_at_k_chance, uniformity
+from vla.eval.retrieval import alignment, rank_me, recall_at_k, recall_at_k_chance, uniformity
 from vla.models.alignment import AlignmentModel, unit
 from vla.models.clip import Encoder, patch_embeds, pixel_values, text_features, vision_features, word_embeds
 from vla.types import TripletBatch
@@ -53,7 +53,8 @@ def measure_alignment(
     texts = np.unique(held_out.batch.text_id)
     measures["modality_gap"] = float(np.linalg.norm(held_out.vision.mean(0) - held_out.language[texts].mean(0)))
     own = held_out.language[held_out.batch.text_id]
-    measures["alignment"] = float(((held_out.vision - own) ** 2).sum(1).mean())
+    measures["alignment"] = alignment(held_out.vision, own)
+    measures["alignment_context_action"] = alignment(held_out.context, held_out.action)
     for name in ("vision", "context", "action"):
         measures[f"rank_me_{name}"] = rank_me(getattr(held_out, name))
         measures[f"uniformity_{name}"] = uniformity(getattr(held_out, name))
@@ -102,7 +103,11 @@ def spread_rows(source: TripletSource, positions: np.ndarray, most: int) -> np.n
 def embed_rows(
     model: AlignmentModel, source: TripletSource, rows: np.ndarray, input_ids: Tensor, attention_mask: Tensor
 ) -> Embedded:
-    """Embed (b,) rows, not augmented, in evaluation mode's float32."""
+    """Embed (b,) rows, not augmented, in evaluation mode's float32.
+
+    The other row, whose text or picture the counterfactual contexts get, is half of all rows away: rows are grouped by
+    episode, so it is of another episode unless one has half of the rows.
+    """
     device = input_ids.device
     language = language_embeds(model.clip, input_ids, attention_mask)
     batch = source.gather(rows)
@@ -111,22 +116,25 @@ def embed_rows(
     words, _ = text_features(model.clip, input_ids[used], mask)
     named = word_embeds(model.clip, words)
     columns: dict[str, list[Tensor]] = {}
+    every = np.arange(len(rows))
+    other = np.roll(every, len(rows) // 2)
+
+    def seen(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The patch tokens and pooled outputs of some rows' pictures."""
+        return vision_features(
+            model.clip, pixel_values(torch.from_numpy(batch.frames[batch.frame_of_row[chosen]]).to(device))
+        )
+
+    def context(tokens: Tensor, chosen: np.ndarray) -> Tensor:
+        """Patch tokens pooled by the texts of some rows."""
+        row, text = torch.arange(len(tokens), device=device), torch.from_numpy(text_of_rows[chosen]).to(device)
+        return model.context_features(tokens, patch_embeds(model.clip, tokens), words, named, mask, row, text)
+
     for first in range(0, len(rows), BATCH):
         part = slice(first, first + BATCH)
-        pixels = pixel_values(torch.from_numpy(batch.frames[batch.frame_of_row[part]]).to(device))
-        tokens, pooled = vision_features(model.clip, pixels)
-        text_of_row = torch.from_numpy(text_of_rows[part]).to(device)
-        scene = model.scene_features(tokens)
-        row = torch.arange(len(tokens), device=device)
-        patches, half = patch_embeds(model.clip, tokens), len(tokens) // 2
-        contexts = [
-            model.context_features(seen, embeds, words, named, mask, row, texts)
-            for seen, embeds, texts in (
-                (tokens, patches, text_of_row),
-                (tokens, patches, text_of_row.roll(half)),
-                (tokens.roll(half, 0), patches.roll(half, 0), text_of_row),
-            )
-        ]
+        own, others = every[part], other[part]
+        tokens, pooled = seen(own)
+        contexts = [context(tokens, own), context(tokens, others), context(seen(others)[0], own)]
         chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
         pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
         outputs = {
@@ -136,7 +144,7 @@ def embed_rows(
             "context_of_other_image": model.context_projection(contexts[2]),
             "action": model.action_projection(model.action_encoder(chunk, pad)),
             "pooled_context": contexts[0],
-            "pooled_scene": scene,
+            "pooled_scene": model.scene_features(tokens),
         }
         for name, value in outputs.items():
             columns.setdefault(name, []).append(value.float().cpu())
@@ -145,7 +153,7 @@ def embed_rows(
 
 
 def retrieval_measures(held_out: Embedded) -> dict[str, float]:
-    """Multi-positive R@1 and R@5: image -> instruction, instruction -> image, context -> action chunk.
+    """Multi-positive R@1, R@5 and R@10: image -> instruction, instruction -> image, context -> action chunk.
 
     The last one also counterfactually, with the instruction or the picture of another row in the context: an embedding
     that uses both falls to chance level.
@@ -169,7 +177,7 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
 
 
 def picture_text_measures(vision: np.ndarray, language: np.ndarray, batch: TripletBatch) -> dict[str, float]:
-    """R@1 and R@5 between the pictures of b rows and the distinct texts among them: (b, d), and (u, d) of all texts."""
+    """R@1, R@5 and R@10 between the pictures of b rows and the distinct texts among them: (b, d), and (u, d) of all texts."""
     texts, first = np.unique(batch.text_id, return_index=True)
     similarity = vision @ language[texts].T  # (b, distinct)
     same_goal = batch.goal_id[:, None] == batch.goal_id[first][None, :]
@@ -177,9 +185,9 @@ def picture_text_measures(vision: np.ndarray, language: np.ndarray, batch: Tripl
 
 
 def recalls(name: str, similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]:
-    """Multi-positive R@1 and R@5 beside their chance levels."""
+    """Multi-positive R@1, R@5 and R@10 beside their chance levels."""
     measures = {}
-    for k in (1, 5):
+    for k in (1, 5, 10):
         measures[f"{name}_r{k}"] = recall_at_k(similarity, positives, k)
         measures[f"{name}_r{k}/chance"] = recall_at_k_chance(positives, k)
     return measures

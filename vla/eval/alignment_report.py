@@ -30,7 +30,7 @@ def write_alignment_report(folder: Path) -> Path:
     blocks: list[Table | Figure] = [loss_figure(train, name) for name in terms]
     report = Report(
         title="Stage one: alignment",
-        answers=tuple(answers(record["metrics"])),
+        answers=(*answers(record["metrics"]), *(f"Warning: {text}" for text in record.get("warnings", ()))),
         sections=(
             Section(
                 "Held-out measures",
@@ -246,6 +246,7 @@ def health_table(train: list[dict]) -> Table:
     half = train[len(train) // 2 :]
     names = (
         "distinct_goals",
+        "distinct_instructions",
         "distinct_scenes",
         "collision_rate",
         "idle_rate",
@@ -254,5 +255,8 @@ def health_table(train: list[dict]) -> Table:
         "grad_norm",
     )
     names += tuple(key for key in half[-1] if key.endswith("/scale"))
+    names = tuple(
+        name for name in names if all(name in line for line in half)
+    )  # a run may have begun before one was logged
     rows = tuple((name, f"{sum(line[name] for line in half) / len(half):.3f}") for name in names)
     return Table("Means over the second half of the run", ("quantity", "value"), rows)

@@ -36,6 +36,11 @@ def rank_me(embeds: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
+def alignment(embeds: np.ndarray, partners: np.ndarray) -> float:
+    """Mean squared distance of (b, d) unit vectors to what belongs to them, row by row: 0 if they are equal (arXiv:2005.10242)."""
+    return float(((embeds - partners) ** 2).sum(1).mean())
+
+
 def uniformity(embeds: np.ndarray) -> float:
     """Log of the mean Gaussian potential exp(-2 |x - y|^2) between (b, d) unit vectors: 0 if all are equal (arXiv:2005.10242)."""
     distances = pdist(embeds, "sqeuclidean")

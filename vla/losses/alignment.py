@@ -23,90 +23,12 @@ from vla.losses.contrastive import (
     soft_targets,
     weighted_mean,
 )
+from vla.losses.pairing import Pairing, Relation
 from vla.losses.rowwise import Term, in_parts, spans
 
 GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
 KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Which texts belong to which images, as lookups by id.
-
-    A text belongs to the images that are asked one of its goals. Other images of a scene it is used in neither have it
-    nor lack it: it names their objects truly.
-    """
-
-    frame_of_row: Tensor  # (b,) image of each row
-    goal_of_row: Tensor  # (b,) index of each row's goal
-    scene_of_frame: Tensor  # (f,) index of each image's scene, -1 where unknown
-    goal_texts: Tensor  # (g, u) bool: the texts a goal is asked with
-    scene_texts: Tensor  # (s, u) bool: the texts used in a scene
-    pair_texts: Tensor  # (s, u) bool: minimal pairs that a scene has drawn; others know nothing of them
-
-    def positives(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
-        """(frames, texts) bool."""
-        first, stop, _ = frames.indices(len(self.scene_of_frame))
-        rows = ((self.frame_of_row >= first) & (self.frame_of_row < stop)).nonzero()[:, 0]
-        asked = self.goal_texts[self.goal_of_row[rows]][:, texts]  # (rows, texts)
-        found = torch.zeros(stop - first, asked.shape[1], device=asked.device)
-        return found.index_add_(0, self.frame_of_row[rows] - first, asked.float()) > 0
-
-    def told(self) -> tuple[Tensor, Tensor, "Pairing"]:
-        """(n,) images and (m,) texts that belong to any of the other side, and the lookups among these alone."""
-        told = torch.zeros(len(self.scene_of_frame), dtype=torch.bool, device=self.frame_of_row.device)
-        told[self.frame_of_row] = True
-        asked = self.goal_texts.any(0)
-        if told.all() and asked.all():
-            return told.nonzero()[:, 0], asked.nonzero()[:, 0], self
-        pairs = Pairing(
-            frame_of_row=(told.cumsum(0) - 1)[self.frame_of_row],
-            goal_of_row=self.goal_of_row,
-            scene_of_frame=self.scene_of_frame[told],
-            goal_texts=self.goal_texts[:, asked],
-            scene_texts=self.scene_texts[:, asked],
-            pair_texts=self.pair_texts[:, asked],
-        )
-        return told.nonzero()[:, 0], asked.nonzero()[:, 0], pairs
-
-    def decided(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
-        """(frames, texts) bool: whether a text is right or wrong of an image, not merely true."""
-        scene = self.scene_of_frame[frames]
-        known = (scene >= 0)[:, None]
-        named = self.scene_texts[scene.clamp_min(0)][:, texts] & known
-        paired = self.pair_texts[scene.clamp_min(0)][:, texts] & known
-        asked = self.goal_texts.any(0)[texts]
-        return torch.where(asked, ~named | self.positives(frames, texts), paired)
-
-
-def pairing(
-    frame_of_row: Tensor,
-    text_of_row: Tensor,
-    goal_id: Tensor,
-    scene_id: Tensor,
-    frames: int,
-    texts: int,
-    pair_of_row: Tensor | None = None,
-) -> Pairing:
-    """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts.
-
-    Rows without a goal (-1) belong to no text. `pair_of_row` is a minimal pair of each row's text, -1 where there is none.
-    """
-    asked = goal_id >= 0
-    paired = text_of_row.new_full((0,), 0) if pair_of_row is None else pair_of_row[asked]
-    frame_of_row, text_of_row, goal_id, scene_id = (x[asked] for x in (frame_of_row, text_of_row, goal_id, scene_id))
-    goals, goal_of_row = goal_id.unique(return_inverse=True)
-    scenes, scene_of_row = scene_id.unique(return_inverse=True)
-    goal_texts = torch.zeros(len(goals), texts, dtype=torch.bool, device=goal_id.device)
-    goal_texts[goal_of_row, text_of_row] = True
-    scene_texts = torch.zeros(len(scenes), texts, dtype=torch.bool, device=goal_id.device)
-    scene_texts[scene_of_row, text_of_row] = True
-    pair_texts = torch.zeros_like(scene_texts)
-    pair_texts[scene_of_row[: len(paired)][paired >= 0], paired[paired >= 0]] = True
-    known = torch.where(scene_id >= 0, scene_of_row, -1)
-    scene_of_frame = known.new_full((frames,), -1).index_copy_(0, frame_of_row, known)
-    return Pairing(frame_of_row, goal_of_row, scene_of_frame, goal_texts, scene_texts, pair_texts)
 
 
 def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor) -> Term:
@@ -148,7 +70,9 @@ def vision_language_sigmoid_term(
     def part(span: slice, vision: Tensor, language: Tensor, scale: Tensor, bias: Tensor) -> Term:
         positives, weights = pairs.positives(span), progress[span]
         loss = sigmoid_loss(vision[span], language, scale, bias, positives, weights=weights)
-        return weights.sum() / weight * _term(loss, sigmoid_chance(positives, weights=weights))
+        return (
+            weights.sum() / weight * _term(loss, sigmoid_chance(positives, weights=weights))
+        )  # 0 bounds it from below
 
     return in_parts(part, len(vision), len(language), vision, language, scale, bias)
 
@@ -176,12 +100,9 @@ def groups_of(pairs: Pairing) -> list[Group]:
     """
     groups = []
     for images in spans(len(pairs.scene_of_frame), GROUP):
-        rows = (pairs.frame_of_row >= images.start) & (pairs.frame_of_row < images.stop)
-        texts = pairs.goal_texts[pairs.goal_of_row[rows]].any(0)
-        asked = int(texts.sum())
-        scenes = pairs.scene_of_frame[images]
-        texts |= pairs.pair_texts[scenes[scenes >= 0]].any(0)
-        groups.append(Group(images, texts.nonzero()[:, 0], asked))
+        asked = pairs.goal_texts.of(pairs.goal_of_row[pairs.rows_of(images)])
+        paired = pairs.pair_texts.of(pairs.scene_of_frame[images])
+        groups.append(Group(images, torch.cat([asked, paired]).unique(), len(asked)))
     return groups
 
 
@@ -300,6 +221,17 @@ def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int, rows: slice 
     return close & (index[rows, None] != index[None, :])
 
 
+def of_other_goals(asked: Relation, images: Tensor, rows: slice = slice(None)) -> Tensor:
+    """(rows, n) bool: which of (n,) ascending images share no goal with those at `rows` among them.
+
+    Args:
+        asked: the goals of each image, at least one; without an instruction one that no other episode has.
+    """
+    goals = asked.of(images[rows])
+    has = asked.table(images, goals).float()  # (n, goals)
+    return has[rows] @ has.T == 0
+
+
 def idle_chunks(action_chunk: Tensor, action_is_pad: Tensor, rest: Tensor, tolerance: float = 0.05) -> Tensor:
     """(b,) bool: chunks (b, h, a) that stay within `tolerance` of the resting action (a,), all normalised."""
     at_rest = ((action_chunk - rest).abs() <= tolerance).all(-1)  # (b, h)
@@ -313,11 +245,15 @@ def mean_squared_distances(flat: Tensor, rows: slice = slice(None)) -> Tensor:
     return squared.masked_fill(index[rows, None] == index[None, :], 0.0)
 
 
-def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
-    """Distinct goals and scenes, collision rate and idle-chunk rate of a batch of (b,) ids; rows without a goal (-1) do not count."""
-    goal_id = goal_id[goal_id >= 0]
+def batch_health(goal_id: Tensor, text_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
+    """Distinct goals, instructions and scenes, collision rate and idle-chunk rate of a batch of (b,) ids.
+
+    Rows without a goal (-1) have no instruction.
+    """
+    goal_id, text_id = goal_id[goal_id >= 0], text_id[goal_id >= 0]
     return {
         "distinct_goals": goal_id.unique().numel() * torch.ones(()),
+        "distinct_instructions": text_id.unique().numel() * torch.ones(()),
         "distinct_scenes": scene_id.unique().numel() * torch.ones(()),
         "collision_rate": collision_rate(goal_id),
         "idle_rate": idle.float().mean(),
@@ -325,5 +261,10 @@ def batch_health(goal_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, T
 
 
 def _term(loss: Tensor, chance: Tensor) -> Term:
-    """A term whose loss can reach zero."""
+    """A term whose floor is 0, because the log is of the *sum* over the positives: one good positive is enough for a row.
+
+    Whoever belongs to whom, if everyone belongs to someone: choose pairs that belong together until each image and text is in
+    one, and drop those that are not needed. What is left are stars, a centre and the leaves that are its own. With one direction for
+    each star, everyone's negatives are in other stars, and the loss goes to 0 as the scale grows.
+    """
     return Term(loss, chance, torch.zeros_like(chance))

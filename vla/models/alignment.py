@@ -1,8 +1,9 @@
 """The stage-one model: CLIP towers, the text-conditioned pooler, action and state encoders, projections, scales."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,11 @@ class AlignmentModel(nn.Module):
         queries: int,
         temperature: float,
         learn_temperature: bool,
+        temperatures: Mapping[str, tuple[float, bool]] = MappingProxyType({}),
         sigmoid: bool = False,
         transitions: bool = False,
     ) -> None:
+        """Build it untrained; `temperatures` has, for pairs that differ, the initial temperature and whether it is learned."""
         super().__init__()
         self.clip = clip
         vision, text, d = clip.config.vision_config, clip.config.text_config, clip.config.projection_dim
@@ -76,10 +79,13 @@ class AlignmentModel(nn.Module):
         self.state_encoder = mlp(state_dim, 128, 128)
         self.state_projection = ProjectionHead(128, d)
         self.transition_projection = ProjectionHead(2 * queries * pooler_width, d) if transitions else None
-        start = torch.tensor(math.log(1 / temperature), dtype=torch.float32)
         pairs = (*PAIRS, *TRANSITIONS) if transitions else PAIRS
+        starts = {pair: temperatures.get(pair, (temperature, learn_temperature)) for pair in pairs}
         self.logit_scales = nn.ParameterDict(
-            {pair: nn.Parameter(start.clone(), requires_grad=learn_temperature) for pair in pairs}
+            {
+                pair: nn.Parameter(torch.tensor(math.log(1 / start)), requires_grad=learn)
+                for pair, (start, learn) in starts.items()
+            }
         )
         # -log of the number of texts in a batch, or so: at the start the answer is no (arXiv:2303.15343).
         self.logit_bias = nn.Parameter(torch.tensor(-5.0)) if sigmoid else None

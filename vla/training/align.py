@@ -34,7 +34,7 @@ from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
 from vla.losses.rowwise import Term
-from vla.models.alignment import AlignmentModel
+from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import Encoder, build_clip, load_clip, resize_positions, save_clip, tokenize
 from vla.models.finetuning import add_lora, interpolated
 from vla.training.align_step import forward_backward
@@ -56,6 +56,7 @@ from vla.training.run import RunFolder, mean_metrics
 from vla.types import TripletBatch, UserError
 from vla.versions import versions
 
+STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
 SETTLED = 100  # steps after the warm-up by which every term should have left its chance level
 
 
@@ -66,7 +67,7 @@ def train_align(config: AlignConfig) -> Path:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
     check_start(config)
-    check_transitions(config)
+    check_terms(config)
     torch.set_num_threads(config.threads)
     if config.chunk:
         keep_few_kernels()
@@ -130,7 +131,7 @@ def train_align(config: AlignConfig) -> Path:
         return batch
 
     window: list[dict[str, float]] = []
-    warned: list[str] = []
+    warned = [term for terms in run.logged(STUCK).values() for term in terms]
     started = time.perf_counter()
     bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
     for step, batch, waited in prefetch(make_batch, first, config.steps):
@@ -167,15 +168,12 @@ def train_align(config: AlignConfig) -> Path:
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
             metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
-            run.log(done, metrics | {"samples": digest(batch)})
-            if done >= config.optimizer.warmup + SETTLED and (
-                stuck := [t for t in at_chance(metrics) if t not in warned]
-            ):
-                warned += stuck
-                bar.write(
-                    f"step {done}: {', '.join(stuck)} still at its chance level: it teaches nothing yet. Are the instructions "
-                    "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)?"
-                )
+            settled = done >= config.optimizer.warmup + SETTLED
+            stuck = [term for term in at_chance(metrics) if term not in warned] if settled else []
+            warned += stuck
+            run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
+            if stuck and run.writes:
+                bar.write(alarm(done, stuck))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
@@ -201,7 +199,8 @@ def train_align(config: AlignConfig) -> Path:
             for share in config.wise_ft:
                 encoder = interpolated(start, trained, share)
                 export_encoder(run.folder / "wise_ft" / f"{share:g}", model, tokenizer, encoder)
-        export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way)
+        warnings = [alarm(step, terms) for step, terms in run.logged(STUCK).items()]
+        export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way, warnings)
         write_alignment_report(run.folder)
         run.close()
     accelerator.wait_for_everyone()
@@ -210,8 +209,9 @@ def train_align(config: AlignConfig) -> Path:
     return encoder
 
 
-def check_transitions(config: AlignConfig) -> None:
-    """Refuse transition terms whose batches hold no transition."""
+def check_terms(config: AlignConfig) -> None:
+    """Refuse transition terms whose batches hold no transition, and temperatures that are none."""
+    pair_temperatures(config.loss)
     batch = config.batch
     if config.loss.transition_action + config.loss.transition_language and (
         batch.frames < 2 or batch.gap > config.horizon
@@ -235,6 +235,32 @@ def step_metrics(
     return metrics | {key: float(value) for key, value in health.items()}
 
 
+def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:
+    """What `loss.temperatures` says: the initial temperature of a pair, and whether it is learned.
+
+    Raises:
+        UserError: no such pair, or a value that is no temperature.
+    """
+    found: dict[str, tuple[float, bool]] = {}
+    for text in loss.temperatures:
+        pair, _, value = text.partition("=")
+        number = value.removeprefix("fixed:")
+        if pair not in (*PAIRS, *TRANSITIONS):
+            raise UserError(
+                f"config error: loss.temperatures: {text!r} names no pair; they are {', '.join((*PAIRS, *TRANSITIONS))}"
+            )
+        try:
+            start = float(number)
+        except ValueError:
+            start = 0.0
+        if not 0.01 <= start < float("inf"):
+            raise UserError(
+                f"config error: loss.temperatures: {text!r} is not {pair}=VALUE or {pair}=fixed:VALUE with a value of at least 0.01"
+            )
+        found[pair] = start, loss.learn_temperature and number == value
+    return found
+
+
 def minimal_pairs(
     loss: LossConfig, episodes: Episodes, train: np.ndarray, tell: Callable[[str], None]
 ) -> MinimalPairs | None:
@@ -250,8 +276,8 @@ def minimal_pairs(
     share = float((pairs.draw(*ids, np.random.default_rng(0)) >= 0).mean())
     if not share:
         raise UserError(
-            f"config error: loss.minimal_pairs: no instruction of {episodes.root} differs in one word of its scene from another; "
-            "leave it out"
+            f"config error: loss.minimal_pairs: in no instruction of {episodes.root} can one word be exchanged so that it names what its "
+            "scene lacks (scene_id and target_position tell); leave it out"
         )
     tell(f"minimal pairs: for {100 * share:.0f} % of the episodes")
     return pairs
@@ -291,6 +317,7 @@ def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> Alig
         queries=config.loss.queries,
         temperature=config.loss.temperature,
         learn_temperature=config.loss.learn_temperature,
+        temperatures=pair_temperatures(config.loss),
         sigmoid=config.loss.vision_language_kind == "sigmoid",
         transitions=config.loss.transition_action + config.loss.transition_language > 0,
     )
@@ -385,6 +412,7 @@ def export(
     seconds: float,
     processes: Processes,
     way: list[dict[str, float]],
+    warnings: list[str],
 ) -> None:
     """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
     export_encoder(folder, model, tokenizer)
@@ -401,6 +429,7 @@ def export(
         "seconds": round(seconds, 1),
         "metrics": measured,
         "way": way,
+        "warnings": warnings,
         "versions": versions(),
     }
     (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -443,6 +472,14 @@ def at_chance(metrics: dict[str, float]) -> list[str]:
         return loss > chance - 0.02 * (chance - (loss - excess))
 
     return [name for name in names if stays(name)]
+
+
+def alarm(step: int, terms: list[str]) -> str:
+    """What is said of terms that are still at their chance level after a step."""
+    return (
+        f"step {step}: {', '.join(terms)} still at its chance level: it teaches nothing yet. Are the instructions "
+        "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)?"
+    )
 
 
 def describe(

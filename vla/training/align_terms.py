@@ -1,5 +1,6 @@
 """From a batch and its embeddings to the loss terms of stage one; rows that lack something are left out of what needs it."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,13 +11,14 @@ from vla.losses.alignment import (
     batch_health,
     idle_chunks,
     near_duplicates,
-    pairing,
+    of_other_goals,
     soft_term,
     vision_language_sigmoid_term,
     vision_language_term,
     word_patch_term,
 )
-from vla.losses.rowwise import Term
+from vla.losses.pairing import distinct, pairing
+from vla.losses.rowwise import PAIRS, Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds
 from vla.training.device_batch import DeviceBatch
 
@@ -66,19 +68,43 @@ def batch_terms(
     if rows.similarity is not None and len(images):
         terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), batch.pairs, batch.groups)
     if rows.scene is not None and rows.state is not None and len(stated):
-        known = shown[stated]
-        terms["state"] = soft_term(
-            rows.scene.index_select(0, stated),
-            rows.state.index_select(0, stated),
-            model.scale("state"),
-            batch.state[stated],
-            loss.state_beta,
-            partial(near_duplicates, episode[known], timestep[known], gap),
-            torch.ones(len(known), device=known.device),
-        )
+        invalid, weights = state_pairs(batch, stated, gap, within_goal=loss.state_within_goal)
+        if weights.any():
+            terms["state"] = soft_term(
+                rows.scene.index_select(0, stated),
+                rows.state.index_select(0, stated),
+                model.scale("state"),
+                batch.state[stated],
+                loss.state_beta,
+                invalid,
+                weights,
+            )
     if rows.pooled is not None and (loss.transition_action or loss.transition_language):
         terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap)
-    return terms, batch_health(ids["goal_id"], ids["scene_id"], idle[acted] if len(acted) else idle)
+    idle = idle[acted] if len(acted) else idle
+    return terms, batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], idle)
+
+
+def state_pairs(
+    batch: DeviceBatch, stated: Tensor, gap: int, *, within_goal: bool
+) -> tuple[Callable[[slice], Tensor], Tensor]:
+    """Who of (n,) images with a state is not compared with whom, rows -> (rows, n) bool, and their (n,) weights.
+
+    Within a goal, images are compared with those that share one with them; images of an episode without an instruction with
+    each other. Who has nobody to be told from weighs nothing.
+    """
+    episode, known = batch.ids["episode_id"], batch.shown[stated]
+    near = partial(near_duplicates, episode[known], batch.ids["timestep"][known], gap)
+    if not within_goal:
+        return near, torch.ones(len(known), device=known.device)
+    goal = batch.ids["goal_id"]
+    asked = distinct(batch.frame_of_row, torch.where(goal >= 0, goal, -1 - episode))
+
+    def invalid(rows: slice) -> Tensor:
+        return near(rows) | of_other_goals(asked, stated, rows)
+
+    parts = spans(len(stated), max(1, PAIRS // len(stated)))
+    return invalid, torch.cat([((~invalid(rows)).sum(1) > 1).float() for rows in parts])
 
 
 def transition_terms(

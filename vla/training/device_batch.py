@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla.losses.alignment import Group, Pairing, groups_of, pairing
+from vla.losses.alignment import Group, groups_of
+from vla.losses.pairing import Pairing, pairing
 from vla.models.clip import pixel_values
 from vla.types import TripletBatch
 

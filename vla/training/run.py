@@ -60,7 +60,7 @@ class RunFolder:
         with (folder / "log.txt").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
 
-    def log(self, step: int, metrics: dict[str, float | str]) -> None:
+    def log(self, step: int, metrics: dict[str, float | str | list[str]]) -> None:
         """Append one line; numbers go to TensorBoard too."""
         if not self.writes:
             return
@@ -69,8 +69,13 @@ class RunFolder:
         if self._tensorboard is None:
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
         for key, value in metrics.items():
-            if not isinstance(value, str):
+            if not isinstance(value, (str, list)):
                 self._tensorboard.add_scalar(key, value, step)
+
+    def logged(self, key: str) -> dict[int, Any]:
+        """What was logged under a key, by step."""
+        lines = [json.loads(line) for line in self._metrics.read_text().splitlines()] if self._metrics.is_file() else []
+        return {line["step"]: line[key] for line in lines if key in line}
 
     def truncate(self, step: int) -> None:
         """Drop metrics after `step`, which a resumed run writes again."""
