@@ -254,6 +254,9 @@ class CompareConfig:
     transfer_weight: float = number(
         1.0, 0
     )  # weight of those others beside 1 of the transfer tasks where policies clone; 0: these alone
+    play_scenes: int = number(
+        0, 0, 100_000
+    )  # scenes of play, without words, that alignments see beside the demonstrations
     tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
     tuned_lr_scale: float = number(0.1, 0)  # learning rate of aligned-head-tuned relative to policy.optimizer.lr
     scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together

@@ -187,7 +187,7 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
     def seconds(job: Job) -> float:
         stage, _, rest = job.name.partition("-")
         if stage == "data":
-            return episode * demos
+            return episode * (demos + config.play_scenes * config.collect.goals_per_scene)
         if stage == "align":
             return config.align.steps * pictures * training * 1.5  # the words, the losses and the update
         if stage == "cloning":

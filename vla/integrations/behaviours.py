@@ -61,7 +61,7 @@ def stopped(expert: Expert, timesteps: int) -> Behaviour:
 def mistakes(goals: Sequence[str], named: str, rng: np.random.Generator) -> list[str | int]:
     """Ways to fail at `named`, the preferred first: a goal of its task with another object, or the timesteps until a stop.
 
-    The last is to do nothing, which no goal is reached by.
+    The last of the stops is before the first timestep.
     """
     task, *thing = named.split("/")[:3]
     others = [goal for goal in goals if goal.split("/")[0] == task and goal.split("/")[1:3] != thing]
