@@ -1,16 +1,14 @@
 """Several data sets as one, some without words or actions."""
 
 import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.conftest import debug
+from tests.conftest import debug, without
 from vla.config import CollectConfig, DataConfig
 from vla.data.batches import TripletSource
 from vla.data.episodes import read_episodes, rows_of
@@ -23,23 +21,6 @@ from vla.training.align import make_encoders, make_model, make_sampler, make_sta
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.types import ACTION_KEY, STATE_KEY, UserError
-
-
-def without(root, copy, *keys: str, words: bool = True):
-    """A copy of a data set that lacks columns, or the words of its tasks."""
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".concord"))
-    info = json.loads((copy / "meta" / "info.json").read_text())
-    info["features"] = {key: value for key, value in info["features"].items() if key not in keys}
-    (copy / "meta" / "info.json").write_text(json.dumps(info))
-    for path in copy.glob("data/*/*.parquet"):
-        table = pq.read_table(path)
-        pq.write_table(table.drop_columns([key for key in keys if key in table.column_names]), path)
-    if not words:
-        path = copy / "meta" / "tasks.parquet"
-        table = pq.read_table(path)
-        name = "task" if "task" in table.column_names else "__index_level_0__"
-        pq.write_table(table.set_column(table.column_names.index(name), name, [[""] * len(table)]), path)
-    return copy
 
 
 @pytest.fixture(scope="module")
