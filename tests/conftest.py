@@ -1,5 +1,6 @@
 """Small real artefacts, made once in every test process: a data set, an aligned encoder, a policy."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -44,6 +45,23 @@ def small_alignment_model(texts: tuple[str, ...], layers: int, **kinds: bool):
     clip, tokenizer = build_clip(texts, **sizes, **text_sizes)
     shapes = {"horizon": 4, "action_dim": 3, "state_dim": 2, "pooler_width": 32, "queries": 2}
     return AlignmentModel(clip, **shapes, temperature=0.07, learn_temperature=True, **kinds), tokenizer
+
+
+def without(root, copy, *keys: str, words: bool = True):
+    """A copy of a data set that lacks columns, or the words of its tasks."""
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".concord"))
+    info = json.loads((copy / "meta" / "info.json").read_text())
+    info["features"] = {key: value for key, value in info["features"].items() if key not in keys}
+    (copy / "meta" / "info.json").write_text(json.dumps(info))
+    for path in copy.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns([key for key in keys if key in table.column_names]), path)
+    if not words:
+        path = copy / "meta" / "tasks.parquet"
+        table = pq.read_table(path)
+        name = "task" if "task" in table.column_names else "__index_level_0__"
+        pq.write_table(table.set_column(table.column_names.index(name), name, [[""] * len(table)]), path)
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,17 @@ class EnvConfig:
 
 @dataclass
 class CollectConfig:
-    """Collect demonstrations with the scripted expert into a LeRobotDataset v3 root."""
+    """Collect demonstrations, play or failures of the scripted expert into a LeRobotDataset v3 root."""
 
     output: str = "outputs/data/tabletop"  # LeRobotDataset root to write
     env: EnvConfig = field(default_factory=EnvConfig)
+    kind: Literal["demonstrations", "play", "failures"] = (
+        "demonstrations"  # play: some goals one after the other; failures: another object, or stopped; both without words
+    )
     scenes: int = number(1000, 1, 100_000)  # scenes to collect (tabletop), or episodes for each task (metaworld)
-    goals_per_scene: int = number(4, 1)  # different valid goals demonstrated from the same initial state
+    goals_per_scene: int = number(
+        4, 1
+    )  # different valid goals attempted from the same initial state; in play, one after the other in one episode
     noise: float = number(0.3, 0)  # std of the Gaussian noise on the executed action (DART); labels stay the expert's
     noisy_share: float = number(0.5, 0, 1)  # share of the episodes collected with noise
     seed: int = number(0, 0, 400_000)  # seed of the first scene; scene i uses seed + i, far below those of evaluations
@@ -253,6 +258,9 @@ class CompareConfig:
     transfer_weight: float = number(
         1.0, 0
     )  # weight of those others beside 1 of the transfer tasks where policies clone; 0: these alone
+    play_scenes: int = number(
+        0, 0, 100_000
+    )  # scenes of play, without words, that alignments see beside the demonstrations
     tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
     tuned_lr_scale: float = number(0.1, 0)  # learning rate of aligned-head-tuned relative to policy.optimizer.lr
     scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together

@@ -111,23 +111,46 @@ def rendering_found() -> str:
 
 
 def data_checks(root: Path, camera: str | None) -> Iterator[Check]:
-    """Every problem of a data set."""
+    """Every problem of a data set, and what it can be used for if it lacks words, actions or states."""
     from vla.data.validation import validate
 
-    problems = validate(root)
+    problems = validate(root, partial=True)
     for problem in problems:
         yield Check("data", str(root), problem)
-    if not problems:
-        from vla.data.episodes import read_episodes
+    if problems:
+        return
+    from vla.data.episodes import read_episodes
 
-        yield attempt("data", lambda: _described(read_episodes(root, camera)))
+    try:
+        episodes = read_episodes(root, camera, partial=True)
+    except UserError as error:
+        yield Check("data", "does not work", str(error))
+        return
+    yield Check("data", described(episodes), lacking(episodes), optional=True)
 
 
-def _described(episodes) -> str:
+def described(episodes) -> str:
+    """How large a data set is, and how much of what was asked was done."""
+    told = episodes.goal_id >= 0
+    succeeded = f", {100 * episodes.success[told].mean():.0f} % succeeded" if told.any() else ""
     return (
-        f"{episodes.root}: {len(episodes.goal_id)} episodes, {len(episodes.state)} frames, {len(episodes.goals)} goals, "
-        f"{100 * episodes.success.mean():.0f} % succeeded"
+        f"{episodes.root}: {len(told)} episodes, {len(episodes.frame_row)} frames, "
+        f"{len(set(episodes.goal_id[told].tolist()))} goals{succeeded}"
     )
+
+
+def lacking(episodes) -> str:
+    """What a data set lacks and which terms of stage one it feeds then; empty if it lacks nothing."""
+    untold = int((episodes.goal_id < 0).sum())
+    whole = untold == len(episodes.goal_id)
+    no_actions, no_states = episodes.action.shape[1] == 0, episodes.state.shape[1] == 0
+    lacks = ["actions"] * no_actions + ["states"] * no_states + ["instructions"] * whole
+    feeds = ["context_action", "transition_action"] * (not no_actions) + ["state"] * (not no_states)
+    words = ["vision_language", "word_patch", "transition_language"]
+    if lacks:
+        terms = feeds + words * (not whole)
+        return f"has no {' and no '.join(lacks)}: for --more of stage one only, where it feeds {', '.join(terms) or 'nothing'}"
+    return f"{untold} episodes have no instruction: they feed {', '.join(feeds)} alone" if untold else ""
 
 
 def encoder_found(folder: Path) -> str:

@@ -120,6 +120,15 @@ class TabletopEnv(gym.Env):
         state = np.array([x, y, self.world.closed, self.world.held is not None], np.float32)
         return {"pixels": self._pixels, "agent_pos": state}
 
+    def pursue(self, goal_id: str) -> None:
+        """Ask for another goal of the scene from now on, with things as they are.
+
+        Raises:
+            ValueError: no goal of the scene.
+        """
+        self.goal = self._goal_named(goal_id)
+        self.goal_id, self.task, self.task_description = goal_id, self.goal.task, self._wording(self.goal)
+
     def render(self) -> np.ndarray:
         """(384, 384, 3) uint8, for people."""
         if self._display is None:
@@ -168,13 +177,16 @@ class TabletopEnv(gym.Env):
     ) -> TaskGoal:
         """The goal asked for; otherwise the one the seed has without perturbation, unless the perturbation rules it out."""
         if goal_id is not None:
-            for goal in self._goals:
-                if goal.goal_id(self.scene) == goal_id:
-                    return goal
-            raise ValueError(f"goal {goal_id!r} is not valid in scene {scene_seed} of split {self.split!r}")
+            return self._goal_named(goal_id)
         rng = stream(scene_seed, "goal")
         drawn = _draw_goal(before, task, rng)
         return drawn if drawn in self._goals else _draw_goal(self._goals, task, rng)
+
+    def _goal_named(self, goal_id: str) -> TaskGoal:
+        for goal in self._goals:
+            if goal.goal_id(self.scene) == goal_id:
+                return goal
+        raise ValueError(f"goal {goal_id!r} is not valid in scene {self.scene_id} of split {self.split!r}")
 
     def _wording(self, goal: TaskGoal) -> str:
         rng = stream(self.scene_id, "wording/" + goal.goal_id(self.scene))

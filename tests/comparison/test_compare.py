@@ -11,14 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
 from vla.comparison.compare import compare
 from vla.comparison.jobs import Job, run_jobs
 from vla.comparison.page import comparison_page
+from vla.comparison.plan import aligned_beside
 from vla.config import AlignConfig, CompareConfig, DataConfig, EvalConfig, PolicyTrainConfig, ResultsConfig
 from vla.data.episodes import read_episodes, task_of_episode
+from vla.integrations.collect import collect
 from vla.models.clip import load_clip
 from vla.types import UserError
 
@@ -200,6 +203,64 @@ def test_transfer_keeps_tasks_from_the_encoders_and_gives_them_to_policies(tmp_p
     other = replace(config, output=str(tmp_path / "other"), transfer=("reach",))
     with pytest.raises(UserError, match=r"has episodes of .*, which transfer keeps apart"):
         compare(other)
+
+
+@pytest.fixture(scope="module")
+def with_play(tmp_path_factory) -> CompareConfig:
+    """The configuration of a finished comparison whose alignments saw play, too."""
+    folder = tmp_path_factory.mktemp("with_play")
+    config = debug(CompareConfig, "compare", output=str(folder / "run"), seeds=(0,), demonstrations=(1,))
+    config = replace(config, arms=("aligned-frozen", "shuffle-all"), transfer=("place",), play_scenes=3)
+    config.align.data.root = str(folder / "data")
+    compare(config)
+    return config
+
+
+def test_play_is_collected_of_the_tasks_of_the_encoders_in_scenes_of_its_own(with_play):
+    play, broad = (read_episodes(with_play.align.data.root + end) for end in ("_play", ""))
+    assert set(play.extra["tasks"]) == set(broad.extra["tasks"]) == {"reach", "push", "pick", "next_to", "separate"}
+    assert (len(play.goal_id), play.texts) == (3, ("",))
+    assert not set(play.seed) & set(broad.seed)
+
+
+def test_every_alignment_names_the_play(with_play):
+    for arm in ("none", "all"):
+        record = yaml.safe_load((Path(with_play.output) / "align" / arm / "0" / "config.yaml").read_text())
+        assert record["more"] == [f"{with_play.align.data.root}_play=0.5"]
+
+
+def test_policies_clone_no_play(with_play):
+    policy = Path(with_play.output) / "policy" / "aligned-frozen" / "1" / "0" / "policy"
+    assert json.loads((policy / "concord.json").read_text())["more"] == [f"{with_play.align.data.root}=1.0"]
+
+
+def test_the_result_says_what_play_there_was(with_play):
+    play = json.loads((Path(with_play.output) / "comparison.json").read_text())["data"]["play"]
+    assert (play["episodes"], play["collected with"]["kind"]) == (3, "play")
+
+
+def test_play_of_tasks_that_transfer_keeps_apart_is_refused(with_play, tmp_path):
+    root = tmp_path / "data"
+    play = replace(with_play.collect, output=f"{root}_play", kind="play", scenes=2)
+    collect(play)
+    config = replace(with_play, output=str(tmp_path / "run"))
+    config.align = replace(config.align, data=replace(config.align.data, root=str(root)))
+    with pytest.raises(UserError, match="has play of place, which transfer keeps apart"):
+        compare(config)
+
+
+def test_play_where_none_can_be_collected_is_refused_before_anything_is(tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), play_scenes=2)
+    config.align.data.root = str(tmp_path / "data")
+    config.collect.env.name = "metaworld"
+    with pytest.raises(UserError, match="scenes of metaworld have one goal"):
+        compare(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_play_alignments_see_what_they_are_given(tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path))
+    assert aligned_beside(config) == config.align.more == ()
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,26 @@
 """Several data sets as one, some without words or actions."""
 
 import json
-import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+import torch
 
-from vla.config import DataConfig
-from vla.data.episodes import read_episodes
+from tests.conftest import debug, without
+from vla.config import CollectConfig, DataConfig
+from vla.data.batches import TripletSource
+from vla.data.episodes import read_episodes, rows_of
 from vla.data.frames import open_frames
 from vla.data.mixture import Stores, joined, open_mixture
 from vla.data.sampler import shares
-from vla.training.align import make_sampler, train_align
+from vla.integrations.collect import collect
+from vla.models.clip import tokenize
+from vla.training.align import make_encoders, make_model, make_sampler, make_stats, train_align
+from vla.training.align_step import forward_backward
+from vla.training.device_batch import on_device
 from vla.types import ACTION_KEY, STATE_KEY, UserError
-
-
-def without(root, copy, *keys: str, words: bool = True):
-    """A copy of a data set that lacks columns, or the words of its tasks."""
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".concord"))
-    info = json.loads((copy / "meta" / "info.json").read_text())
-    info["features"] = {key: value for key, value in info["features"].items() if key not in keys}
-    (copy / "meta" / "info.json").write_text(json.dumps(info))
-    for path in copy.glob("data/*/*.parquet"):
-        table = pq.read_table(path)
-        pq.write_table(table.drop_columns([key for key in keys if key in table.column_names]), path)
-    if not words:
-        path = copy / "meta" / "tasks.parquet"
-        table = pq.read_table(path)
-        name = "task" if "task" in table.column_names else "__index_level_0__"
-        pq.write_table(table.set_column(table.column_names.index(name), name, [[""] * len(table)]), path)
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +123,18 @@ def test_stage_one_aligns_on_all_of_them(align_config, captions, play, tmp_path)
         assert np.isfinite(lines[0][f"{term}/loss"]), term
     record = json.loads((tmp_path / "run" / "alignment.json").read_text())
     assert record["data"]["episodes"] == 3 * 24
+
+
+def test_collected_play_feeds_only_the_terms_that_need_no_instruction(align_config, tmp_path):
+    played = collect(debug(CollectConfig, "collect", output=str(tmp_path / "play"), kind="play", scenes=4))
+    mixture = open_mixture(align_config.data, [str(played)], 0)
+    episodes, config = mixture.episodes, align_config
+    loss = replace(config.loss, transition_action=1.0, transition_language=1.0)
+    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    model = make_model(replace(config, loss=loss), clip, episodes)
+    stats = make_stats(episodes, rows_of(episodes, np.concatenate(mixture.train)))
+    rows = rows_of(episodes, mixture.train[1])[::7]
+    batch = TripletSource(episodes, mixture.frames, stats, config.horizon).gather(rows)
+    batch = on_device(batch, *tokenize(tokenizer, episodes.texts), torch.device("cpu"))
+    _, terms, _ = forward_backward(model, batch, torch.zeros(3), loss, gap=3, chunk=0, autocast=nullcontext)
+    assert set(terms) == {"context_action", "state", "transition_action"}

@@ -145,3 +145,15 @@ def test_an_episode_that_never_succeeds_is_truncated_at_the_horizon():
     ends = [env.step(np.array([0, 0, -1], np.float32))[2:4] for _ in range(env._max_episode_steps)]
     assert ends[-1] == (False, True)
     assert set(ends[:-1]) == {(False, False)}
+
+
+def test_another_goal_may_be_pursued_from_where_things_are():
+    env = make_env("tabletop", image_size=32)
+    env.reset(seed=3)
+    env.step(np.ones(3))
+    before, other = env.world.gripper_position.copy(), next(g for g in env.goals() if g.goal_id != env.goal_id)
+    env.pursue(other.goal_id)
+    assert (env.goal_id, env.task, env.task_description) == (other.goal_id, other.task, other.instruction)
+    assert (env.world.gripper_position == before).all()
+    with pytest.raises(ValueError, match="'fly' is not valid in scene 3"):
+        env.pursue("fly")

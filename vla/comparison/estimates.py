@@ -45,6 +45,7 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
 def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
     """The jobs of a comparison with the seconds they will take."""
     stages, arms = stage_seconds(config), chosen_arms(config)
+    stages["data"] *= 1 + config.play_scenes / config.collect.scenes
 
     def seconds(job: Job) -> float:
         stage, _, rest = job.name.partition("-")

@@ -12,15 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPConfig, CLIPModel, VisionTextDualEncoderConfig
 
 from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
-from vla.config import CompareConfig, DataConfig, EvalConfig
-from vla.data.episodes import read_episodes, rows_of, split_episodes, task_of_episode
+from vla.config import CompareConfig, DataConfig, EnvConfig, EvalConfig
+from vla.data.batches import TripletSource
+from vla.data.episodes import read_episodes, rows_of, task_of_episode
 from vla.data.frames import open_pictures
+from vla.data.mixture import open_mixture
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.integrations.collect import checked_tasks, collect
@@ -34,7 +37,7 @@ from vla.models.clip import (
     with_vision_of,
 )
 from vla.policies.concord import ConcordPolicy
-from vla.training.align import make_encoders, make_model, make_source, train_align
+from vla.training.align import make_encoders, make_model, make_stats, train_align
 from vla.training.policy import train_policy
 from vla.types import UserError
 
@@ -105,6 +108,8 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
         if unknown or not rest:
             what = f"{unknown[0]!r} is not a task" if unknown else "no task is left for the encoders"
             raise UserError(f"config error: transfer: {what}; known: {', '.join(known)}")
+    if config.play_scenes and not Path(play_root(config)).is_dir():
+        checked_tasks(replace(config.collect, kind="play"))
     if not (arms or policies):
         raise UserError("config error: arms: name at least one arm, encoder or policy")
     return arms
@@ -191,6 +196,7 @@ def encoder_jobs(config: CompareConfig, source: str, seed: int) -> list[Job]:
         align = replace(
             config.align,
             output=str(folder / "align" / source / str(seed)),
+            more=aligned_beside(config),
             shuffle=source,
             seed=seed,
             resume=True,
@@ -251,9 +257,8 @@ def make_data(config: CompareConfig) -> None:
     record = {}
     for root, tasks in roots.items():
         if not (Path(root) / "meta" / "info.json").is_file():
-            env = replace(config.collect.env, tasks=config.collect.env.tasks if tasks == known else tasks)
             scenes = config.collect.scenes if root == config.align.data.root else max(4, config.collect.scenes // 10)
-            collect(replace(config.collect, output=root, env=env, scenes=scenes))
+            collect(replace(config.collect, output=root, env=env_of(config, tasks), scenes=scenes))
         episodes = read_episodes(root, config.align.data.camera)
         there = set(task_of_episode(episodes))
         if config.transfer and not there <= set(tasks):
@@ -266,7 +271,45 @@ def make_data(config: CompareConfig) -> None:
         record[root] |= {"collected with": (episodes.extra or {}).get("config")}
     own = record.pop(config.align.data.root)
     own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})
+    if config.play_scenes:
+        own |= {"play": make_play(config, roots[config.align.data.root])}
     write_json(Path(config.output) / "data.json", own)
+
+
+def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
+    """Collect play of some tasks, unless it is there, in scenes that no demonstration shows; returns what is recorded of it.
+
+    Raises:
+        UserError: the play that is there is of other tasks.
+    """
+    root, collected = play_root(config), config.collect
+    if not (Path(root) / "meta" / "info.json").is_file():
+        scenes = {"scenes": config.play_scenes, "seed": collected.seed + collected.scenes}
+        collect(replace(collected, output=root, kind="play", env=env_of(config, tasks), **scenes))
+    episodes = read_episodes(root, partial=True)
+    other = sorted(set((episodes.extra or {}).get("tasks", ())) - set(tasks))
+    if other:
+        raise UserError(f"{root}: has play of {other[0]}, which transfer keeps apart; choose another root")
+    open_pictures(episodes, config.align.data)
+    made_with = (episodes.extra or {}).get("config")
+    return {"root": root, "fingerprint": episodes.fingerprint, **counts(episodes), "collected with": made_with}
+
+
+def env_of(config: CompareConfig, tasks: tuple[str, ...]) -> EnvConfig:
+    """The environment to collect some of the tasks in."""
+    env = config.collect.env
+    return env if tasks == checked_tasks(config.collect) else replace(env, tasks=tasks)
+
+
+def play_root(config: CompareConfig) -> str:
+    """The data set of play."""
+    return config.align.data.root + "_play"
+
+
+def aligned_beside(config: CompareConfig) -> tuple[str, ...]:
+    """What alignments see beside the demonstrations: play with the weight of its scenes."""
+    weight = config.play_scenes / config.collect.scenes
+    return (*config.align.more, *((f"{play_root(config)}={weight:g}",) if config.play_scenes else ()))
 
 
 def cloned_root(config: CompareConfig) -> str:
@@ -325,8 +368,9 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     folder = encoder_folder(config, encoder, seed)
     clip, tokenizer = load_clip(folder)
     clip = resize_positions(clip, align.data.image_size)
-    episodes = read_episodes(align.data.root, align.data.camera)
-    train, validation = split_episodes(episodes, align.data.holdout, seed)
+    mixture = open_mixture(replace(align.data, episodes_per_task=None), aligned_beside(config), seed)
+    episodes, own = mixture.episodes, mixture.train[0]
+    stats = make_stats(episodes, rows_of(episodes, np.concatenate(mixture.train)))  # as the alignment saw them
     model = make_model(align, clip, episodes)
     extra = folder.parent / "alignment.safetensors"
     if extra.is_file():
@@ -336,9 +380,9 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     model.eval()
     measures, _ = measure_alignment(
         model,
-        make_source(align, episodes, rows_of(episodes, train)),
-        train,
-        validation,
+        TripletSource(episodes, mixture.frames, stats, align.horizon),
+        own[episodes.goal_id[own] >= 0],
+        mixture.validation,
         *tokenize(tokenizer, episodes.texts),
     )
     write_json(folder.parent / "measures.json", measures)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -48,7 +49,7 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
     if store is not None:
         return store
     folder.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(f".{os.getpid()}.partial")
+    partial_path = path.with_suffix(f".{platform.node()}.{os.getpid()}.partial")  # machines may share the disk
     try:
         _need_space(folder, int(np.prod(shape)))
         np.lib.format.open_memmap(partial_path, mode="w+", dtype=np.uint8, shape=shape).flush()

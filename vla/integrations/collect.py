@@ -1,4 +1,4 @@
-"""Collection: scripted demonstrations into a LeRobotDataset v3 root, over several processes, resumable.
+"""Collection: what the scripted expert does into a LeRobotDataset v3 root, over several processes, resumable.
 
 Workers write shards of whole episodes; a shard is a pure function of the configuration and its number, so a killed
 collection repeats only unfinished shards, and any number of workers gives the same data.
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from envs import env_class, make_env, make_expert
 from vla.config import CollectConfig
-from vla.data.episodes import read_episodes
+from vla.config_io import filled
+from vla.data.episodes import read_episodes, task_of_episode
+from vla.integrations.behaviours import PATIENCE, Behaviour, demonstration, mistakes, play, stopped
 from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
 from vla.locks import lock_folder
 from vla.types import (
@@ -38,11 +40,10 @@ from vla.types import (
 from vla.versions import versions
 
 SHARD_EPISODES = 100
-SETTLED_TIMESTEPS = 5  # recorded after success, so that the policy sees what "done" looks like
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class Recording:
     """One recorded episode; arrays are (t, ...)."""
 
     frames: np.ndarray
@@ -61,13 +62,14 @@ def collect(config: CollectConfig) -> Path:
     """Collect what the configuration describes and return the data set's root.
 
     Raises:
-        UserError: unknown environment or task, or the output holds a data set of another configuration.
+        UserError: unknown environment or task, a kind it has not, or the output holds a data set of another configuration.
     """
     root = Path(config.output)
     tasks = checked_tasks(config)
     wanted = asdict(config) | {"workers": None, "output": None}
     if (root / "meta" / "concord.json").is_file():
         made_with = json.loads((root / "meta" / "concord.json").read_text())["config"]
+        made_with = filled(made_with, asdict(CollectConfig()))  # an older version knew no other kind
         if made_with != json.loads(json.dumps(wanted)):
             differ = [k for k in wanted if made_with.get(k) != json.loads(json.dumps(wanted[k]))]
             raise UserError(f"{root}: holds a data set with another {', '.join(differ)}; choose another --output")
@@ -101,7 +103,7 @@ def collect(config: CollectConfig) -> Path:
 
 
 def checked_tasks(config: CollectConfig) -> tuple[str, ...]:
-    """The tasks to collect; UserError names those that do not exist."""
+    """The tasks to collect; UserError names those that do not exist, or a kind that the environment has not."""
     try:
         known = env_class(config.env.name).TASKS
     except ValueError as error:
@@ -109,16 +111,18 @@ def checked_tasks(config: CollectConfig) -> tuple[str, ...]:
     unknown = [task for task in config.env.tasks if task not in known]
     if unknown:
         raise UserError(f"config error: env.tasks: {unknown[0]!r} is not a task of {config.env.name}; known: {known}")
+    if config.kind != "demonstrations" and not hasattr(env_class(config.env.name), "pursue"):
+        raise UserError(f"config error: kind: scenes of {config.env.name} have one goal, {config.kind} needs several")
     return config.env.tasks or known
 
 
 def plan_shards(config: CollectConfig, tasks: tuple[str, ...]) -> list[list[tuple[str, int, int]]]:
     """Shards of (task, seed, number of the goal within its scene), whole scenes together.
 
-    Where a scene has one goal (Meta-World), every task gets `scenes` episodes.
+    Where a scene has one goal (Meta-World), every task gets `scenes` episodes; in play, every scene has one.
     """
     several = hasattr(env_class(config.env.name), "MIN_GOALS")
-    goals = config.goals_per_scene if several else 1
+    goals = config.goals_per_scene if several and config.kind != "play" else 1
     task_lists = [""] if several else list(tasks)
     jobs = [
         [(task, config.seed + scene, goal) for goal in range(goals)]
@@ -135,7 +139,7 @@ def check_same_plan(parts: Path, wanted: dict) -> None:
     """Refuse to mix shards of two configurations."""
     plan = parts / "config.json"
     text = json.dumps(wanted, indent=2, sort_keys=True)
-    if plan.is_file() and plan.read_text() != text:
+    if plan.is_file() and filled(json.loads(plan.read_text()), asdict(CollectConfig())) != json.loads(text):
         raise UserError(f"{parts}: was begun with another configuration; delete it or choose another --output")
     plan.write_text(text)
 
@@ -143,11 +147,14 @@ def check_same_plan(parts: Path, wanted: dict) -> None:
 def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tuple[str, int, int]]) -> int:
     """Simulate the jobs and write their episodes as one file; the marker comes last. Returns the episodes."""
     cv2.setNumThreads(1)
-    env = make_env(config.env.name, tasks=config.env.tasks, image_size=config.env.image_size, end_on_success=False)
+    longer = {"max_episode_steps": PATIENCE * config.goals_per_scene} if config.kind == "play" else {}
+    env = make_env(
+        config.env.name, tasks=config.env.tasks, image_size=config.env.image_size, end_on_success=False, **longer
+    )
     features = features_of(config, env)
     tables, records = [], []
     for task, seed, goal_number in jobs:
-        episode = demonstrate(config, env, task, seed, goal_number)
+        episode = recorded(config, env, task, seed, goal_number)
         length = len(episode.action)
         columns = {
             IMAGE_KEY: episode.frames,
@@ -192,6 +199,7 @@ def shard_path(parts: Path, number: int) -> Path:
 def features_of(config: CollectConfig, env) -> dict[str, dict]:
     """LeRobot feature declarations."""
     side = config.env.image_size
+    told = config.kind == "demonstrations"  # who is told nothing has no instructed object
 
     def vector(size: int, names: list[str] | None = None) -> dict:
         return {"dtype": "float32", "shape": (size,), "names": names}
@@ -205,7 +213,7 @@ def features_of(config: CollectConfig, env) -> dict[str, dict]:
         },
         STATE_KEY: vector(env.observation_space["agent_pos"].shape[0]),
         ACTION_KEY: vector(env.action_space.shape[0]),
-        **({TARGET_KEY: vector(2, ["x", "y"])} if hasattr(type(env), "target_position") else {}),
+        **({TARGET_KEY: vector(2, ["x", "y"])} if told and hasattr(type(env), "target_position") else {}),
         GOAL_KEY: number,
         SCENE_KEY: number,
         SEED_KEY: number,
@@ -213,20 +221,42 @@ def features_of(config: CollectConfig, env) -> dict[str, dict]:
     }
 
 
-def demonstrate(config: CollectConfig, env, task: str, seed: int, goal_number: int) -> Demonstration:
-    """One expert episode of the `goal_number`-th goal drawn for the scene; labels are the expert's, noise or not."""
+def recorded(config: CollectConfig, env, task: str, seed: int, goal_number: int) -> Recording:
+    """One episode of the `goal_number`-th goal drawn for the scene; labels are the expert's, noise or not."""
     options = {"task": task} if task else {}
-    observation, info = env.reset(seed=seed, options=options)
-    if goal_number or len(env.goals()) > 1:
-        goal = spread_goals(env.goals(), seed)[goal_number % len(env.goals())]
-        observation, info = env.reset(seed=seed, options=options | {"goal": goal})
+    begun = env.reset(seed=seed, options=options)
+    goals = spread_goals(env.goals(), seed)
+    if goal_number or len(goals) > 1:
+        options["goal"] = goals[goal_number % len(goals)]
+        begun = env.reset(seed=seed, options=options)
     expert = make_expert(config.env.name, env)
     rng = np.random.default_rng([seed, goal_number, 5])
     noise = config.noise if rng.random() < config.noisy_share else 0.0
+    if config.kind == "demonstrations":
+        return record(env, begun, seed, demonstration(expert), noise, rng)
+    if config.kind == "play":
+        episode = record(env, begun, seed, play(env, expert, goals, config.goals_per_scene), noise, rng)
+        return replace(episode, goal_id="", task="play", instruction="", success=False)
+    for mistake in mistakes(goals, begun[1]["goal_id"], np.random.default_rng([seed, goal_number, 7])):
+        wrong = isinstance(mistake, str)
+        behaviour = play(env, expert, [mistake], 1) if wrong else stopped(expert, mistake)
+        episode = record(env, env.reset(seed=seed, options=options), seed, behaviour, noise, rng)
+        if not episode.success:
+            return replace(episode, instruction="")
+    raise RuntimeError(f"scene {seed}: nothing keeps {begun[1]['goal_id']} from being reached")
+
+
+def record(env, begun, seed: int, behaviour: Behaviour, noise: float, rng: np.random.Generator) -> Recording:
+    """Record a behaviour until it or the environment ends the episode, as an attempt at what was asked at the beginning.
+
+    Args:
+        begun: what `env.reset` returned.
+        noise: std of the noise on the executed action.
+    """
+    observation, asked = begun
     rows: dict[str, list[np.ndarray]] = {"frames": [], "state": [], "action": [], "target": []}
-    settled, success = 0, False
-    while True:
-        action = expert.act()
+    success, action = False, next(behaviour)
+    while action is not None:
         rows["frames"].append(observation["pixels"])
         rows["state"].append(observation["agent_pos"])
         rows["action"].append(action)
@@ -234,19 +264,22 @@ def demonstrate(config: CollectConfig, env, task: str, seed: int, goal_number: i
         executed = action.copy()
         executed[:-1] += noise * rng.standard_normal(len(action) - 1).astype(np.float32)
         observation, _, _, truncated, info = env.step(np.clip(executed, -1, 1))
-        success = success or info["is_success"]
-        settled += success
-        if truncated or settled > SETTLED_TIMESTEPS:
-            break
-    return Demonstration(
+        success = success or asked["goal_id"] in info["achieved"]
+        action = None if truncated else answer(behaviour, info)
+    return Recording(
         **{key: np.stack(values) for key, values in rows.items()},
-        goal_id=info["goal_id"],
-        instruction=info["instruction"],
-        task=info["task"],
-        scene_id=info["scene_id"],
+        **{key: asked[key] for key in ("goal_id", "instruction", "task", "scene_id")},
         seed=seed,
-        success=bool(success),
+        success=success,
     )
+
+
+def answer(behaviour: Behaviour, info: dict) -> np.ndarray | None:
+    """(a,) the next action, or None at the end."""
+    try:
+        return behaviour.send(info)
+    except StopIteration:
+        return None
 
 
 def spread_goals(goals, seed: int) -> list[str]:
@@ -290,15 +323,16 @@ def merge(config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int
 def summary(root: Path) -> str:
     """What was written, success by task, and the next command."""
     episodes = read_episodes(root)
-    task_of_goal = episodes.extra["task_of_goal"]
-    task = np.array([task_of_goal[episodes.goals[g]] for g in episodes.goal_id])
+    task, told = task_of_episode(episodes), episodes.goal_id >= 0
+    goals = len(np.unique(episodes.goal_id[told]))
     size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) / 1e6
-    lines = [f"{root}: {len(task)} episodes, {len(episodes.state)} frames, {len(episodes.goals)} goals, {size:.0f} MB"]
+    lines = [f"{root}: {len(task)} episodes, {len(episodes.state)} frames, {goals} goals, {size:.0f} MB"]
     for name in sorted(set(task)):
         chosen = task == name
+        succeeded = f"{100 * episodes.success[chosen].mean():5.1f} % successful, " if name else ""
         lines.append(
-            f"  {name:24} {chosen.sum():5d} episodes, {100 * episodes.success[chosen].mean():5.1f} % successful, "
+            f"  {name or 'without instruction':24} {chosen.sum():5d} episodes, {succeeded}"
             f"{episodes.length()[chosen].mean():5.1f} timesteps"
         )
-    lines.append(f"next: python scripts/train_align.py --data.root={root}")
+    lines.append(f"next: python scripts/train_align.py --{'data.root' if told.any() else 'more'}={root}")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.pretrained import HeldOut, along_the_way, check_start, old_split, rate_groups, take_up
-from vla.training.processes import Processes
+from vla.training.processes import Processes, check_same_data, check_same_progress, make_accelerator
 from vla.training.run import RunFolder, mean_metrics
 from vla.types import TripletBatch, UserError
 from vla.versions import versions
@@ -71,7 +71,7 @@ def train_align(config: AlignConfig) -> Path:
     torch.set_num_threads(config.threads)
     if config.chunk:
         keep_few_kernels()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator(config.precision)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if accelerator.gradient_accumulation_steps > 1:
         raise UserError(
@@ -81,6 +81,8 @@ def train_align(config: AlignConfig) -> Path:
     torch.manual_seed(config.seed)
     with accelerator.main_process_first():
         run = RunFolder(Path(config.output), config, resume=config.resume, writes=accelerator.is_main_process)
+    if config.resume:
+        check_same_progress(processes, run.folder, accelerator.device)
     if (run.folder / "report.html").is_file():
         if accelerator.is_main_process:
             write_alignment_report(run.folder)
@@ -91,6 +93,7 @@ def train_align(config: AlignConfig) -> Path:
         mixture = open_mixture(config.data, config.more, config.seed)
         old = old_data(config)
     episodes, validation = mixture.episodes, mixture.validation
+    check_same_data(processes, episodes, accelerator.device)
     train = np.concatenate(mixture.train)
     told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
     rows = rows_of(episodes, train)
@@ -114,6 +117,7 @@ def train_align(config: AlignConfig) -> Path:
     rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
 
     first, before = restore(run, model, optimizer) if config.resume else (0, 0.0)
+    processes.share(model)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
     def make_batch(step: int) -> TripletBatch:

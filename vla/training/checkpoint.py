@@ -66,13 +66,21 @@ def point_last(folder: Path, name: str) -> None:
     link = folder / ".last.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
-    os.replace(link, folder / "last")
+    last = folder / "last"
+    if last.is_dir() and not last.is_symlink():  # copied from another machine by a program that follows links
+        shutil.rmtree(last)
+    os.replace(link, last)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [p.parent for p in (run_dir / "checkpoints").glob(f"step_*/{MARKER}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The updates that were done at a checkpoint."""
+    return int(path.name.removeprefix("step_"))
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

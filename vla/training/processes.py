@@ -1,4 +1,4 @@
-"""Stage one on many processes: who embeds what of the global batch, and the exchanges that make it exact.
+"""Stage one on many processes, of one machine or several: who embeds what, and the exchanges that make it exact.
 
 Every process knows the ids of the whole batch and embeds its share of the images and texts. Embeddings are gathered, the
 loss over all of them is taken everywhere, each share carries on its own gradients, and the parameters' gradients are
@@ -6,10 +6,18 @@ added up. No gradient travels through a collective, so none is scaled by the num
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed
+
+from vla.data.episodes import Episodes
+from vla.training.checkpoint import latest_checkpoint, step_of
+from vla.types import UserError
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,20 @@ class Processes:
             for tensor, total in zip(members, flat.split([t.numel() for t in members]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    def numbers(self, own: int, device: torch.device) -> list[int]:
+        """One integer of every process."""
+        return self.gather(torch.tensor([own], device=device), [1] * self.count).tolist()
+
+    @torch.no_grad()
+    def share(self, module: torch.nn.Module) -> None:
+        """Give every process the first one's parameters and buffers: other hardware may have computed others."""
+        if self.count == 1:
+            return
+        for tensor in (*module.parameters(), *module.buffers()):
+            sent = tensor.contiguous()
+            distributed.broadcast(sent, 0)
+            tensor.copy_(sent)
+
     def add_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum the gradients; a parameter without one anywhere stays without."""
         if self.count == 1:
@@ -56,6 +78,47 @@ class Processes:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.add([parameter.grad for parameter in used])
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Accelerate's view of this process. Others wait with patience: one that decodes a large data set is not lost."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+
+
+def check_same_progress(processes: Processes, folder: Path, device: torch.device) -> None:
+    """Refuse to resume where machines see different run folders.
+
+    Raises:
+        UserError: names the steps.
+    """
+    finished, last = (folder / "report.html").is_file(), latest_checkpoint(folder)
+    every = processes.numbers(-1 if finished else step_of(last) if last else 0, device)
+    for rank, step in enumerate(every):
+        if step != every[0]:
+            first, other = ("the end" if n < 0 else f"step {n}" for n in (every[0], step))
+            raise refusal(
+                f"{folder}: process 0 is at {first}, process {rank} at {other}; all must see the same run: let them share the "
+                "folder, or copy it from the machine that is ahead to the others"
+            )
+
+
+def check_same_data(processes: Processes, episodes: Episodes, device: torch.device) -> None:
+    """Refuse to compute one batch from different data.
+
+    Raises:
+        UserError: the data sets of two processes have different fingerprints.
+    """
+    every = processes.numbers(int(episodes.fingerprint[:15], 16), device)
+    for rank, number in enumerate(every):
+        if number != every[0]:
+            raise refusal(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
+
+
+def refusal(text: str) -> UserError:
+    """The error that all processes stop with; they part first, as one that is left alone would crash."""
+    distributed.destroy_process_group()
+    return UserError(text)
 
 
 ALONE = Processes()

@@ -1,0 +1,148 @@
+"""Two real processes that take each other for other machines: no shared run folder, other weights, other data."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from tests.conftest import ROOT, debug
+from vla.config import AlignConfig, CollectConfig
+from vla.config_io import save_yaml
+from vla.data.episodes import read_episodes
+from vla.integrations.collect import collect
+from vla.training.align import train_align
+from vla.training.checkpoint import point_last
+from vla.training.processes import ALONE, Processes, check_same_data, make_accelerator
+from vla.types import UserError
+
+HERE = Path(__file__).resolve()
+
+
+def two_machines(*commands: list[str]) -> list[subprocess.CompletedProcess]:
+    """Run one command on each of two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    everywhere = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    everywhere |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    members = [
+        subprocess.Popen(
+            command,
+            env=os.environ | everywhere | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    printed = [member.communicate(timeout=300) for member in members]
+    return [
+        subprocess.CompletedProcess(member.args, member.returncode, *text)
+        for member, text in zip(members, printed, strict=True)
+    ]
+
+
+def stage_one(config: AlignConfig, *folders: Path) -> list[subprocess.CompletedProcess]:
+    """Stage one on two machines, each with a run folder of its own."""
+    commands = []
+    for rank, folder in enumerate(folders):
+        path = folder.parent / f"machine_{rank}.yaml"
+        save_yaml(replace(config, output=str(folder)), path)
+        commands.append([sys.executable, str(ROOT / "scripts" / "train_align.py"), "--config_path", str(path)])
+    return two_machines(*commands)
+
+
+@pytest.fixture(scope="module")
+def interrupted(align_config, tmp_path_factory) -> AlignConfig:
+    """A run that was stopped after two of its four steps."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    config = replace(align_config, steps=4, save_every=2, eval_every=0, precision="no", output=str(folder))
+    train_align(config)
+    (folder / "report.html").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    point_last(folder / "checkpoints", "step_000002")
+    return replace(config, resume=True)
+
+
+def test_a_machine_that_does_not_see_the_checkpoint_stops_all_with_both_steps(interrupted, tmp_path):
+    for done in stage_one(interrupted, shutil.copytree(interrupted.output, tmp_path / "a"), tmp_path / "b"):
+        assert done.returncode == 2
+        assert "process 0 is at step 2, process 1 at step 0; all must see the same run" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_machine_that_is_finished_and_one_that_is_not_stop_both(interrupted, tmp_path):
+    first = shutil.copytree(interrupted.output, tmp_path / "a")
+    (first / "report.html").touch()
+    second = shutil.copytree(interrupted.output, tmp_path / "b")
+    for done in stage_one(interrupted, first, second):
+        assert done.returncode == 2
+        assert "process 0 is at the end, process 1 at step 2" in done.stderr
+
+
+def test_with_the_checkpoints_copied_a_run_without_a_shared_folder_goes_on(interrupted, tmp_path):
+    first, second = shutil.copytree(interrupted.output, tmp_path / "a"), tmp_path / "b"
+    shutil.copytree(first / "checkpoints", second / "checkpoints")
+    done = stage_one(interrupted, first, second)
+    assert [member.returncode for member in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert (first / "report.html").is_file()
+    assert sorted(path.name for path in second.iterdir()) == ["checkpoints"]
+
+
+def test_other_data_on_another_machine_is_refused(interrupted, tmp_path):
+    assert "other data: 1" in two_machines(*[[sys.executable, str(HERE), "data", str(tmp_path)]] * 2)[1].stdout
+
+
+def test_every_process_starts_from_the_weights_of_the_first():
+    done = two_machines(*[[sys.executable, str(HERE), "weights"]] * 2)
+    assert [member.stdout.strip() for member in done] == ["same: True"] * 2, done[1].stderr
+
+
+def test_processes_wait_for_each_other_for_a_day():
+    done = two_machines(*[[sys.executable, str(HERE), "patience"]] * 2)
+    assert [member.stdout.strip() for member in done] == ["1 day, 0:00:00"] * 2, done[1].stderr
+
+
+def test_one_process_keeps_its_weights():
+    module = torch.nn.Linear(2, 2)
+    before = module.weight.data_ptr(), module.weight.detach().clone()
+    ALONE.share(module)
+    assert module.weight.data_ptr() == before[0]
+    assert torch.equal(module.weight, before[1])
+
+
+def member(what: str, *arguments: str) -> None:
+    """What one of two processes does in a test; prints what it found."""
+    accelerator = make_accelerator("no")
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    if what == "patience":
+        print(distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
+    elif what == "weights":
+        torch.manual_seed(processes.rank)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        module[1].num_batches_tracked += processes.rank
+        processes.share(module)
+        torch.manual_seed(0)
+        expected = torch.nn.Linear(3, 2)
+        shared = torch.equal(module[0].weight, expected.weight) and torch.equal(module[0].bias, expected.bias)
+        print(f"same: {shared and int(module[1].num_batches_tracked) == 0}")
+    else:
+        output = f"{arguments[0]}/{processes.rank}"
+        episodes = read_episodes(collect(debug(CollectConfig, "collect", output=output, scenes=2 + processes.rank)))
+        try:
+            check_same_data(processes, episodes, accelerator.device)
+        except UserError as error:
+            print(f"other data: {str(error).count('process 1 has other data than process 0')}")
+            return
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    member(*sys.argv[1:])
