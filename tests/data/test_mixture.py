@@ -102,8 +102,8 @@ def test_what_a_data_set_lacks_is_unknown(data_root, captions, play):
 
 def test_batches_hold_rows_of_every_data_set(align_config, captions, play):
     mixture = open_mixture(align_config.data, [str(captions), f"{play}=2"], 0)
-    config = replace(align_config, batch=replace(align_config.batch, goals=12, episodes=1))
-    rows = make_sampler(config, mixture).rows(3)
+    batch = replace(align_config.batch, goals=12, episodes=1)
+    rows = make_sampler(batch, 0, mixture.episodes, mixture.train, mixture.weights).rows(3)
     ends = [members[-1] + 1 for members in mixture.train]
     part = np.searchsorted(ends, mixture.episodes.episode_of_row[rows], side="right")
     drawn = [len(np.unique(mixture.episodes.episode_of_row[rows[part == number]])) for number in range(3)]

@@ -63,7 +63,7 @@ def stage_one(config: AlignConfig, *folders: Path) -> list[subprocess.CompletedP
 def interrupted(align_config, tmp_path_factory) -> AlignConfig:
     """A run that was stopped after two of its four steps."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
-    config = replace(align_config, steps=4, save_every=2, eval_every=0, precision="no", output=str(folder))
+    config = replace(align_config, steps=4, save_every=2, eval_every=0, output=str(folder))
     train_align(config)
     (folder / "report.html").unlink()
     shutil.rmtree(folder / "checkpoints" / "step_000004")
