@@ -70,6 +70,24 @@ def test_a_finished_sweep_runs_nothing_again(finished, config):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_shares_of_one_alignment_are_carried_down_to_success(config, encoder, tmp_path):
+    align = replace(config.align, tower=replace(config.align.tower, pretrained=str(encoder)))
+    folder = sweep(replace(config, align=align, output=str(tmp_path / "run")), {"align.wise_ft": ("0", "0.5")})
+    result = json.loads((folder / "sweep.json").read_text())
+    assert [row["point"]["align.wise_ft"] for row in result["rows"]] == ["0", "0.5"]
+    assert len(list((folder / "align").iterdir())) == 1
+    (aligned,) = folder.glob("align/*/0")
+    way = json.loads((aligned / "alignment.json").read_text())["way"]
+    assert [row["measures"]["zero_shot"] for row in result["rows"]] == [at["new/zero_shot"] for at in way[:2]]
+    start, between = (
+        json.loads((folder / "policy" / f"align.wise_ft={share}" / "0" / "policy" / "concord.json").read_text())
+        for share in ("0", "0.5")
+    )
+    assert (start["encoder"], between["encoder"]) == tuple(
+        str(aligned / "wise_ft" / share / "clip") for share in ("0", "0.5")
+    )
+
+
 def test_ablations_are_compared_with_the_whole_on_the_same_episodes(config, tmp_path):
     changed = ("align.loss.word_patch=0 align.loss.state=0", "policy.aligned_pooler=false")
     folder = sweep(replace(config, output=str(tmp_path / "run"), ablations=changed), {})

@@ -40,6 +40,7 @@ SET_HERE = {f"{stage}.{field}" for stage in SWEPT for field in ("output", "seed"
     "policy.encoder",
     "align.data.root",
 }
+SHARE = "align.wise_ft"  # where it varies, every share of one alignment is an encoder
 MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_probe_r2", "state_probe_r2")
 
 Point = dict[str, str]  # dotted field -> the value's text
@@ -112,6 +113,28 @@ def label(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
     return ",".join(parts).replace("/", "_") or "default"
 
 
+def alignment_of(point: Point) -> str:
+    """The folder's name of a point's alignment, which points that differ in later stages or in the share taken of it have in common."""
+    return label({name: value for name, value in point.items() if name != SHARE}, ("align",))
+
+
+def shares_of(config: SweepConfig, chosen: list[Point]) -> dict[str, tuple[float, ...]]:
+    """The shares that points take of each alignment.
+
+    Raises:
+        ConfigError: a point with several.
+    """
+    shares: dict[str, tuple[float, ...]] = {}
+    for point in (point for point in chosen if SHARE in point):
+        own = at_point(config, point).align.wise_ft
+        if len(own) != 1:
+            raise ConfigError(
+                f"{SHARE}={point[SHARE]}: a point of a sweep takes one share, as in --sweep.{SHARE}=0.25,0.5"
+            )
+        shares[alignment_of(point)] = (*shares.get(alignment_of(point), ()), *own)
+    return shares
+
+
 def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None:
     """Run what is left of the sweep, alone or together with other processes, and return its folder; None of a dry run.
 
@@ -127,9 +150,10 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     check_points(config)
     folder = Path(config.output)
     chosen = points(swept) if swept else ablation_points(config.ablations)
-    by_name: dict[str, Job] = {}
+    shares, by_name = shares_of(config, chosen), {}
     for point in chosen:
         at = at_point(config, point)
+        at.align.wise_ft = shares.get(alignment_of(point), at.align.wise_ft)
         seconds = stage_seconds(at)
         for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
             by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
@@ -187,18 +211,18 @@ def finish(config: SweepConfig, swept: dict[str, tuple[str, ...]], chosen: list[
 
 def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[Job]:
     """The jobs of one point and training seed; points may share the first ones."""
-    aligned = folder / "align" / label(point, ("align",)) / str(seed)
+    aligned = folder / "align" / alignment_of(point) / str(seed)
     run = folder / "policy" / label(point) / str(seed)
     result = folder / "eval" / label(point) / str(seed)
+    (share,) = at_point(config, point).align.wise_ft if SHARE in point else (None,)
+    encoder = aligned / "clip" if share is None else aligned / "wise_ft" / f"{share:g}" / "clip"
     align = replace(config.align, output=str(aligned), seed=seed, resume=True)
     policy = replace(
-        config.policy, output=str(run), encoder=str(aligned / "clip"), data=config.align.data, seed=seed, resume=True
+        config.policy, output=str(run), encoder=str(encoder), data=config.align.data, seed=seed, resume=True
     )
     evaluation = replace(config.eval, policy=str(run / "policy"), output=str(result), workers=1)
     data = Job("data", folder / "data.json", partial(make_data, config))
-    first = Job(
-        f"align-{label(point, ('align',))}-{seed}", aligned / "report.html", partial(train_align, align), ("data",)
-    )
+    first = Job(f"align-{alignment_of(point)}-{seed}", aligned / "report.html", partial(train_align, align), ("data",))
     second = Job(f"policy-{label(point)}-{seed}", run / "policy", partial(train_policy, policy), (first.name,))
     third = Job(f"eval-{label(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,))
     return [data, first, second, third]
@@ -216,7 +240,11 @@ def make_data(config: SweepConfig) -> None:
 
 def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
     """What came out of one point and training seed."""
-    aligned = json.loads((folder / "align" / label(point, ("align",)) / str(seed) / "alignment.json").read_text())
+    aligned = json.loads((folder / "align" / alignment_of(point) / str(seed) / "alignment.json").read_text())
+    measures = aligned["metrics"]
+    if SHARE in point:
+        (on_the_way,) = [at for at in aligned["way"] if at["share"] == float(point[SHARE].strip("[]"))]
+        measures = {name.removeprefix("new/"): value for name, value in on_the_way.items()}
     result = json.loads((folder / "eval" / label(point) / str(seed) / "eval.json").read_text())
     return {
         "point": point,
@@ -225,7 +253,7 @@ def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
         "interval": result["interval"],
         "n": result["n"],
         "grounding": result["grounding"].get("score"),
-        "measures": {name: aligned["metrics"][name] for name in MEASURES if name in aligned["metrics"]},
+        "measures": {name: measures[name] for name in MEASURES if name in measures},
         "minutes": round(aligned["seconds"] / 60, 1),
     }
 
