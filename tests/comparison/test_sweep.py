@@ -7,8 +7,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vla.comparison.page import comparison_page
+from vla.comparison.plan import env_name
 from vla.comparison.sweep import at_point, label, points, split_flags, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config
@@ -72,13 +75,13 @@ def test_a_finished_sweep_runs_nothing_again(finished, config):
 
 def test_shares_of_one_alignment_are_carried_down_to_success(config, encoder, tmp_path):
     align = replace(config.align, tower=replace(config.align.tower, pretrained=str(encoder)))
-    folder = sweep(replace(config, align=align, output=str(tmp_path / "run")), {"align.wise_ft": ("0", "0.5")})
+    config = replace(config, align=align, output=str(tmp_path / "run"))
+    sweep(config, {"align.wise_ft": ("0",)})
+    folder = sweep(config, {"align.wise_ft": ("0", "0.5")})
     result = json.loads((folder / "sweep.json").read_text())
     assert [row["point"]["align.wise_ft"] for row in result["rows"]] == ["0", "0.5"]
     assert len(list((folder / "align").iterdir())) == 1
     (aligned,) = folder.glob("align/*/0")
-    way = json.loads((aligned / "alignment.json").read_text())["way"]
-    assert [row["measures"]["zero_shot"] for row in result["rows"]] == [at["new/zero_shot"] for at in way[:2]]
     start, between = (
         json.loads((folder / "policy" / f"align.wise_ft={share}" / "0" / "policy" / "concord.json").read_text())
         for share in ("0", "0.5")
@@ -86,6 +89,20 @@ def test_shares_of_one_alignment_are_carried_down_to_success(config, encoder, tm
     assert (start["encoder"], between["encoder"]) == tuple(
         str(aligned / "wise_ft" / share / "clip") for share in ("0", "0.5")
     )
+    first, last, half = (
+        load_file(path / "model.safetensors")
+        for path in (encoder, aligned / "clip", aligned / "wise_ft" / "0.5" / "clip")
+    )
+    for name, value in half.items():
+        if name != "logit_scale":
+            torch.testing.assert_close(value, (first[name] + last[name]) / 2)
+
+
+def test_demonstrations_say_which_environment_is_timed(config, data_root, tmp_path):
+    changed = replace(config, collect=replace(config.collect, env=replace(config.collect.env, name="metaworld")))
+    assert env_name(changed) == "tabletop"
+    nowhere = replace(changed.align, data=replace(changed.align.data, root=str(tmp_path)))
+    assert env_name(replace(changed, align=nowhere)) == "metaworld"
 
 
 def test_ablations_are_compared_with_the_whole_on_the_same_episodes(config, tmp_path):

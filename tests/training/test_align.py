@@ -4,13 +4,15 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vla.config import AlignConfig, LossConfig
+from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
-from vla.training.align import at_chance, pair_temperatures, train_align
+from vla.training.align import at_chance, pair_temperatures, shuffled_labels, train_align
 from vla.types import UserError
 
 
@@ -178,3 +180,22 @@ def test_pieces_keep_few_compiled_kernels(align_config, tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     train_align(replace(align_config, steps=1, chunk=2, output=str(tmp_path / "own")))
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+def test_shuffled_instructions_stay_among_the_episodes_that_have_one():
+    goal_id = np.array([3, -1, 4, 5, -1, 6, 7, 8])
+    labels = shuffled_labels(goal_id, 0)
+    assert sorted(labels) == list(range(8))
+    assert (labels != np.arange(8)).any()
+    assert labels[[1, 4]].tolist() == [1, 4]
+
+
+def test_a_term_that_some_batches_lack_is_drawn_where_it_is(align_config, tmp_path):
+    config = replace(align_config, steps=2, log_every=1, output=str(tmp_path / "run"))
+    folder = train_align(config).parent
+    log = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    last = max(number for number, line in enumerate(lines) if "state/loss" in line)
+    lines[last] = {key: value for key, value in lines[last].items() if not key.startswith("state/")}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "scene &lt;-&gt; state" in write_alignment_report(folder).read_text()

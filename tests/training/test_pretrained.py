@@ -170,16 +170,23 @@ def test_a_fixed_temperature_stays_as_configured(align_config, encoder, tmp_path
 def test_a_start_with_nothing_beside_it_brings_the_scale_of_its_own_loss_alone(openai_clip):
     model, _ = small_alignment_model(("a text",), layers=1)
     model.clip = load_clip(openai_clip)[0]
-    take_up(model, str(openai_clip), print)
+    take_up(model, str(openai_clip), (), print)
     scales = {name: float(model.scale(name).detach()) for name in model.logit_scales}
     assert scales.pop("vision_language") == pytest.approx(100)
     assert all(scale == pytest.approx(1 / 0.07) for scale in scales.values())
 
 
+def test_a_temperature_that_is_asked_for_is_kept(openai_clip):
+    model, _ = small_alignment_model(("a text",), layers=1)
+    model.clip = load_clip(openai_clip)[0]
+    take_up(model, str(openai_clip), ("vision_language",), print)
+    assert float(model.scale("vision_language").detach()) == pytest.approx(1 / 0.07)
+
+
 def test_a_sigmoid_loss_does_not_start_from_a_softmaxs_scale(openai_clip):
     model, _ = small_alignment_model(("a text",), layers=1, sigmoid=True)
     model.clip = load_clip(openai_clip)[0]
-    take_up(model, str(openai_clip), print)
+    take_up(model, str(openai_clip), (), print)
     assert float(model.scale("vision_language").detach()) == pytest.approx(1 / 0.07)
 
 

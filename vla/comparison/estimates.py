@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vla.comparison.jobs import Job
-from vla.comparison.plan import chosen_arms
-from vla.config import CompareConfig, SweepConfig
+from vla.comparison.plan import chosen_arms, env_name
+from vla.config import CompareConfig, SweepConfig, TowerConfig
 from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
@@ -16,20 +16,22 @@ from vla.training.align import make_encoders
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
 TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
+MEASURED: dict[str, tuple[float, float]] = {}
 DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 
 
 def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     """Seconds of each stage with a frozen encoder, by the first word of the job's name; "tuned step" is of a fine-tuned one."""
     forward, training = tower_speed(config)
-    batch, policy, env = config.align.batch, config.policy, config.collect.env
+    batch, policy = config.align.batch, config.policy
+    env = env_name(config)
+    _, levels = checked(replace(config.eval, env=env), {})
     pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
-    timesteps, look, episode = TYPICAL[env.name]
-    _, levels = checked(replace(config.eval, env=env.name), {})
+    timesteps, look, episode = TYPICAL[env]
     evaluated = config.eval.episodes + len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
     looks = timesteps / policy.head.n_action_steps
     demos = config.collect.scenes * (
-        len(checked_tasks(config.collect)) if env.name == "metaworld" else config.collect.goals_per_scene
+        len(checked_tasks(config.collect)) if env == "metaworld" else config.collect.goals_per_scene
     )
     seen = policy.steps * policy.batch_size
     encoded = demos * timesteps * DEMONSTRATED * policy.cached_shifts or seen
@@ -59,16 +61,22 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
 
 
 def tower_speed(config: CompareConfig | SweepConfig) -> tuple[float, float]:
-    """Seconds a picture of the vision tower, forward alone and with its gradients."""
-    clip, _ = make_encoders(
-        replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size, ("a text",)
-    )
-    size = config.align.data.image_size
+    """Seconds a picture of the vision tower, forward alone and with its gradients; measured once for each tower."""
+    tower, size = replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size
+    key = repr((tower, size, config.align.precision))
+    if key not in MEASURED:
+        MEASURED[key] = measured_speed(tower, size, config.align.precision)
+    return MEASURED[key]
+
+
+def measured_speed(tower: TowerConfig, size: int, precision: str) -> tuple[float, float]:
+    """What `tower_speed` says, measured."""
+    clip, _ = make_encoders(tower, size, ("a text",))
     pictures = torch.zeros(32, 3, size, size)
     times: list[float] = []
 
     def step(gradients: bool) -> Tensor:
-        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=config.align.precision == "bf16"):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=precision == "bf16"):
             total = patch_tokens(clip, pictures).float().sum()
         if gradients:
             total.backward()

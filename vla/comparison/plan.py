@@ -19,11 +19,11 @@ from transformers import AutoConfig, CLIPConfig, CLIPModel, VisionTextDualEncode
 
 from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
-from vla.config import CompareConfig, DataConfig, EnvConfig, EvalConfig
+from vla.config import CompareConfig, DataConfig, EnvConfig, EvalConfig, SweepConfig
 from vla.data.batches import TripletSource
 from vla.data.episodes import read_episodes, rows_of, task_of_episode
 from vla.data.frames import open_pictures
-from vla.data.mixture import open_mixture
+from vla.data.mixture import open_mixture, root_and_weight
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.integrations.collect import checked_tasks, collect
@@ -237,11 +237,20 @@ def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[
 
 def evaluate_policy(config: CompareConfig, policy: Path, output: Path) -> None:
     """Evaluate a policy on the tasks of the demonstrations, whatever it was trained on, unless transfer or `eval.tasks` names others."""
-    made = Path(config.align.data.root) / "meta" / "concord.json"
-    record = json.loads(made.read_text()) if made.is_file() else {}
-    env = config.eval.env or record.get("env", config.collect.env.name)
-    tasks = config.transfer or config.eval.tasks or tuple(record.get("tasks", ())) or checked_tasks(config.collect)
-    evaluate(replace(config.eval, policy=str(policy), output=str(output), env=env, tasks=tasks, workers=1))
+    made_with = tuple(record_of(config.align.data.root).get("tasks", ()))
+    tasks = config.transfer or config.eval.tasks or made_with or checked_tasks(config.collect)
+    evaluate(replace(config.eval, policy=str(policy), output=str(output), env=env_name(config), tasks=tasks, workers=1))
+
+
+def env_name(config: CompareConfig | SweepConfig) -> str:
+    """The environment that is evaluated in: the one that is named, else that of the demonstrations."""
+    return config.eval.env or record_of(config.align.data.root).get("env", config.collect.env.name)
+
+
+def record_of(root: str) -> dict:
+    """How a data set was collected; nothing of one that is not there, or not from here."""
+    path = Path(root) / "meta" / "concord.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def encoder_folder(config: CompareConfig, encoder: str, seed: int) -> Path:
@@ -283,8 +292,9 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
         UserError: the play that is there is of other tasks.
     """
     root, collected = play_root(config), config.collect
+    shown = record_of(config.align.data.root).get("config", {"seed": collected.seed, "scenes": collected.scenes})
     if not (Path(root) / "meta" / "info.json").is_file():
-        scenes = {"scenes": config.play_scenes, "seed": collected.seed + collected.scenes}
+        scenes = {"scenes": config.play_scenes, "seed": shown["seed"] + shown["scenes"]}
         collect(replace(collected, output=root, kind="play", env=env_of(config, tasks), **scenes))
     episodes = read_episodes(root, partial=True)
     other = sorted(set((episodes.extra or {}).get("tasks", ())) - set(tasks))
@@ -370,7 +380,8 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     clip = resize_positions(clip, align.data.image_size)
     mixture = open_mixture(replace(align.data, episodes_per_task=None), aligned_beside(config), seed)
     episodes, own = mixture.episodes, mixture.train[0]
-    stats = make_stats(episodes, rows_of(episodes, np.concatenate(mixture.train)))  # as the alignment saw them
+    aligned = open_mixture(align.data, aligned_beside(config), seed).train  # whose statistics the alignment saw
+    stats = make_stats(episodes, rows_of(episodes, np.concatenate(aligned)))
     model = make_model(align, clip, episodes)
     extra = folder.parent / "alignment.safetensors"
     if extra.is_file():
@@ -400,7 +411,8 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
     steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
     broad = config.align.data.root
     more = (f"{broad}={config.transfer_weight}",) if config.transfer and config.transfer_weight else ()
-    for root in (cloned_root(config), *([broad] if more else [])):
+    more += config.policy.more
+    for root in (cloned_root(config), *(root_and_weight(text)[0] for text in more)):
         link_frames(config, root, cache)
     data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
     optimizer = config.policy.optimizer
@@ -413,7 +425,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
             encoder=encoder,
             start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
             data=data,
-            more=more or config.policy.more,
+            more=more,
             optimizer=optimizer,
             aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
             tune=tune,

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla.comparison.compare import check_same
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, run_jobs
@@ -31,7 +33,7 @@ from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with
 from vla.eval.statistics import holm
 from vla.integrations.collect import collect
 from vla.locks import waiting_lock
-from vla.training.align import train_align
+from vla.training.align import export_share, train_align
 from vla.training.policy import train_policy
 from vla.versions import versions
 
@@ -118,21 +120,18 @@ def alignment_of(point: Point) -> str:
     return label({name: value for name, value in point.items() if name != SHARE}, ("align",))
 
 
-def shares_of(config: SweepConfig, chosen: list[Point]) -> dict[str, tuple[float, ...]]:
-    """The shares that points take of each alignment.
+def share_of(config: SweepConfig, point: Point) -> float | None:
+    """The share of the way from a pretrained start that a point takes of its alignment; None if it does not vary.
 
     Raises:
-        ConfigError: a point with several.
+        ConfigError: several.
     """
-    shares: dict[str, tuple[float, ...]] = {}
-    for point in (point for point in chosen if SHARE in point):
-        own = at_point(config, point).align.wise_ft
-        if len(own) != 1:
-            raise ConfigError(
-                f"{SHARE}={point[SHARE]}: a point of a sweep takes one share, as in --sweep.{SHARE}=0.25,0.5"
-            )
-        shares[alignment_of(point)] = (*shares.get(alignment_of(point), ()), *own)
-    return shares
+    if SHARE not in point:
+        return None
+    own = at_point(config, point).align.wise_ft
+    if len(own) != 1:
+        raise ConfigError(f"{SHARE}={point[SHARE]}: a point of a sweep takes one share, as in --sweep.{SHARE}=0.25,0.5")
+    return own[0]
 
 
 def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None:
@@ -148,12 +147,12 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     if swept and config.ablations:
         raise ConfigError(f"ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
     check_points(config)
+    torch.set_num_threads(config.policy.threads)
     folder = Path(config.output)
     chosen = points(swept) if swept else ablation_points(config.ablations)
-    shares, by_name = shares_of(config, chosen), {}
+    by_name: dict[str, Job] = {}
     for point in chosen:
         at = at_point(config, point)
-        at.align.wise_ft = shares.get(alignment_of(point), at.align.wise_ft)
         seconds = stage_seconds(at)
         for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
             by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
@@ -173,7 +172,7 @@ def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float
     stage = job.name.partition("-")[0]
     if stage == "policy" and config.policy.tune:
         return config.policy.steps * stages["tuned step"]
-    return stages[stage]
+    return stages.get(stage, 10.0)
 
 
 def check_points(config: SweepConfig) -> None:
@@ -214,18 +213,23 @@ def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[
     aligned = folder / "align" / alignment_of(point) / str(seed)
     run = folder / "policy" / label(point) / str(seed)
     result = folder / "eval" / label(point) / str(seed)
-    (share,) = at_point(config, point).align.wise_ft if SHARE in point else (None,)
+    share = share_of(config, point)
     encoder = aligned / "clip" if share is None else aligned / "wise_ft" / f"{share:g}" / "clip"
     align = replace(config.align, output=str(aligned), seed=seed, resume=True)
+    align = align if share is None else replace(align, wise_ft=())
     policy = replace(
         config.policy, output=str(run), encoder=str(encoder), data=config.align.data, seed=seed, resume=True
     )
     evaluation = replace(config.eval, policy=str(run / "policy"), output=str(result), workers=1)
     data = Job("data", folder / "data.json", partial(make_data, config))
     first = Job(f"align-{alignment_of(point)}-{seed}", aligned / "report.html", partial(train_align, align), ("data",))
-    second = Job(f"policy-{label(point)}-{seed}", run / "policy", partial(train_policy, policy), (first.name,))
+    taken = first
+    if share is not None:
+        name = f"share-{alignment_of(point)}-{share:g}-{seed}"
+        taken = Job(name, encoder, partial(export_share, align, share), (first.name,))
+    second = Job(f"policy-{label(point)}-{seed}", run / "policy", partial(train_policy, policy), (taken.name,))
     third = Job(f"eval-{label(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,))
-    return [data, first, second, third]
+    return [data, first, *([taken] if taken is not first else []), second, third]
 
 
 def make_data(config: SweepConfig) -> None:
@@ -241,10 +245,7 @@ def make_data(config: SweepConfig) -> None:
 def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
     """What came out of one point and training seed."""
     aligned = json.loads((folder / "align" / alignment_of(point) / str(seed) / "alignment.json").read_text())
-    measures = aligned["metrics"]
-    if SHARE in point:
-        (on_the_way,) = [at for at in aligned["way"] if at["share"] == float(point[SHARE].strip("[]"))]
-        measures = {name.removeprefix("new/"): value for name, value in on_the_way.items()}
+    measures = {} if SHARE in point else aligned["metrics"]  # those are of the trained end
     result = json.loads((folder / "eval" / label(point) / str(seed) / "eval.json").read_text())
     return {
         "point": point,

@@ -8,6 +8,7 @@ import numpy as np
 from vla.data.episodes import Episodes
 
 SAME_PLACE = 1e-3  # m
+LOOKED_AT = 50  # episodes of a scene, for which words name objects
 
 
 class MinimalPairs:
@@ -80,7 +81,7 @@ def object_words(episodes: Episodes, train: np.ndarray) -> set[str]:
         members[scene].append(index)
     counts = defaultdict(lambda: np.zeros((2, 2), int))  # by word: (another object or the same, all or having the word)
     for scene in members.values():
-        for one, other in permutations(scene, 2):
+        for one, other in permutations(scene[:LOOKED_AT], 2):
             if episodes.goal_id[asked[one]] == episodes.goal_id[asked[other]]:
                 continue
             same = int(np.abs(place[one] - place[other]).max() < SAME_PLACE)

@@ -48,10 +48,10 @@ class Stores:
         return pictures
 
 
-def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
+def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = True) -> Mixture:
     """The data set of `data` and further ones, each ROOT or ROOT=WEIGHT; `data.root` has weight 1.
 
-    The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
+    `told`: only episodes with an instruction are held out for validation. The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
 
     Raises:
         UserError: a weight that is no positive number, data sets that do not fit together, or unusable ones.
@@ -61,7 +61,7 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int) -> Mixture:
     parts = [own, *(read_episodes(root, camera_in(root, data.camera), partial=True) for root, _ in named)]
     train, validation = split_episodes(own, data.holdout, seed)
     train = limit_per_task(own, train, data.episodes_per_task, seed)
-    validation = validation[own.goal_id[validation] >= 0]
+    validation = validation[own.goal_id[validation] >= 0] if told else validation
     if not len(validation):
         raise UserError(f"{data.root}: no held-out episode has an instruction; raise --data.holdout")
     ends = np.cumsum([len(part.goal_id) for part in parts])

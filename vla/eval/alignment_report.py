@@ -26,7 +26,7 @@ def write_alignment_report(folder: Path) -> Path:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     validation = [line for line in lines if any(key.startswith("validation/") for key in line)]
-    terms = [name for name in TITLES if f"{name}/loss" in train[-1]]
+    terms = [name for name in TITLES if any(f"{name}/loss" in line for line in train)]
     blocks: list[Table | Figure] = [loss_figure(train, name) for name in terms]
     report = Report(
         title="Stage one: alignment",
@@ -98,6 +98,7 @@ def measure_table(metrics: dict[str, float]) -> Table:
 
 def loss_figure(train: list[dict], name: str) -> Figure:
     """A term's loss with its chance level and floor."""
+    train = [line for line in train if f"{name}/loss" in line]  # a batch may hold nothing for a term
     steps = [line["step"] for line in train]
     loss, chance = ([line[f"{name}/{key}"] for line in train] for key in ("loss", "chance"))
     floor = [line[f"{name}/loss"] - line[f"{name}/excess"] for line in train]

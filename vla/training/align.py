@@ -51,7 +51,13 @@ from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.pretrained import HeldOut, along_the_way, check_start, old_split, rate_groups, take_up
-from vla.training.processes import Processes, check_same_data, check_same_progress, make_accelerator
+from vla.training.processes import (
+    Processes,
+    check_same_data,
+    check_same_progress,
+    check_same_settings,
+    make_accelerator,
+)
 from vla.training.run import RunFolder, mean_metrics
 from vla.types import TripletBatch, UserError
 from vla.versions import versions
@@ -94,19 +100,21 @@ def train_align(config: AlignConfig) -> Path:
         old = old_data(config)
     episodes, validation = mixture.episodes, mixture.validation
     check_same_data(processes, episodes, accelerator.device)
+    shared = (config.batch, config.loss, config.optimizer, config.steps, config.seed, config.precision, config.shuffle)
+    check_same_settings(processes, repr(shared), accelerator.device)
     train = np.concatenate(mixture.train)
     told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
     sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
     pairs = minimal_pairs(config.loss, episodes, train, partial(say, accelerator))
-    relabel = shuffled_labels(len(episodes.goal_id), config.seed) if config.shuffle in ("language", "all") else None
+    relabel = shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None
 
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     start = {name: weight.clone() for name, weight in clip.state_dict().items()} if config.tower.pretrained else None
     model = make_model(config, clip, episodes)
     if config.tower.pretrained:
-        take_up(model, config.tower.pretrained, partial(say, accelerator))
+        take_up(model, config.tower.pretrained, pair_temperatures(config.loss), partial(say, accelerator))
     if config.tower.lora_rank:
         add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
     if config.tower.locked:
@@ -370,9 +378,11 @@ def measure(
     return measured
 
 
-def shuffled_labels(count: int, seed: int) -> np.ndarray:
-    """(e,) whose instruction each episode gets in the shuffled-language control."""
-    return np.random.default_rng([seed, 7]).permutation(count)
+def shuffled_labels(goal_id: np.ndarray, seed: int) -> np.ndarray:
+    """(e,) whose instruction each episode gets in the shuffled-language control; episodes without one (-1) stay without."""
+    labels, told = np.arange(len(goal_id)), np.flatnonzero(goal_id >= 0)
+    labels[told] = np.random.default_rng([seed, 7]).permutation(told)
+    return labels
 
 
 def digest(batch: TripletBatch) -> str:
@@ -439,6 +449,17 @@ def export(
     (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
+def export_share(config: AlignConfig, share: float) -> None:
+    """Export the encoder at a share of the way from the pretrained start of a finished run to its end, to wise_ft/SHARE (WiSE-FT)."""
+    folder = Path(config.output)
+    start, _ = make_encoders(config.tower, config.data.image_size, ())
+    trained, tokenizer = load_clip(folder / "clip")
+    target = folder / "wise_ft" / f"{share:g}"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "alignment.safetensors", target / "alignment.safetensors")
+    write_clip(target / "clip", interpolated(start.state_dict(), trained, share), tokenizer)
+
+
 def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder | None = None) -> None:
     """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model.
 
@@ -447,11 +468,16 @@ def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder
     folder.mkdir(parents=True, exist_ok=True)
     others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
     save_file(others, folder / "alignment.safetensors")
-    encoder, partial = folder / "clip", folder / "clip.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_clip(partial, clip or model.exported_clip(), tokenizer)
-    shutil.rmtree(encoder, ignore_errors=True)
-    partial.rename(encoder)
+    write_clip(folder / "clip", clip or model.exported_clip(), tokenizer)
+
+
+def write_clip(folder: Path, clip: Encoder, tokenizer) -> None:
+    """Write an encoder folder that appears whole or not at all."""
+    partial_folder = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    save_clip(partial_folder, clip, tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
 
 
 def stop_on_nonfinite(run: RunFolder, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:

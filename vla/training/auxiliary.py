@@ -68,7 +68,9 @@ class Auxiliary:
         if encoder != "random" and beside.is_file():
             load_rest(self.model, beside)
         else:
-            print(f"auxiliary: its action encoder and projections are untrained; there is no {beside}")
+            print(
+                f"auxiliary: its action encoder and projections start untrained; encoder {encoder} has none beside it"
+            )
         self.model.pooler = policy.network.pooler
         self.model.to(policy.image_mean.device)
         self.texts = tuple(t.to(policy.image_mean.device) for t in tokenize(policy.tokenizer, episodes.texts))

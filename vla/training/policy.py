@@ -24,7 +24,7 @@ from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.batches import Normalizers
 from vla.data.episodes import Episodes, limit_per_task, rows_of, select
-from vla.data.mixture import Mixture, open_mixture
+from vla.data.mixture import Mixture, open_mixture, root_and_weight
 from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
 from vla.data.sampler import shares
 from vla.data.triplets import gather_chunks
@@ -85,7 +85,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         accelerator.print(f"{run.folder}: finished already")
         return run.folder / "policy"
 
-    mixture = open_mixture(replace(config.data, episodes_per_task=None), config.more, config.seed)
+    mixture = open_mixture(replace(config.data, episodes_per_task=None), config.more, config.seed, told=False)
     if config.rollouts_every and "env" not in (mixture.episodes.extra or {}):
         raise UserError(f"{config.data.root}: names no environment (meta/concord.json); leave out --rollouts_every")
     frames = mixture.frames
@@ -213,13 +213,14 @@ def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episod
     everything = mixture.episodes
     cloned = np.flatnonzero(everything.success | config.failures)
     (*parts, validation) = (np.flatnonzero(np.isin(cloned, part)) for part in (*mixture.train, mixture.validation))
-    for root, part in zip((config.data.root, *config.more), parts, strict=True):
+    roots = [config.data.root, *(root_and_weight(text)[0] for text in config.more)]
+    for root, part in zip(roots, parts, strict=True):
         if not len(part):
             raise UserError(f"{root}: no training episode succeeded; clone failures with --failures=true")
     if not len(validation):
         raise UserError(f"{config.data.root}: no held-out episode succeeded; change --data.holdout")
     episodes = select(everything, cloned)
-    for root, part in zip(config.more, parts[1:], strict=True):
+    for root, part in zip(roots[1:], parts[1:], strict=True):
         rows = rows_of(episodes, part)
         if not (np.isfinite(episodes.action[rows]).all() and np.isfinite(episodes.state[rows]).all()):
             raise UserError(f"{root}: lacks actions or states; only stage one can use it")

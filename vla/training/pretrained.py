@@ -1,6 +1,6 @@
 """A pretrained start of stage one: how much of what it knew stays, and how far on the way to leave it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,19 @@ def rate_groups(model: AlignmentModel, config: AlignConfig) -> list[tuple[nn.Mod
 
 
 @torch.no_grad()
-def take_up(model: AlignmentModel, source: str, tell: Callable[[str], None]) -> None:
+def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell: Callable[[str], None]) -> None:
     """Start in place what stage one trains beside an encoder from what lies beside the start, if stage one wrote that.
 
     A part, such as the pooler, is taken up if all its tensors fit by name and shape; `tell` is told which are not. A start
-    with nothing beside it brings the scale of CLIP's own loss alone. Scales that are not learned stay as configured.
+    with nothing beside it brings the scale of CLIP's own loss alone. Scales that are not learned, and those of `configured` pairs, stay
+    as they are.
     """
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    fixed |= {f"logit_scales.{pair}" for pair in configured}
     path = Path(source).resolve().parent / "alignment.safetensors"
     if not (Path(source).is_dir() and path.is_file()):
         scale = model.logit_scales["vision_language"]
-        if scale.requires_grad and model.logit_bias is None:  # CLIP's loss is the softmax
+        if "logit_scales.vision_language" not in fixed and model.logit_bias is None:  # CLIP's loss is the softmax
             scale.copy_(model.clip.logit_scale.clamp(0, MAX_LOGIT_SCALE))
         return
     own, saved = (

@@ -5,6 +5,7 @@ loss over all of them is taken everywhere, each share carries on its own gradien
 added up. No gradient travels through a collective, so none is scaled by the number of processes.
 """
 
+import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -113,6 +114,21 @@ def check_same_data(processes: Processes, episodes: Episodes, device: torch.devi
     for rank, number in enumerate(every):
         if number != every[0]:
             raise refusal(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
+
+
+def check_same_settings(processes: Processes, settings: str, device: torch.device) -> None:
+    """Refuse to compute one batch with different settings, given as text.
+
+    Raises:
+        UserError: they differ between two processes.
+    """
+    every = processes.numbers(int(hashlib.sha256(settings.encode()).hexdigest()[:15], 16), device)
+    for rank, number in enumerate(every):
+        if number != every[0]:
+            raise refusal(
+                f"process {rank} has other settings of batch, loss, optimizer, steps, seed or precision than process 0; start all with the "
+                "same configuration"
+            )
 
 
 def refusal(text: str) -> UserError:
