@@ -19,7 +19,15 @@ from vla.comparison.compare import compare
 from vla.comparison.jobs import Job, run_jobs
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import aligned_beside
-from vla.config import AlignConfig, CompareConfig, DataConfig, EvalConfig, PolicyTrainConfig, ResultsConfig
+from vla.config import (
+    AlignConfig,
+    CollectConfig,
+    CompareConfig,
+    DataConfig,
+    EvalConfig,
+    PolicyTrainConfig,
+    ResultsConfig,
+)
 from vla.data.episodes import read_episodes, task_of_episode
 from vla.integrations.collect import collect
 from vla.models.clip import load_clip
@@ -248,6 +256,23 @@ def test_play_of_tasks_that_transfer_keeps_apart_is_refused(with_play, tmp_path)
     config.align = replace(config.align, data=replace(config.align.data, root=str(root)))
     with pytest.raises(UserError, match="has play of place, which transfer keeps apart"):
         compare(config)
+
+
+def test_play_of_another_number_of_scenes_is_refused(with_play, tmp_path):
+    with pytest.raises(UserError, match="has play of 3 scenes, not play_scenes=2"):
+        compare(replace(with_play, output=str(tmp_path / "run"), play_scenes=2))
+
+
+def test_an_untrained_encoder_knows_the_words_of_all_data_sets(data_root, tmp_path):
+    """Else it could not take the text tower of the aligned one."""
+    other = replace(debug(CollectConfig, "collect"), output=str(tmp_path / "other"), scenes=4, seed=1000)
+    collect(replace(other, env=replace(other.env, tasks=("separate",))))
+    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), seeds=(0,), demonstrations=(1,))
+    config = replace(config, arms=("random-frozen",))
+    config.align = replace(
+        config.align, data=replace(config.align.data, root=str(data_root)), more=(str(tmp_path / "other"),)
+    )
+    assert compare(config).is_file()
 
 
 def test_play_where_none_can_be_collected_is_refused_before_anything_is(tmp_path):

@@ -289,7 +289,7 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
     """Collect play of some tasks, unless it is there, in scenes that no demonstration shows; returns what is recorded of it.
 
     Raises:
-        UserError: the play that is there is of other tasks.
+        UserError: the play that is there is of other tasks or of another number of scenes.
     """
     root, collected = play_root(config), config.collect
     shown = record_of(config.align.data.root).get("config", {"seed": collected.seed, "scenes": collected.scenes})
@@ -300,8 +300,12 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
     other = sorted(set((episodes.extra or {}).get("tasks", ())) - set(tasks))
     if other:
         raise UserError(f"{root}: has play of {other[0]}, which transfer keeps apart; choose another root")
-    open_pictures(episodes, config.align.data)
     made_with = (episodes.extra or {}).get("config")
+    if made_with and made_with["scenes"] != config.play_scenes:
+        raise UserError(
+            f"{root}: has play of {made_with['scenes']} scenes, not play_scenes={config.play_scenes}; choose another root"
+        )
+    open_pictures(episodes, config.align.data)
     return {"root": root, "fingerprint": episodes.fingerprint, **counts(episodes), "collected with": made_with}
 
 
@@ -352,7 +356,7 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
         extra = {f"pooler.{name}": value.contiguous() for name, value in pooler.items()}
     elif source == "random":
         torch.manual_seed(seed)
-        texts = read_episodes(config.align.data.root, config.align.data.camera).texts
+        texts = open_mixture(config.align.data, aligned_beside(config), seed).episodes.texts
         clip, _ = make_encoders(replace(config.align.tower, lexicon=None), image_size, texts)  # gets the aligned words
         if config.align.tower.pretrained:
             clip = untrained(clip)
