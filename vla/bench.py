@@ -53,6 +53,7 @@ def bench(config: BenchConfig) -> Path:
     with TemporaryDirectory(dir=output) as folder:
         policy = Path(config.policy) if config.policy else untrained_folder(Path(folder) / "policy")
         evaluation = evaluation_speed(policy, config.episodes, Path(folder))
+    evaluation["policy"] = config.policy or "untrained"
     experts = {"plain": expert_episodes(config.expert_seeds, 0.0), "noisy": expert_episodes(config.expert_seeds, NOISE)}
     result = {
         "data": str(root),

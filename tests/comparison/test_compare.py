@@ -15,7 +15,7 @@ import yaml
 from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
-from vla.comparison.compare import compare
+from vla.comparison.compare import check_same, compare
 from vla.comparison.jobs import Job, run_jobs
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import aligned_beside
@@ -183,6 +183,17 @@ def test_a_folder_of_an_older_version_goes_on(finished, data_root, tmp_path, cap
     config.align.data.root = str(data_root)
     compare(config)
     assert "0 left" in capsys.readouterr().out
+
+
+def test_a_transfer_that_cloned_without_the_others_is_not_mixed_with_one_that_does(tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path), transfer=("place",))
+    check_same(tmp_path, config)
+    begun = json.loads((tmp_path / "begun.json").read_text())
+    del begun["transfer_weight"]  # of a version without the field
+    (tmp_path / "begun.json").write_text(json.dumps(begun))
+    with pytest.raises(UserError, match="was begun with another transfer_weight"):
+        check_same(tmp_path, config)
+    check_same(tmp_path, replace(config, transfer_weight=0.0))
 
 
 def test_a_policy_of_the_users_is_evaluated_on_the_episodes_of_the_arms(finished):

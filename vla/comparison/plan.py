@@ -21,7 +21,7 @@ from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig, DataConfig, EnvConfig, EvalConfig, SweepConfig
 from vla.data.batches import TripletSource
-from vla.data.episodes import read_episodes, rows_of, task_of_episode
+from vla.data.episodes import limit_per_task, read_episodes, rows_of, task_of_episode
 from vla.data.frames import open_pictures
 from vla.data.mixture import open_mixture, root_and_weight
 from vla.eval.alignment import measure_alignment
@@ -384,8 +384,8 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     clip = resize_positions(clip, align.data.image_size)
     mixture = open_mixture(replace(align.data, episodes_per_task=None), aligned_beside(config), seed)
     episodes, own = mixture.episodes, mixture.train[0]
-    aligned = open_mixture(align.data, aligned_beside(config), seed).train  # whose statistics the alignment saw
-    stats = make_stats(episodes, rows_of(episodes, np.concatenate(aligned)))
+    limited = limit_per_task(episodes, own, align.data.episodes_per_task, seed)
+    stats = make_stats(episodes, rows_of(episodes, np.concatenate([limited, *mixture.train[1:]])))  # the alignment's
     model = make_model(align, clip, episodes)
     extra = folder.parent / "alignment.safetensors"
     if extra.is_file():

@@ -43,6 +43,7 @@ from vla.training.checkpoint import (
 )
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
+from vla.training.processes import make_accelerator
 from vla.training.run import RunFolder, mean_metrics
 from vla.training.start import make_policy, policy_stats, starts_trained
 from vla.training.tokens import open_tokens
@@ -71,7 +72,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
     torch.set_num_threads(config.threads)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator(config.precision)
     if accelerator.num_processes > 1:
         raise UserError("stage two runs in one process here; for several, `lerobot-train --policy.type=concord`")
     if config.head.n_action_steps > config.head.horizon:

@@ -95,13 +95,12 @@ def check_same_progress(processes: Processes, folder: Path, device: torch.device
     """
     finished, last = (folder / "report.html").is_file(), latest_checkpoint(folder)
     every = processes.numbers(-1 if finished else step_of(last) if last else 0, device)
-    for rank, step in enumerate(every):
-        if step != every[0]:
-            first, other = ("the end" if n < 0 else f"step {n}" for n in (every[0], step))
-            raise refusal(
-                f"{folder}: process 0 is at {first}, process {rank} at {other}; all must see the same run: let them share the "
-                "folder, or copy it from the machine that is ahead to the others"
-            )
+    if rank := other_than_first(every):
+        first, other = ("the end" if n < 0 else f"step {n}" for n in (every[0], every[rank]))
+        raise refusal(
+            f"{folder}: process 0 is at {first}, process {rank} at {other}; all must see the same run: let them share the "
+            "folder, or copy it from the machine that is ahead to the others"
+        )
 
 
 def check_same_data(processes: Processes, episodes: Episodes, device: torch.device) -> None:
@@ -110,10 +109,8 @@ def check_same_data(processes: Processes, episodes: Episodes, device: torch.devi
     Raises:
         UserError: the data sets of two processes have different fingerprints.
     """
-    every = processes.numbers(int(episodes.fingerprint[:15], 16), device)
-    for rank, number in enumerate(every):
-        if number != every[0]:
-            raise refusal(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
+    if rank := other_than_first(processes.numbers(int(episodes.fingerprint[:15], 16), device)):
+        raise refusal(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
 
 
 def check_same_settings(processes: Processes, settings: str, device: torch.device) -> None:
@@ -122,13 +119,17 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
     Raises:
         UserError: they differ between two processes.
     """
-    every = processes.numbers(int(hashlib.sha256(settings.encode()).hexdigest()[:15], 16), device)
-    for rank, number in enumerate(every):
-        if number != every[0]:
-            raise refusal(
-                f"process {rank} has other settings of batch, loss, optimizer, steps, seed or precision than process 0; start all with the "
-                "same configuration"
-            )
+    own = int(hashlib.sha256(settings.encode()).hexdigest()[:15], 16)
+    if rank := other_than_first(processes.numbers(own, device)):
+        raise refusal(
+            f"process {rank} has other settings of batch, loss, optimizer, steps, seed or precision than process 0; start all with the "
+            "same configuration"
+        )
+
+
+def other_than_first(numbers: list[int]) -> int:
+    """The first process whose number is not that of process 0; 0 if there is none."""
+    return next((rank for rank, number in enumerate(numbers) if number != numbers[0]), 0)
 
 
 def refusal(text: str) -> UserError:
