@@ -36,7 +36,7 @@ def evaluation_speed(policy: Path, episodes: int, output: Path) -> dict[str, Any
     }
     successes = [row.pop("successes") for row in rows.values()]
     agree = [sum(a == b for a, b in zip(successes[0], other, strict=True)) for other in successes[1:]]
-    return {"task": TASK, "episodes": episodes, "cores": cores, "policy": str(policy), "runs": rows, "agree": agree}
+    return {"task": TASK, "episodes": episodes, "cores": cores, "runs": rows, "agree": agree}
 
 
 def lerobot_eval(policy: Path, episodes: int, output: Path, flags: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vla.data.episodes import read_episodes
 from vla.integrations.collect import collect
 from vla.training.align import train_align
 from vla.training.checkpoint import point_last
-from vla.training.processes import ALONE, Processes, check_same_data, make_accelerator
+from vla.training.processes import ALONE, Processes, check_same_data, check_same_settings, make_accelerator
 from vla.types import UserError
 
 HERE = Path(__file__).resolve()
@@ -100,6 +100,11 @@ def test_other_data_on_another_machine_is_refused(interrupted, tmp_path):
     assert "other data: 1" in two_machines(*[[sys.executable, str(HERE), "data", str(tmp_path)]] * 2)[1].stdout
 
 
+def test_other_settings_on_another_machine_are_refused():
+    done = two_machines(*[[sys.executable, str(HERE), "settings"]] * 2)
+    assert ["process 1 has other settings" in member.stdout for member in done] == [True] * 2, done[1].stderr
+
+
 def test_every_process_starts_from_the_weights_of_the_first():
     done = two_machines(*[[sys.executable, str(HERE), "weights"]] * 2)
     assert [member.stdout.strip() for member in done] == ["same: True"] * 2, done[1].stderr
@@ -124,6 +129,13 @@ def member(what: str, *arguments: str) -> None:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if what == "patience":
         print(distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
+    elif what == "settings":
+        check_same_settings(processes, "the same", accelerator.device)
+        try:
+            check_same_settings(processes, f"seed {processes.rank}", accelerator.device)
+        except UserError as error:
+            print(error)
+            return
     elif what == "weights":
         torch.manual_seed(processes.rank)
         module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
