@@ -28,6 +28,7 @@ from vla.data.episodes import read_episodes, rows_of
 from vla.data.normalization import normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.models.clip import pixel_values, tokenize
+from vla.models.precision import chosen_precision
 from vla.training.align import make_encoders, make_model, make_source
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
@@ -59,6 +60,11 @@ class Measurement:
     count: int = 1
     rank: int = 0
     meet: str = ""
+
+
+def autocast() -> torch.autocast:
+    """Both sides' context of the towers: bfloat16 where this machine multiplies it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=chosen_precision("auto") == "bf16")
 
 
 class Counted:
@@ -249,7 +255,7 @@ def our_step(config: AlignConfig, source: TripletSource, chunk: int, processes: 
             config.loss,
             gap=config.batch.gap,
             chunk=chunk,
-            autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+            autocast=autocast,
             processes=processes,
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
@@ -295,7 +301,7 @@ def peer_step(config: AlignConfig, source: TripletSource, batches: list[TripletB
     def step(batch: TripletBatch) -> None:
         pixels = pixel_values(torch.from_numpy(batch.frames[:][batch.frame_of_row]))
         texts = ids[torch.from_numpy(batch.text_id)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = loss_of(*model(pixels, texts))
         loss.backward()
         optimizer.step()

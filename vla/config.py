@@ -142,7 +142,9 @@ class AlignConfig:
     chunk: int = number(0, 0)  # images embedded at a time: less memory, the same gradients, more time; 0: all at once
     steps: int = number(6000, 1)  # optimiser updates
     seed: int = number(0, 0)  # of initialisation, sampling and augmentation
-    precision: Literal["no", "bf16"] = "bf16"  # of the towers; losses are always float32
+    precision: Literal["auto", "no", "bf16"] = (
+        "auto"  # of the towers; auto: bf16 where the hardware has it; losses are float32
+    )
     shuffle: Literal["none", "language", "action", "all"] = "none"  # control: permute this part of the triplets
     threads: int = number(2, 1)  # CPU threads
     log_every: int = number(20, 1)  # steps between log lines
@@ -201,7 +203,7 @@ class PolicyTrainConfig:
     steps: int = number(20000, 1)  # optimiser updates
     ema: float = number(0.999, 0, 1)  # decay of the averaged weights, which are the ones exported
     seed: int = number(0, 0)  # of initialisation, sampling and augmentation
-    precision: Literal["no", "bf16"] = "bf16"  # of the towers
+    precision: Literal["auto", "no", "bf16"] = "auto"  # of the towers; auto: bf16 where the hardware has it
     threads: int = number(2, 1)  # CPU threads
     log_every: int = number(50, 1)  # steps between log lines
     eval_every: int = number(2000, 0)  # steps between validation losses

@@ -12,6 +12,7 @@ from vla.config import CompareConfig, SweepConfig, TowerConfig
 from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
+from vla.models.precision import chosen_precision
 from vla.training.align import make_encoders
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
@@ -63,9 +64,10 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
 def tower_speed(config: CompareConfig | SweepConfig) -> tuple[float, float]:
     """Seconds a picture of the vision tower, forward alone and with its gradients; measured once for each tower."""
     tower, size = replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size
-    key = repr((tower, size, config.align.precision))
+    precision = chosen_precision(config.align.precision)
+    key = repr((tower, size, precision))
     if key not in MEASURED:
-        MEASURED[key] = measured_speed(tower, size, config.align.precision)
+        MEASURED[key] = measured_speed(tower, size, precision)
     return MEASURED[key]
 
 

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from vla.losses.rowwise import Term
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import Encoder, build_clip, load_clip, resize_positions, save_clip, tokenize
 from vla.models.finetuning import add_lora, interpolated
+from vla.models.precision import begun_precision
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
     how_to_replay,
@@ -77,6 +78,7 @@ def train_align(config: AlignConfig) -> Path:
     torch.set_num_threads(config.threads)
     if config.chunk:
         keep_few_kernels()
+    config = replace(config, precision=begun_precision(Path(config.output), config.precision))
     accelerator = make_accelerator(config.precision)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if accelerator.gradient_accumulation_steps > 1:

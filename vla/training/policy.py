@@ -31,6 +31,7 @@ from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
+from vla.models.precision import begun_precision
 from vla.policies.concord import ConcordPolicy
 from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
@@ -72,6 +73,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
     torch.set_num_threads(config.threads)
+    config = replace(config, precision=begun_precision(Path(config.output), config.precision))
     accelerator = make_accelerator(config.precision)
     if accelerator.num_processes > 1:
         raise UserError("stage two runs in one process here; for several, `lerobot-train --policy.type=concord`")

@@ -28,6 +28,7 @@ from vla.models.clip import (
     word_embeds,
 )
 from vla.models.policy_network import PolicyNetwork
+from vla.models.precision import multiplies_bf16
 from vla.policies.concord.configuration_concord import ConcordConfig
 from vla.types import ACTION_KEY, STATE_KEY, TASK_KEY, UserError
 
@@ -126,7 +127,9 @@ class ConcordPolicy(PreTrainedPolicy):
     def tokens(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) in [0, 1] -> (b, n, w) patch tokens; another size than the encoder's is resized."""
         pixels = (images - self.image_mean) / self.image_std
-        if self.training or self.config.precision == "no":  # training brings its own autocast
+        if (
+            self.training or self.config.precision == "no" or not multiplies_bf16(pixels.device)
+        ):  # training brings its own autocast
             return patch_tokens(self.clip, pixels)
         with torch.autocast(pixels.device.type, torch.bfloat16):
             return patch_tokens(self.clip, pixels).float()
