@@ -72,7 +72,9 @@ def test_a_tokenizer_of_another_kind_is_refused(sentence_encoder):
         general_tokenizer(str(sentence_encoder))
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"#version\na b\nc d\n")])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b"#version\na b\nc d\n")], ids=["not compressed", "too short"]
+)
 def test_a_broken_vocabulary_is_named(tmp_path, content):
     path = tmp_path / "vocab.txt.gz"
     path.write_bytes(content)
