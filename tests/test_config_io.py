@@ -68,7 +68,7 @@ def test_yaml_that_holds_more_than_plain_values_is_refused(tmp_path, text, messa
 
 
 def test_a_choice_lists_what_it_can_be():
-    with pytest.raises(ConfigError, match="precision must be one of no, bf16, got 'fp8'"):
+    with pytest.raises(ConfigError, match="precision must be one of auto, no, bf16, got 'fp8'"):
         load_config(AlignConfig, ["--precision=fp8"])
 
 

@@ -150,6 +150,20 @@ def test_again_it_has_nothing_to_do(finished, data_root, encoder, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("eval.json")}
 
 
+def test_the_json_files_alone_make_the_same_result_on_another_machine(finished, data_root, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    for path in [*finished.rglob("*.json"), *finished.rglob("*.jsonl")]:
+        (moved / path.relative_to(finished)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, moved / path.relative_to(finished))
+    config = debug(CompareConfig, "compare", output=str(moved), demonstrations=(1,), arms=("aligned-frozen",))
+    config.align.data.root = str(data_root)
+    compare(config)
+    assert "0 left" in capsys.readouterr().out
+    there, here = (json.loads((folder / "comparison.json").read_text()) for folder in (finished, moved))
+    assert here["success"]
+    assert all(row in there["success"] for row in here["success"])
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
     config = debug(CompareConfig, "compare", output=str(finished))
     config.align.data.root = str(data_root)

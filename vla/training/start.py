@@ -14,6 +14,7 @@ from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
 from vla.models.clip import load_clip, resize_positions
+from vla.models.precision import chosen_precision
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align import make_encoders
 from vla.types import ACTION_KEY, STATE_KEY, UserError
@@ -52,7 +53,7 @@ def policy_config(config: PolicyTrainConfig, episodes: Episodes) -> ConcordConfi
         tuned_part=config.tuned_part,
         hide=config.hide,
         encoder_lr_scale=config.encoder_lr_scale,
-        precision=config.precision,
+        precision=chosen_precision(config.precision),
         kind=head.kind,
         horizon=head.horizon,
         n_action_steps=head.n_action_steps,
