@@ -25,7 +25,7 @@ from vla.data.frames import open_frames
 from vla.data.normalization import compute_norm_stats
 from vla.data.sampler import GoalSampler
 from vla.policies.concord import ConcordConfig, ConcordPolicy
-from vla.training.align import make_encoders
+from vla.training.align_setup import make_encoders
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
 from vla.versions import versions
 

@@ -150,9 +150,9 @@ def test_again_it_has_nothing_to_do(finished, data_root, encoder, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("eval.json")}
 
 
-def test_the_json_files_alone_make_the_same_result_on_another_machine(finished, data_root, tmp_path, capsys):
+def test_the_small_files_alone_make_the_same_result_on_another_machine(finished, data_root, tmp_path, capsys):
     moved = tmp_path / "moved"
-    for path in [*finished.rglob("*.json"), *finished.rglob("*.jsonl")]:
+    for path in (path for kind in ("json", "jsonl", "html") for path in finished.rglob(f"*.{kind}")):
         (moved / path.relative_to(finished)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, moved / path.relative_to(finished))
     config = debug(CompareConfig, "compare", output=str(moved), demonstrations=(1,), arms=("aligned-frozen",))

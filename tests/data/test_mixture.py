@@ -17,7 +17,8 @@ from vla.data.mixture import Stores, joined, open_mixture
 from vla.data.sampler import shares
 from vla.integrations.collect import collect
 from vla.models.clip import tokenize
-from vla.training.align import make_encoders, make_model, make_sampler, make_stats, train_align
+from vla.training.align import train_align
+from vla.training.align_setup import make_encoders, make_model, make_sampler, make_stats
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.types import ACTION_KEY, STATE_KEY, UserError

@@ -11,7 +11,8 @@ from vla.data.episodes import read_episodes
 from vla.eval.alignment import Embedded, embed_rows, goal_probe, retrieval_measures, spread_rows
 from vla.eval.retrieval import alignment
 from vla.models.clip import pixel_values, tokenize
-from vla.training.align import make_encoders, make_model, make_source, train_align
+from vla.training.align import train_align
+from vla.training.align_setup import make_encoders, make_model, make_source
 from vla.types import TripletBatch
 
 ROWS = 12

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from vla.config import AlignConfig, LossConfig
 from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
-from vla.training.align import at_chance, pair_temperatures, shuffled_labels, train_align
+from vla.training.align import at_chance, train_align
+from vla.training.align_setup import pair_temperatures, shuffled_labels
 from vla.types import UserError
 
 

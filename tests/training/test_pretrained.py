@@ -18,7 +18,8 @@ from vla.data.episodes import read_episodes, split_episodes
 from vla.integrations.collect import collect
 from vla.models.clip import build_clip, load_clip, patch_tokens, save_clip, with_vision_of
 from vla.models.finetuning import add_lora, interpolated, merged
-from vla.training.align import old_data, train_align
+from vla.training.align import train_align
+from vla.training.align_setup import old_data
 from vla.training.optim import make_optimizers
 from vla.training.pretrained import rate_groups, take_up
 from vla.types import UserError

@@ -13,7 +13,7 @@ from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
 from vla.models.precision import chosen_precision
-from vla.training.align import make_encoders
+from vla.training.align_setup import make_encoders
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
 TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}

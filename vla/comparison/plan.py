@@ -37,7 +37,8 @@ from vla.models.clip import (
     with_vision_of,
 )
 from vla.policies.concord import ConcordPolicy
-from vla.training.align import make_encoders, make_model, make_stats, train_align
+from vla.training.align import train_align
+from vla.training.align_setup import make_encoders, make_model, make_stats
 from vla.training.policy import train_policy
 from vla.types import UserError
 

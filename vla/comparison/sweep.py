@@ -33,7 +33,8 @@ from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with
 from vla.eval.statistics import holm
 from vla.integrations.collect import collect
 from vla.locks import waiting_lock
-from vla.training.align import export_share, train_align
+from vla.training.align import train_align
+from vla.training.align_export import export_share
 from vla.training.policy import train_policy
 from vla.versions import versions
 

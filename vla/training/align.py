@@ -5,11 +5,8 @@ back-propagation, update. Batches depend on (seed, step) alone, so a resumed run
 """
 
 import hashlib
-import json
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,25 +16,34 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPModel
 
-from vla.config import AlignConfig, BatchConfig, LossConfig, TowerConfig
+from vla.config import AlignConfig
 from vla.data.augmentation import augmenter, word_hider
-from vla.data.batches import Normalizers, TripletSource, training_batch
+from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
-from vla.data.frames import open_pictures
-from vla.data.minimal_pairs import MinimalPairs
 from vla.data.mixture import open_mixture
-from vla.data.normalization import compute_norm_stats, normalize_quantile
-from vla.data.sampler import GoalSampler, MixedSampler, shares
+from vla.data.normalization import normalize_quantile
+from vla.data.sampler import MixedSampler
 from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
 from vla.losses.rowwise import Term
-from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
-from vla.models.clip import Encoder, build_clip, load_clip, resize_positions, save_clip, tokenize
+from vla.models.alignment import AlignmentModel
+from vla.models.clip import tokenize
 from vla.models.finetuning import add_lora, interpolated
 from vla.models.precision import begun_precision
+from vla.training.align_export import export, export_encoder
+from vla.training.align_setup import (
+    check_terms,
+    make_encoders,
+    make_model,
+    make_sampler,
+    make_stats,
+    minimal_pairs,
+    old_data,
+    pair_temperatures,
+    shuffled_labels,
+)
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
     how_to_replay,
@@ -51,7 +57,7 @@ from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
-from vla.training.pretrained import HeldOut, along_the_way, check_start, old_split, rate_groups, take_up
+from vla.training.pretrained import HeldOut, along_the_way, check_start, rate_groups, take_up
 from vla.training.processes import (
     Processes,
     check_same_data,
@@ -61,7 +67,6 @@ from vla.training.processes import (
 )
 from vla.training.run import RunFolder, mean_metrics
 from vla.types import TripletBatch, UserError
-from vla.versions import versions
 
 STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
 SETTLED = 100  # steps after the warm-up by which every term should have left its chance level
@@ -223,19 +228,6 @@ def train_align(config: AlignConfig) -> Path:
     return encoder
 
 
-def check_terms(config: AlignConfig) -> None:
-    """Refuse transition terms whose batches hold no transition, and temperatures that are none."""
-    pair_temperatures(config.loss)
-    batch = config.batch
-    if config.loss.transition_action + config.loss.transition_language and (
-        batch.frames < 2 or batch.gap > config.horizon
-    ):
-        raise UserError(
-            "config error: loss.transition_action and loss.transition_language need two frames of an episode in a batch, at most "
-            f"`horizon` apart; got batch.frames {batch.frames}, batch.gap {batch.gap}, horizon {config.horizon}"
-        )
-
-
 def step_metrics(
     terms: dict[str, Term], health: dict[str, Tensor], loss: Tensor, grad_norm: Tensor, model: AlignmentModel
 ) -> dict[str, float]:
@@ -247,122 +239,6 @@ def step_metrics(
         metrics[f"{name}/excess"] = float(term.loss.detach() - term.floor)
         metrics[f"{name}/scale"] = float(model.scale(name).detach())
     return metrics | {key: float(value) for key, value in health.items()}
-
-
-def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:
-    """What `loss.temperatures` says: the initial temperature of a pair, and whether it is learned.
-
-    Raises:
-        UserError: no such pair, or a value that is no temperature.
-    """
-    found: dict[str, tuple[float, bool]] = {}
-    for text in loss.temperatures:
-        pair, _, value = text.partition("=")
-        number = value.removeprefix("fixed:")
-        if pair not in (*PAIRS, *TRANSITIONS):
-            raise UserError(
-                f"config error: loss.temperatures: {text!r} names no pair; they are {', '.join((*PAIRS, *TRANSITIONS))}"
-            )
-        try:
-            start = float(number)
-        except ValueError:
-            start = 0.0
-        if not 0.01 <= start < float("inf"):
-            raise UserError(
-                f"config error: loss.temperatures: {text!r} is not {pair}=VALUE or {pair}=fixed:VALUE with a value of at least 0.01"
-            )
-        found[pair] = start, loss.learn_temperature and number == value
-    return found
-
-
-def minimal_pairs(
-    loss: LossConfig, episodes: Episodes, train: np.ndarray, tell: Callable[[str], None]
-) -> MinimalPairs | None:
-    """The minimal pairs of (e,) training episodes, if they are asked for; `tell` is told how many episodes have one.
-
-    Raises:
-        UserError: no episode has one.
-    """
-    if not (loss.minimal_pairs and loss.word_patch):
-        return None
-    pairs = MinimalPairs(episodes, train)
-    ids = (episodes.text_id[train], episodes.goal_id[train], episodes.scene_id[train])
-    share = float((pairs.draw(*ids, np.random.default_rng(0)) >= 0).mean())
-    if not share:
-        raise UserError(
-            f"config error: loss.minimal_pairs: in no instruction of {episodes.root} can one word be exchanged so that it names what its "
-            "scene lacks (scene_id and target_position tell); leave it out"
-        )
-    tell(f"minimal pairs: for {100 * share:.0f} % of the episodes")
-    return pairs
-
-
-def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:
-    """Triplets of a data set, normalised by the statistics of its (r,) training rows."""
-    frames = open_pictures(episodes, config.data)
-    return TripletSource(episodes, frames, make_stats(episodes, rows), config.horizon)
-
-
-def make_stats(episodes: Episodes, rows: np.ndarray) -> Normalizers:
-    """Statistics of the actions and states that (r,) rows have."""
-    known = [values[rows][np.isfinite(values[rows]).all(1)] for values in (episodes.action, episodes.state)]
-    return Normalizers(*map(compute_norm_stats, known))
-
-
-def make_sampler(
-    batch: BatchConfig, seed: int, episodes: Episodes, parts: list[np.ndarray], weights: list[float]
-) -> MixedSampler:
-    """The batches' rows: each data set, whose training episodes are one of `parts`, gives goals by its weight."""
-    samplers = []
-    for number, (positions, goals) in enumerate(zip(parts, shares(batch.goals, weights), strict=True)):
-        own = asdict(batch) | {"goals": goals, "seed": seed + (number << 20)}
-        samplers.append(GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, positions, **own))
-    return MixedSampler(samplers)
-
-
-def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> AlignmentModel:
-    """The encoders with everything else that stage one trains, untrained."""
-    return AlignmentModel(
-        clip,
-        horizon=config.horizon,
-        action_dim=episodes.action.shape[1],
-        state_dim=episodes.state.shape[1],
-        pooler_width=config.loss.pooler_width,
-        queries=config.loss.queries,
-        temperature=config.loss.temperature,
-        learn_temperature=config.loss.learn_temperature,
-        temperatures=pair_temperatures(config.loss),
-        sigmoid=config.loss.vision_language_kind == "sigmoid",
-        transitions=config.loss.transition_action + config.loss.transition_language > 0,
-    )
-
-
-def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
-    """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer)."""
-    if tower.pretrained is None:
-        sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked", "lora_rank")}
-        return build_clip(texts, image_size=image_size, **sizes)
-    clip, tokenizer = load_clip(tower.pretrained)
-    return resize_positions(clip, image_size), tokenizer
-
-
-def old_data(config: AlignConfig) -> dict[str, HeldOut]:
-    """The held-out episodes of the data set that forgetting is measured on, if there is one.
-
-    Where the start's own run is there, they are those that it held out, and `old_goals` are those of them whose goals the start
-    is known never to have trained on, if they are several.
-    """
-    if config.forgetting is None:
-        return {}
-    data, seed, known = old_split(config)
-    mixture = open_mixture(data, (), seed)
-    episodes, (train,), validation = mixture.episodes, mixture.train, mixture.validation
-    source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows_of(episodes, train)), config.horizon)
-    old = {"old": HeldOut(source, validation)}
-    new_goals = validation[~np.isin(episodes.goal_id[validation], episodes.goal_id[train])]
-    if known and len(np.unique(episodes.goal_id[new_goals])) > 1:
-        old["old_goals"] = HeldOut(source, new_goals)
-    return old
 
 
 def measure(
@@ -378,13 +254,6 @@ def measure(
     measured = measure_alignment(model, source, train, validation, input_ids, attention_mask)
     model.train()
     return measured
-
-
-def shuffled_labels(goal_id: np.ndarray, seed: int) -> np.ndarray:
-    """(e,) whose instruction each episode gets in the shuffled-language control; episodes without one (-1) stay without."""
-    labels, told = np.arange(len(goal_id)), np.flatnonzero(goal_id >= 0)
-    labels[told] = np.random.default_rng([seed, 7]).permutation(told)
-    return labels
 
 
 def digest(batch: TripletBatch) -> str:
@@ -416,70 +285,6 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> tup
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"], state["seconds"]
-
-
-def export(
-    folder: Path,
-    config: AlignConfig,
-    episodes: Episodes,
-    model: AlignmentModel,
-    tokenizer,
-    measured: dict[str, float],
-    seconds: float,
-    processes: Processes,
-    way: list[dict[str, float]],
-    warnings: list[str],
-) -> None:
-    """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
-    export_encoder(folder, model, tokenizer)
-    record = {
-        "loss": asdict(config.loss),
-        "shuffle": config.shuffle,
-        "data": {
-            "root": config.data.root,
-            "fingerprint": episodes.fingerprint,
-            "episodes": len(episodes.goal_id),
-        },
-        "steps": config.steps,
-        "processes": processes.count,
-        "seconds": round(seconds, 1),
-        "metrics": measured,
-        "way": way,
-        "warnings": warnings,
-        "versions": versions(),
-    }
-    (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def export_share(config: AlignConfig, share: float) -> None:
-    """Export the encoder at a share of the way from the pretrained start of a finished run to its end, to wise_ft/SHARE (WiSE-FT)."""
-    folder = Path(config.output)
-    start, _ = make_encoders(config.tower, config.data.image_size, ())
-    trained, tokenizer = load_clip(folder / "clip")
-    target = folder / "wise_ft" / f"{share:g}"
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "alignment.safetensors", target / "alignment.safetensors")
-    write_clip(target / "clip", interpolated(start.state_dict(), trained, share), tokenizer)
-
-
-def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder | None = None) -> None:
-    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model.
-
-    `clip` is written in place of the model's own.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
-    save_file(others, folder / "alignment.safetensors")
-    write_clip(folder / "clip", clip or model.exported_clip(), tokenizer)
-
-
-def write_clip(folder: Path, clip: Encoder, tokenizer) -> None:
-    """Write an encoder folder that appears whole or not at all."""
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    save_clip(partial_folder, clip, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
 
 
 def stop_on_nonfinite(run: RunFolder, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:

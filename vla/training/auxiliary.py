@@ -19,7 +19,7 @@ from vla.data.normalization import normalize_quantile
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
-from vla.training.align import make_model, make_sampler, minimal_pairs
+from vla.training.align_setup import make_model, make_sampler, minimal_pairs
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.types import TripletBatch, UserError

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vla.models.clip import Encoder
+from vla.models.precision import chosen_precision
+from vla.training.muon import Float32Muon
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
                 other_groups.append({"params": members, "weight_decay": decay, **rates})
     members: list[torch.optim.Optimizer] = []
     if linear_groups:
-        members.append(torch.optim.Muon(linear_groups, adjust_lr_fn="match_rms_adamw"))
+        muon = torch.optim.Muon if chosen_precision("auto") == "bf16" else Float32Muon
+        members.append(muon(linear_groups, adjust_lr_fn="match_rms_adamw"))
     if other_groups:
         members.append(torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6))
     return Optimizers(tuple(members))

@@ -1,0 +1,81 @@
+"""What stage one leaves: the encoder folder, the rest of the model, alignment.json."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from vla.config import AlignConfig
+from vla.data.episodes import Episodes
+from vla.models.alignment import AlignmentModel
+from vla.models.clip import Encoder, load_clip, save_clip
+from vla.models.finetuning import interpolated
+from vla.training.align_setup import make_encoders
+from vla.training.processes import Processes
+from vla.versions import versions
+
+
+def export(
+    folder: Path,
+    config: AlignConfig,
+    episodes: Episodes,
+    model: AlignmentModel,
+    tokenizer,
+    measured: dict[str, float],
+    seconds: float,
+    processes: Processes,
+    way: list[dict[str, float]],
+    warnings: list[str],
+) -> None:
+    """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
+    export_encoder(folder, model, tokenizer)
+    record = {
+        "loss": asdict(config.loss),
+        "shuffle": config.shuffle,
+        "data": {
+            "root": config.data.root,
+            "fingerprint": episodes.fingerprint,
+            "episodes": len(episodes.goal_id),
+        },
+        "steps": config.steps,
+        "processes": processes.count,
+        "seconds": round(seconds, 1),
+        "metrics": measured,
+        "way": way,
+        "warnings": warnings,
+        "versions": versions(),
+    }
+    (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def export_share(config: AlignConfig, share: float) -> None:
+    """Export the encoder at a share of the way from the pretrained start of a finished run to its end, to wise_ft/SHARE (WiSE-FT)."""
+    folder = Path(config.output)
+    start, _ = make_encoders(config.tower, config.data.image_size, ())
+    trained, tokenizer = load_clip(folder / "clip")
+    target = folder / "wise_ft" / f"{share:g}"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "alignment.safetensors", target / "alignment.safetensors")
+    write_clip(target / "clip", interpolated(start.state_dict(), trained, share), tokenizer)
+
+
+def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder | None = None) -> None:
+    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model.
+
+    `clip` is written in place of the model's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
+    save_file(others, folder / "alignment.safetensors")
+    write_clip(folder / "clip", clip or model.exported_clip(), tokenizer)
+
+
+def write_clip(folder: Path, clip: Encoder, tokenizer) -> None:
+    """Write an encoder folder that appears whole or not at all."""
+    partial_folder = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    save_clip(partial_folder, clip, tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)

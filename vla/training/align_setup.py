@@ -1,0 +1,156 @@
+"""What stage one is made of: encoders, model, statistics, batches, held-out data, from a configuration."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+from transformers import CLIPModel
+
+from vla.config import AlignConfig, BatchConfig, LossConfig, TowerConfig
+from vla.data.batches import Normalizers, TripletSource
+from vla.data.episodes import Episodes, rows_of
+from vla.data.frames import open_pictures
+from vla.data.minimal_pairs import MinimalPairs
+from vla.data.mixture import open_mixture
+from vla.data.normalization import compute_norm_stats
+from vla.data.sampler import GoalSampler, MixedSampler, shares
+from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
+from vla.models.clip import build_clip, load_clip, resize_positions
+from vla.training.pretrained import HeldOut, old_split
+from vla.types import UserError
+
+
+def check_terms(config: AlignConfig) -> None:
+    """Refuse transition terms whose batches hold no transition, and temperatures that are none."""
+    pair_temperatures(config.loss)
+    batch = config.batch
+    if config.loss.transition_action + config.loss.transition_language and (
+        batch.frames < 2 or batch.gap > config.horizon
+    ):
+        raise UserError(
+            "config error: loss.transition_action and loss.transition_language need two frames of an episode in a batch, at most "
+            f"`horizon` apart; got batch.frames {batch.frames}, batch.gap {batch.gap}, horizon {config.horizon}"
+        )
+
+
+def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:
+    """What `loss.temperatures` says: the initial temperature of a pair, and whether it is learned.
+
+    Raises:
+        UserError: no such pair, or a value that is no temperature.
+    """
+    found: dict[str, tuple[float, bool]] = {}
+    for text in loss.temperatures:
+        pair, _, value = text.partition("=")
+        number = value.removeprefix("fixed:")
+        if pair not in (*PAIRS, *TRANSITIONS):
+            raise UserError(
+                f"config error: loss.temperatures: {text!r} names no pair; they are {', '.join((*PAIRS, *TRANSITIONS))}"
+            )
+        try:
+            start = float(number)
+        except ValueError:
+            start = 0.0
+        if not 0.01 <= start < float("inf"):
+            raise UserError(
+                f"config error: loss.temperatures: {text!r} is not {pair}=VALUE or {pair}=fixed:VALUE with a value of at least 0.01"
+            )
+        found[pair] = start, loss.learn_temperature and number == value
+    return found
+
+
+def minimal_pairs(
+    loss: LossConfig, episodes: Episodes, train: np.ndarray, tell: Callable[[str], None]
+) -> MinimalPairs | None:
+    """The minimal pairs of (e,) training episodes, if they are asked for; `tell` is told how many episodes have one.
+
+    Raises:
+        UserError: no episode has one.
+    """
+    if not (loss.minimal_pairs and loss.word_patch):
+        return None
+    pairs = MinimalPairs(episodes, train)
+    ids = (episodes.text_id[train], episodes.goal_id[train], episodes.scene_id[train])
+    share = float((pairs.draw(*ids, np.random.default_rng(0)) >= 0).mean())
+    if not share:
+        raise UserError(
+            f"config error: loss.minimal_pairs: in no instruction of {episodes.root} can one word be exchanged so that it names what its "
+            "scene lacks (scene_id and target_position tell); leave it out"
+        )
+    tell(f"minimal pairs: for {100 * share:.0f} % of the episodes")
+    return pairs
+
+
+def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:
+    """Triplets of a data set, normalised by the statistics of its (r,) training rows."""
+    frames = open_pictures(episodes, config.data)
+    return TripletSource(episodes, frames, make_stats(episodes, rows), config.horizon)
+
+
+def make_stats(episodes: Episodes, rows: np.ndarray) -> Normalizers:
+    """Statistics of the actions and states that (r,) rows have."""
+    known = [values[rows][np.isfinite(values[rows]).all(1)] for values in (episodes.action, episodes.state)]
+    return Normalizers(*map(compute_norm_stats, known))
+
+
+def make_sampler(
+    batch: BatchConfig, seed: int, episodes: Episodes, parts: list[np.ndarray], weights: list[float]
+) -> MixedSampler:
+    """The batches' rows: each data set, whose training episodes are one of `parts`, gives goals by its weight."""
+    samplers = []
+    for number, (positions, goals) in enumerate(zip(parts, shares(batch.goals, weights), strict=True)):
+        own = asdict(batch) | {"goals": goals, "seed": seed + (number << 20)}
+        samplers.append(GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, positions, **own))
+    return MixedSampler(samplers)
+
+
+def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> AlignmentModel:
+    """The encoders with everything else that stage one trains, untrained."""
+    return AlignmentModel(
+        clip,
+        horizon=config.horizon,
+        action_dim=episodes.action.shape[1],
+        state_dim=episodes.state.shape[1],
+        pooler_width=config.loss.pooler_width,
+        queries=config.loss.queries,
+        temperature=config.loss.temperature,
+        learn_temperature=config.loss.learn_temperature,
+        temperatures=pair_temperatures(config.loss),
+        sigmoid=config.loss.vision_language_kind == "sigmoid",
+        transitions=config.loss.transition_action + config.loss.transition_language > 0,
+    )
+
+
+def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
+    """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer)."""
+    if tower.pretrained is None:
+        sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked", "lora_rank")}
+        return build_clip(texts, image_size=image_size, **sizes)
+    clip, tokenizer = load_clip(tower.pretrained)
+    return resize_positions(clip, image_size), tokenizer
+
+
+def old_data(config: AlignConfig) -> dict[str, HeldOut]:
+    """The held-out episodes of the data set that forgetting is measured on, if there is one.
+
+    Where the start's own run is there, they are those that it held out, and `old_goals` are those of them whose goals the start
+    is known never to have trained on, if they are several.
+    """
+    if config.forgetting is None:
+        return {}
+    data, seed, known = old_split(config)
+    mixture = open_mixture(data, (), seed)
+    episodes, (train,), validation = mixture.episodes, mixture.train, mixture.validation
+    source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows_of(episodes, train)), config.horizon)
+    old = {"old": HeldOut(source, validation)}
+    new_goals = validation[~np.isin(episodes.goal_id[validation], episodes.goal_id[train])]
+    if known and len(np.unique(episodes.goal_id[new_goals])) > 1:
+        old["old_goals"] = HeldOut(source, new_goals)
+    return old
+
+
+def shuffled_labels(goal_id: np.ndarray, seed: int) -> np.ndarray:
+    """(e,) whose instruction each episode gets in the shuffled-language control; episodes without one (-1) stay without."""
+    labels, told = np.arange(len(goal_id)), np.flatnonzero(goal_id >= 0)
+    labels[told] = np.random.default_rng([seed, 7]).permutation(told)
+    return labels

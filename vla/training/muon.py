@@ -1,0 +1,46 @@
+"""Muon in float32."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Float32Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which orthogonalises in bfloat16, in float32.
+
+    For processors that only emulate bfloat16, where torch's takes several times as long as the rest of a step. State and options are torch's, so a run may
+    go on with either. All matrices of one shape are orthogonalised at once, wide and tall ones alike.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all matrices that have a gradient."""
+        for group in self.param_groups:
+            alike: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for (_, longer), parameters in alike.items():
+                directions = [self.direction(p, group["momentum"], group["nesterov"]) for p in parameters]
+                wide = torch.stack([d if d.shape[1] == longer else d.T for d in directions])
+                updates = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for p, update in zip(parameters, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update if p.shape[1] == longer else update.T, alpha=-group["lr"] * 0.2 * longer**0.5)
+
+    def direction(self, p: nn.Parameter, momentum: float, nesterov: bool) -> Tensor:
+        """The averaged gradient of a matrix, before it is orthogonalised."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        average = self.state[p]["momentum_buffer"]
+        average.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum) if nesterov else average
+
+
+def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """(k, m, n), m <= n: matrices with the same singular vectors and singular values near 1, by Newton and Schulz's iteration."""
+    a, b, c = coefficients
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
