@@ -28,7 +28,7 @@ from vla.data.episodes import read_episodes, rows_of
 from vla.data.normalization import normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.models.clip import pixel_values, tokenize
-from vla.models.precision import chosen_precision
+from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders, make_model, make_source
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
+from vla.precision import chosen_precision
 from vla.types import UserError
 from vla.versions import versions
+
+SLOWER = "\nThis processor only emulates products in bfloat16, so the towers compute in float32: training takes some four times as long as docs/results.md says."
 
 
 def pipeline(config: PipelineConfig) -> Path:
@@ -81,4 +84,5 @@ def opening(
         f"  3. policy    behaviour cloning of an action head, {policy.steps} steps; {encoder} -> {policy.output}\n"
         f"  4. evaluate  {evaluation.episodes} episodes, then swapped, blank and wrong instructions -> {evaluation.output}\n\n"
         "Interrupted, the same command goes on where it stopped."
+        + ("" if chosen_precision(align.precision) == "bf16" else SLOWER)
     )

@@ -6,6 +6,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
+from vla.precision import multiplies_bf16
+
 PACKAGES = (
     "lerobot_policy_concord",
     "torch",
@@ -32,7 +36,8 @@ def versions() -> dict[str, str]:
     commit = _git_commit()
     if commit:
         found["commit"] = commit
-    return found | {"processor": _processor(), "cores": str(os.cpu_count())}
+    products = "with" if multiplies_bf16(torch.device("cpu")) else "without"
+    return found | {"processor": f"{_processor()} {products} bfloat16", "cores": str(os.cpu_count())}
 
 
 def _git_commit() -> str | None:

@@ -12,7 +12,7 @@ from vla.config import CompareConfig, SweepConfig, TowerConfig
 from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
-from vla.models.precision import chosen_precision
+from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.

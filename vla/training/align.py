@@ -31,7 +31,7 @@ from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
 from vla.models.finetuning import add_lora, interpolated
-from vla.models.precision import begun_precision
+from vla.precision import begun_precision
 from vla.training.align_export import export, export_encoder
 from vla.training.align_setup import (
     check_terms,

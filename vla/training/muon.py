@@ -1,5 +1,7 @@
 """Muon in float32."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +14,10 @@ class Float32Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update all matrices that have a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all matrices that have a gradient; `closure`, if there is one, computes these and the loss."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             alike: dict[tuple[int, int], list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -26,6 +30,7 @@ class Float32Muon(torch.optim.Muon):
                 for p, update in zip(parameters, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update if p.shape[1] == longer else update.T, alpha=-group["lr"] * 0.2 * longer**0.5)
+        return loss
 
     def direction(self, p: nn.Parameter, momentum: float, nesterov: bool) -> Tensor:
         """The averaged gradient of a matrix, before it is orthogonalised."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.models.clip import Encoder
-from vla.models.precision import chosen_precision
+from vla.precision import chosen_precision
 from vla.training.muon import Float32Muon
 
 

@@ -31,8 +31,8 @@ from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
-from vla.models.precision import begun_precision
 from vla.policies.concord import ConcordPolicy
+from vla.precision import begun_precision
 from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
     how_to_replay,

@@ -14,8 +14,8 @@ from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
 from vla.models.clip import load_clip, resize_positions
-from vla.models.precision import chosen_precision
 from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
 from vla.types import ACTION_KEY, STATE_KEY, UserError
 

@@ -22,7 +22,7 @@ class ConcordConfig(PreTrainedConfig):
     tuned_part: str = "all"  # what of it: all, vision or last_block (of the vision tower)
     hide: str = "none"  # a control that never gets the "language" or the "vision"
     encoder_lr_scale: float = 0.1  # learning rate of the encoder relative to the rest
-    precision: str = "no"  # of the vision tower while acting: "bf16" where it was trained so, else "no"
+    precision: str = "no"  # it was trained in; the vision tower acts in bf16 only where the hardware has it
     kind: str = "l1"  # action head: l1 or flow
     horizon: int = 16  # timesteps predicted
     n_action_steps: int = 8  # timesteps executed before the next look

@@ -28,8 +28,8 @@ from vla.models.clip import (
     word_embeds,
 )
 from vla.models.policy_network import PolicyNetwork
-from vla.models.precision import multiplies_bf16
 from vla.policies.concord.configuration_concord import ConcordConfig
+from vla.precision import multiplies_bf16
 from vla.types import ACTION_KEY, STATE_KEY, TASK_KEY, UserError
 
 CLIP_FOLDER = "clip"  # configuration and tokenizer of the encoder, inside the policy folder

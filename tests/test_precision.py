@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vla.models.precision import begun_precision, chosen_precision, multiplies_bf16
+from vla.precision import begun_precision, chosen_precision, multiplies_bf16
 
 CPU = torch.device("cpu")
 
