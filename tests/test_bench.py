@@ -11,6 +11,7 @@ from vla.bench_alignment import run_together
 from vla.config import BenchConfig
 
 
+@pytest.mark.slow
 def test_bench_writes_every_figure(tmp_path, data_root):
     small = {"seconds": 0.05, "expert_seeds": 2, "episodes": 3, "alignment_steps": 1, "alignment_rows": (8, 16)}
     config = BenchConfig(output=str(tmp_path / "bench"), data=str(data_root), **small)

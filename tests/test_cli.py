@@ -36,6 +36,13 @@ def test_every_script_has_help(name):
     assert "--config_path" in result.stdout
 
 
+def test_help_may_be_cut_short():
+    command = f"{sys.executable} {ROOT}/scripts/compare.py --help | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert result.stderr == ""
+    assert result.stdout.startswith("Compare arms")
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [

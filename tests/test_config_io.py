@@ -1,8 +1,21 @@
 """The strict loader: default < YAML < flag, and every mistake is named."""
 
+from itertools import pairwise
+
 import pytest
 
-from vla.config import AlignConfig, CollectConfig, EvalConfig
+from vla.config import (
+    AlignConfig,
+    BenchConfig,
+    CollectConfig,
+    CompareConfig,
+    DoctorConfig,
+    EvalConfig,
+    PipelineConfig,
+    PolicyTrainConfig,
+    ResultsConfig,
+    SweepConfig,
+)
 from vla.config_io import ConfigError, HelpRequested, load_config, save_yaml
 
 
@@ -109,6 +122,28 @@ def test_help_tells_every_field_with_comment_and_default():
     assert "--loss.temperature=0.07" in text
     assert "initial temperature of every pair" in text
     assert text.count("\n  --") == 2 + count_fields(AlignConfig())
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        CollectConfig,
+        AlignConfig,
+        PolicyTrainConfig,
+        EvalConfig,
+        CompareConfig,
+        SweepConfig,
+        DoctorConfig,
+        BenchConfig,
+        PipelineConfig,
+        ResultsConfig,
+    ],
+)
+def test_no_field_goes_without_a_comment(cls):
+    with pytest.raises(HelpRequested) as help_text:
+        load_config(cls, ["--help"])
+    lines = str(help_text.value).splitlines()
+    assert [flag for flag, comment in pairwise(lines) if flag.startswith("  --") and not comment.strip()] == []
 
 
 def count_fields(config) -> int:

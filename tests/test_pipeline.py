@@ -18,7 +18,7 @@ def run(script: str, config: str, folder: Path) -> subprocess.CompletedProcess:
     return result
 
 
-@pytest.mark.parametrize("name", ["debug", "metaworld_debug"])
+@pytest.mark.parametrize("name", ["debug", pytest.param("metaworld_debug", marks=pytest.mark.slow)])
 def test_collect_align_clone_evaluate(name, tmp_path):
     run("collect.py", f"collect/{name}.yaml", tmp_path)
     run("train_align.py", f"align/{name}.yaml", tmp_path)

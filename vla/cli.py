@@ -1,6 +1,7 @@
 """`concord VERB`: one function a verb, the same ones that the files in scripts/ call.
 
-Each returns the JSON file that holds its result, or None. With `--json` among the flags, standard output is that result and
+Each reads its flags before it imports what it needs, so help and mistakes are answered at once, and returns the JSON file that holds
+its result, or None. With `--json` among the flags, standard output is that result and
 nothing else; what people read goes to standard error.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from vla.config_io import HelpRequested, load_config
+from vla.config_io import HelpRequested, load_config, split_flags
 from vla.types import UserError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -22,9 +23,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def collect(argv: list[str]) -> Path | None:
     """Collect demonstrations with the scripted expert."""
     from vla.config import CollectConfig
+
+    config = load_config(CollectConfig, argv)
     from vla.integrations.collect import collect as run
 
-    return run(load_config(CollectConfig, argv)) / "meta" / "info.json"
+    return run(config) / "meta" / "info.json"
 
 
 def align(argv: list[str]) -> Path | None:
@@ -74,47 +77,55 @@ def compare(argv: list[str]) -> Path | None:
 
 def sweep(argv: list[str]) -> Path | None:
     """All stages once for every value of a field."""
-    from vla.comparison.sweep import split_flags
-    from vla.comparison.sweep import sweep as run
     from vla.config import SweepConfig
 
     swept, rest = split_flags(argv)
-    folder = run(load_config(SweepConfig, rest), swept)
+    config = load_config(SweepConfig, rest)
+    from vla.comparison.sweep import sweep as run
+
+    folder = run(config, swept)
     return folder and folder / "sweep.json"
 
 
 def doctor(argv: list[str]) -> Path | None:
     """Check the machine, a data set and checkpoints."""
     from vla.config import DoctorConfig
+
+    config = load_config(DoctorConfig, argv)
     from vla.doctor import doctor as run
 
-    run(load_config(DoctorConfig, argv))
+    run(config)
     return None
 
 
 def bench(argv: list[str]) -> Path | None:
     """Measure throughput beside the peers, in one run."""
-    from vla.bench import bench as run
     from vla.config import BenchConfig
 
-    return run(load_config(BenchConfig, argv))
+    config = load_config(BenchConfig, argv)
+    from vla.bench import bench as run
+
+    return run(config)
 
 
 def pipeline(argv: list[str]) -> Path | None:
     """The four stages one after the other."""
     from vla.config import PipelineConfig
+
+    config = load_config(PipelineConfig, argv)
     from vla.pipeline import pipeline as run
 
-    return run(load_config(PipelineConfig, argv)).parent / "eval.json"
+    return run(config).parent / "eval.json"
 
 
 def results(argv: list[str]) -> Path | None:
     """Write the tables of the documentation from result files."""
-    from vla.comparison.page import comparison_page
     from vla.config import ResultsConfig
-    from vla.eval.results import results as run
 
     config = load_config(ResultsConfig, argv)
+    from vla.comparison.page import comparison_page
+    from vla.eval.results import results as run
+
     run(config)
     comparison_page(config)
     return None
@@ -137,7 +148,7 @@ def run(verb: str, argv: list[str] | None = None) -> int:
         if as_json:
             print(json.dumps(result_of(result)))
     except HelpRequested as request:
-        print(request)
+        show(str(request))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -150,6 +161,14 @@ def run(verb: str, argv: list[str] | None = None) -> int:
         print("\ninterrupted; run the same command again (training: with --resume=true) to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def show(text: str) -> None:
+    """Print as much as the reader wants, who may be `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
 
 
 def result_of(path: Path | None) -> dict:

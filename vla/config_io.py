@@ -66,6 +66,26 @@ def parse_flags(argv: list[str]) -> list[tuple[str, str]]:
     return flags
 
 
+def split_flags(argv: list[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """`--sweep.FIELD=a,b,c` flags as {FIELD: (a, b, c)}, and the other flags.
+
+    Raises:
+        ConfigError: a sweep without a value, or of a field twice.
+    """
+    swept: dict[str, tuple[str, ...]] = {}
+    rest = []
+    for argument in argv:
+        if not argument.startswith("--sweep."):
+            rest.append(argument)
+            continue
+        name, _, values = argument.removeprefix("--sweep.").partition("=")
+        texts = tuple(value.strip() for value in values.strip("[]").split(",") if value.strip())
+        if not texts or name in swept or len(set(texts)) < len(texts):
+            raise ConfigError(f"{argument}: a sweep is --sweep.FIELD=a,b,c with different values, each field once")
+        swept[name] = texts
+    return swept, rest
+
+
 def find_config(path: str) -> Path:
     """The file as given, or the one shipped with the package (`configs/align/tabletop.yaml`)."""
     if Path(path).is_file():
@@ -265,15 +285,17 @@ def _fields(config: Any, path: str) -> list[tuple[str, str, Any]]:
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The comment behind each field in the source of a dataclass."""
+    """The comment behind each field in the source of a dataclass, or behind its default within parentheses."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     comments = {}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
-            _, hash_sign, comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")
-            if hash_sign:
-                comments[node.target.id] = comment.strip()
+            for part in (node, node.value):
+                _, hash_sign, comment = lines[part.end_lineno - 1][part.end_col_offset :].partition("#")
+                if hash_sign:
+                    comments[node.target.id] = comment.strip()
+                    break
     return comments
 
 

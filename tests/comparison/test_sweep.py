@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import env_name
-from vla.comparison.sweep import at_point, label, points, split_flags, sweep
+from vla.comparison.sweep import at_point, label, points, sweep
 from vla.config import ResultsConfig, SweepConfig
-from vla.config_io import load_config
+from vla.config_io import load_config, split_flags
 from vla.types import UserError
 
 

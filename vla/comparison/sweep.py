@@ -49,26 +49,6 @@ MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_pro
 Point = dict[str, str]  # dotted field -> the value's text
 
 
-def split_flags(argv: list[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """`--sweep.FIELD=a,b,c` flags as {FIELD: (a, b, c)}, and the other flags.
-
-    Raises:
-        ConfigError: a sweep without a value, or of a field twice.
-    """
-    swept: dict[str, tuple[str, ...]] = {}
-    rest = []
-    for argument in argv:
-        if not argument.startswith("--sweep."):
-            rest.append(argument)
-            continue
-        name, _, values = argument.removeprefix("--sweep.").partition("=")
-        texts = tuple(value.strip() for value in values.strip("[]").split(",") if value.strip())
-        if not texts or name in swept or len(set(texts)) < len(texts):
-            raise ConfigError(f"{argument}: a sweep is --sweep.FIELD=a,b,c with different values, each field once")
-        swept[name] = texts
-    return swept, rest
-
-
 def points(swept: dict[str, tuple[str, ...]]) -> list[Point]:
     """Every combination of the swept values."""
     return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
