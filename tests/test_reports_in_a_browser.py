@@ -1,5 +1,6 @@
 """Every report in a real browser: offline, on a phone, light and dark, with a keyboard, for a screen reader."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
-from tests.conftest import debug
-from vla.comparison.compare import compare
+from vla.comparison.report import comparison_report
 from vla.comparison.sweep import sweep
-from vla.config import CompareConfig, EvalConfig, SweepConfig
+from vla.config import EvalConfig, SweepConfig
 from vla.config_io import load_config
 from vla.eval.evaluate import evaluate
+from vla.eval.report import write_report
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PHONE = {"width": 360, "height": 740}
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -93,17 +95,6 @@ def evaluation(policy_folder, tmp_path_factory) -> Path:
     )
 
 
-@pytest.fixture(scope="module")
-def comparison(data_root, tmp_path_factory) -> Path:
-    """A short comparison's report."""
-    config = debug(CompareConfig, "compare", output=str(tmp_path_factory.mktemp("compare")))
-    config = replace(config, arms=("aligned-frozen", "shuffle-all"), demonstrations=(0,))
-    config.align.data.root = str(data_root)
-    report = compare(config)
-    assert report
-    return report
-
-
 def test_the_report_of_an_alignment(encoder):
     check_report(encoder.parent / "report.html")
 
@@ -116,8 +107,10 @@ def test_the_failure_browser(evaluation):
     check_report(evaluation / "failures.html")
 
 
-def test_the_report_of_a_comparison(comparison):
-    check_report(comparison)
+def test_the_report_of_a_comparison(tmp_path):
+    result = json.loads((ROOT / "docs" / "results" / "compare" / "tabletop.json").read_text())
+    write_report(tmp_path / "report.html", comparison_report(result))
+    check_report(tmp_path / "report.html")
 
 
 @pytest.mark.parametrize(
