@@ -82,8 +82,11 @@ def disk() -> Check:
 def torch_found() -> str:
     import torch
 
+    from vla.precision import chosen_precision
+
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU, the CPU is used"
-    return f"{torch.__version__}, {torch.get_num_threads()} threads, {device}"
+    products = "" if chosen_precision("auto") == "bf16" else "; no bfloat16 here: towers compute in float32"
+    return f"{torch.__version__}, {torch.get_num_threads()} threads, {device}{products}"
 
 
 def plugin_found() -> str:
