@@ -1,7 +1,11 @@
 import pytest
 import torch
 
+from vla.config import AlignConfig, CollectConfig, EvalConfig, PolicyTrainConfig
+from vla.pipeline import opening
 from vla.precision import begun_precision, chosen_precision, multiplies_bf16
+from vla.training.muon import Float32Muon
+from vla.training.optim import make_optimizers
 
 CPU = torch.device("cpu")
 
@@ -39,3 +43,17 @@ def test_a_run_goes_on_in_the_precision_it_began_in(processor, tmp_path):
     processor(avx2=True)
     assert begun_precision(tmp_path, "auto") == "bf16"
     assert begun_precision(tmp_path / "new", "auto") == "no"
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_the_demo_says_at_once_where_training_will_be_slower(processor, has_it):
+    processor(amx_bf16=has_it)
+    text = opening("demo", CollectConfig(), AlignConfig(), PolicyTrainConfig(), EvalConfig())
+    assert ("only emulates" in text) != has_it
+
+
+@pytest.mark.parametrize(("has_it", "kind"), [(True, torch.optim.Muon), (False, Float32Muon)])
+def test_muon_computes_in_what_the_processor_multiplies(processor, has_it, kind):
+    processor(amx_bf16=has_it)
+    linear, _ = make_optimizers([(torch.nn.Linear(2, 2), 1e-3)], 0.0).members
+    assert type(linear) is kind
