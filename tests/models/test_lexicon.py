@@ -1,6 +1,7 @@
 """The vocabulary of a text tower, and meanings for words that no instruction uses."""
 
 import gzip
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,25 @@ def test_neither_stage_changes_the_meanings(align_config, policy_config, sentenc
     words = [clip.text_model.embeddings.token_embedding.weight for clip in (aligned, tuned)]
     assert words[0].equal(words[1])
     assert not aligned.text_projection.weight.equal(tuned.text_projection.weight)
+
+
+def test_a_resumed_run_has_the_meanings_in_its_checkpoint(align_config, sentence_encoder, few_words, tmp_path):
+    tower = replace(align_config.tower, vocabulary=few_words, lexicon=str(tmp_path / "encoder"))
+    shutil.copytree(sentence_encoder, tmp_path / "encoder")
+    config = replace(align_config, tower=tower, steps=2, save_every=1, output=str(tmp_path / "run"))
+    before, _ = load_clip(train_align(config))
+    for made in (
+        "report.html",
+        "alignment.json",
+        "clip",
+        "checkpoints/step_000002",
+    ):  # as if it had been stopped at its first step
+        path = tmp_path / "run" / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(tmp_path / "encoder")
+    after, _ = load_clip(train_align(replace(config, resume=True)))
+    assert after.text_model.embeddings.token_embedding.weight.equal(before.text_model.embeddings.token_embedding.weight)
+    assert after.text_projection.weight.equal(before.text_projection.weight)
 
 
 def test_a_pretrained_start_brings_its_own_words(align_config, encoder, tmp_path):

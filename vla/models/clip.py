@@ -57,11 +57,13 @@ def build_clip(
     vocab_size: int,
     vocabulary: str | None = None,
     lexicon: str | None = None,
+    resumed: bool = False,
 ) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
     """A small CLIP with random weights (the caller seeds torch) and a tokenizer trained on `texts`.
 
     `vocabulary` is a general one instead, see `general_tokenizer`. With a `lexicon`, a sentence encoder, word embeddings are
-    its meanings of words, for good: training leaves them alone, so that words unseen in training stay among their like.
+    its meanings of words, for good: training leaves them alone, so that words unseen in training stay among their like. A `resumed` run
+    has them in its checkpoint, so that they are not computed again.
     """
     if image_size % patch_size:
         raise UserError(f"config error: tower.patch_size {patch_size} does not divide data.image_size {image_size}")
@@ -105,7 +107,8 @@ def build_clip(
         for layer in model.vision_model.encoder.layers:
             start_like_trained_attention(layer.self_attn)
     if lexicon:
-        give_meanings(model.text_model.embeddings.token_embedding, tokenizer, lexicon)
+        if not resumed:
+            give_meanings(model.text_model.embeddings.token_embedding, tokenizer, lexicon)
         model.config.text_config.fixed_words = True
         fix_words(model)
     return quick_attention(model), tokenizer

@@ -117,7 +117,8 @@ def train_align(config: AlignConfig) -> Path:
     pairs = minimal_pairs(config.loss, episodes, train, partial(say, accelerator))
     relabel = shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None
 
-    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
+    resumed = config.resume and latest_checkpoint(run.folder) is not None
+    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts, resumed)
     start = {name: weight.clone() for name, weight in clip.state_dict().items()} if config.tower.pretrained else None
     model = make_model(config, clip, episodes)
     if config.tower.pretrained:

@@ -121,11 +121,14 @@ def make_model(config: AlignConfig, clip: CLIPModel, episodes: Episodes) -> Alig
     )
 
 
-def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...]):
-    """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer)."""
+def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...], resumed: bool = False):
+    """Encoders with fresh weights, or pretrained ones adapted to the image size; returns (CLIPModel, tokenizer).
+
+    Those of a `resumed` run await the weights of its checkpoint.
+    """
     if tower.pretrained is None:
         sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked", "lora_rank")}
-        return build_clip(texts, image_size=image_size, **sizes)
+        return build_clip(texts, image_size=image_size, resumed=resumed, **sizes)
     clip, tokenizer = load_clip(tower.pretrained)
     return resize_positions(clip, image_size), tokenizer
 
