@@ -37,10 +37,11 @@ def test_every_script_has_help(name):
 
 
 def test_help_may_be_cut_short():
-    command = f"{sys.executable} {ROOT}/scripts/compare.py --help | head -1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
-    assert result.stderr == ""
-    assert result.stdout.startswith("Compare arms")
+    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before anything is written
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,21 @@
+"""Which precision computes where, and that what was begun goes on in it."""
+
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
-from vla.config import AlignConfig, CollectConfig, EvalConfig, PolicyTrainConfig
+from vla.comparison.compare import check_same, with_precision
+from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PolicyTrainConfig
 from vla.pipeline import opening
-from vla.precision import begun_precision, chosen_precision, multiplies_bf16
+from vla.precision import chosen_precision, multiplies_bf16
+from vla.training.align import train_align
+from vla.training.checkpoint import save_checkpoint
 from vla.training.muon import Float32Muon
 from vla.training.optim import make_optimizers
+from vla.training.policy import train_policy
+from vla.training.run import begun_precision
 
 CPU = torch.device("cpu")
 
@@ -38,11 +48,29 @@ def test_a_named_precision_is_used_anywhere(processor):
     assert chosen_precision("bf16") == "bf16"
 
 
-def test_a_run_goes_on_in_the_precision_it_began_in(processor, tmp_path):
+def test_a_run_with_a_checkpoint_goes_on_in_the_precision_it_began_in(processor, tmp_path):
     (tmp_path / "config.yaml").write_text("precision: bf16\n")
     processor(avx2=True)
+    assert begun_precision(tmp_path, "auto") == "no"  # it ended before its first checkpoint
+    save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, {"step": 1})
     assert begun_precision(tmp_path, "auto") == "bf16"
-    assert begun_precision(tmp_path / "new", "auto") == "no"
+    assert begun_precision(tmp_path, "no") == "no"
+
+
+def test_a_comparison_goes_on_in_the_precision_it_began_in(processor, tmp_path):
+    processor(amx_bf16=True)
+    begun = with_precision(tmp_path, CompareConfig())
+    check_same(tmp_path, begun)
+    processor(avx2=True)
+    assert with_precision(tmp_path, CompareConfig()) == begun
+    assert (begun.align.precision, begun.policy.precision) == ("bf16", "bf16")
+    assert with_precision(tmp_path / "new", CompareConfig()).policy.precision == "no"
+
+
+def test_one_process_trains_in_both_precisions(align_config, policy_config, tmp_path):
+    encoder = train_align(replace(align_config, precision="bf16", steps=1, output=str(tmp_path / "align")))
+    config = replace(policy_config, encoder=str(encoder), precision="no", steps=1, output=str(tmp_path / "policy"))
+    assert json.loads((train_policy(config) / "config.json").read_text())["precision"] == "no"
 
 
 @pytest.mark.parametrize("has_it", [True, False])
@@ -52,8 +80,7 @@ def test_the_demo_says_at_once_where_training_will_be_slower(processor, has_it):
     assert ("only emulates" in text) != has_it
 
 
-@pytest.mark.parametrize(("has_it", "kind"), [(True, torch.optim.Muon), (False, Float32Muon)])
-def test_muon_computes_in_what_the_processor_multiplies(processor, has_it, kind):
-    processor(amx_bf16=has_it)
-    linear, _ = make_optimizers([(torch.nn.Linear(2, 2), 1e-3)], 0.0).members
+@pytest.mark.parametrize(("precision", "kind"), [("bf16", torch.optim.Muon), ("no", Float32Muon)])
+def test_muon_computes_in_the_precision_of_the_run_whatever_the_machine(precision, kind):
+    linear, _ = make_optimizers([(torch.nn.Linear(2, 2), 1e-3)], 0.0, precision).members
     assert type(linear) is kind

@@ -28,7 +28,7 @@ from vla.data.episodes import read_episodes, rows_of
 from vla.data.normalization import normalize_quantile
 from vla.data.sampler import GoalSampler
 from vla.models.clip import pixel_values, tokenize
-from vla.precision import chosen_precision
+from vla.precision import multiplies_bf16
 from vla.training.align_setup import make_encoders, make_model, make_source
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
@@ -62,9 +62,14 @@ class Measurement:
     meet: str = ""
 
 
+def precision() -> str:
+    """Of both sides: bf16 where the processor, on which all of this runs, multiplies it."""
+    return "bf16" if multiplies_bf16(torch.device("cpu")) else "no"
+
+
 def autocast() -> torch.autocast:
-    """Both sides' context of the towers: bfloat16 where this machine multiplies it."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=chosen_precision("auto") == "bf16")
+    """Both sides' context of the towers."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision() == "bf16")
 
 
 class Counted:
@@ -243,7 +248,7 @@ def our_step(config: AlignConfig, source: TripletSource, chunk: int, processes: 
     episodes = source.episodes
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     model = make_model(config, clip, episodes)
-    optimizer = make_optimizers([(model, LEARNING_RATE)], config.optimizer.weight_decay)
+    optimizer = make_optimizers([(model, LEARNING_RATE)], config.optimizer.weight_decay, precision())
     ids, mask = tokenize(tokenizer, episodes.texts)
     rest = torch.from_numpy(normalize_quantile(np.median(episodes.action, axis=0), source.stats.action))
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
-from vla.precision import chosen_precision
-from vla.types import UserError
+from vla.precision import multiplies_bf16
 from vla.versions import versions
 
-SLOWER = "\nThis processor only emulates products in bfloat16, so the towers compute in float32: training takes some four times as long as docs/results.md says."
+SLOWER = "\nThis machine only emulates products in bfloat16, so new runs compute in float32: training takes some four times as long as docs/results.md says."
 
 
 def pipeline(config: PipelineConfig) -> Path:
@@ -35,10 +36,6 @@ def pipeline(config: PipelineConfig) -> Path:
     if config.fresh:
         for folder in [*folders, parts_folder(folders[0])]:
             shutil.rmtree(folder, ignore_errors=True)
-    if align.precision != policy.precision:
-        raise UserError(
-            f"config error: configs/policy/{config.name}.yaml: precision must be stage one's, {align.precision}"
-        )
 
     print(opening(config.name, data, align, policy, evaluation))
     record = folders[-1] / "pipeline.json"
@@ -76,6 +73,7 @@ def opening(
 ) -> str:
     """What is about to happen."""
     tasks = ", ".join(data.env.tasks) or "all tasks"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = "the encoder is fine-tuned" if policy.tune else "the encoder stays frozen"
     return (
         f"Concord, {name}: align, then act.\n\n"
@@ -84,5 +82,5 @@ def opening(
         f"  3. policy    behaviour cloning of an action head, {policy.steps} steps; {encoder} -> {policy.output}\n"
         f"  4. evaluate  {evaluation.episodes} episodes, then swapped, blank and wrong instructions -> {evaluation.output}\n\n"
         "Interrupted, the same command goes on where it stopped."
-        + ("" if chosen_precision(align.precision) == "bf16" else SLOWER)
+        + (SLOWER if align.precision == "auto" and not multiplies_bf16(device) else "")
     )

@@ -1,9 +1,6 @@
-"""Where the towers compute in bfloat16: only on hardware that multiplies it; elsewhere it is emulated, thirty times as slowly."""
-
-from pathlib import Path
+"""Where the towers compute in bfloat16: only on hardware that multiplies it; emulated, its products are far slower than float32."""
 
 import torch
-import yaml
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -19,11 +16,3 @@ def chosen_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
-
-
-def begun_precision(folder: Path, wanted: str) -> str:
-    """The precision of a run: "auto" goes on in what the run in `folder` was begun in, on whatever machine."""
-    path = folder / "config.yaml"
-    if wanted == "auto" and path.is_file():
-        wanted = (yaml.safe_load(path.read_text()) or {}).get("precision", wanted)
-    return chosen_precision(wanted)

@@ -6,10 +6,6 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
-from vla.precision import multiplies_bf16
-
 PACKAGES = (
     "lerobot_policy_concord",
     "torch",
@@ -36,6 +32,10 @@ def versions() -> dict[str, str]:
     commit = _git_commit()
     if commit:
         found["commit"] = commit
+    import torch  # not before: collection has processes that do without
+
+    from vla.precision import multiplies_bf16
+
     products = "with" if multiplies_bf16(torch.device("cpu")) else "without"
     return found | {"processor": f"{_processor()} {products} bfloat16", "cores": str(os.cpu_count())}
 

@@ -136,12 +136,8 @@ def test_a_resumed_run_has_the_meanings_in_its_checkpoint(align_config, sentence
     shutil.copytree(sentence_encoder, tmp_path / "encoder")
     config = replace(align_config, tower=tower, steps=2, save_every=1, output=str(tmp_path / "run"))
     before, _ = load_clip(train_align(config))
-    for made in (
-        "report.html",
-        "alignment.json",
-        "clip",
-        "checkpoints/step_000002",
-    ):  # as if it had been stopped at its first step
+    # As if it had been stopped at its first step.
+    for made in ("report.html", "alignment.json", "clip", "checkpoints/step_000002"):
         path = tmp_path / "run" / made
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(tmp_path / "encoder")

@@ -77,7 +77,7 @@ def test_a_truncated_file_is_named(tmp_path):
 def trained(seed: int):
     torch.manual_seed(seed)
     model = torch.nn.Linear(4, 4)
-    return model, make_optimizers([(model, 1e-2)], 0.05)
+    return model, make_optimizers([(model, 1e-2)], 0.05, "no")
 
 
 def update(model, optimizer, step: int) -> None:

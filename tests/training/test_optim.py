@@ -26,20 +26,20 @@ def names(model, groups):
 
 def test_muon_has_the_linear_weights_and_adamw_the_rest():
     model = Net()
-    muon, adamw = make_optimizers([(model, 1e-3)], 0.1).members
+    muon, adamw = make_optimizers([(model, 1e-3)], 0.1, "no").members
     assert names(model, muon.param_groups) == {"linear.weight"}
     assert names(model, adamw.param_groups) == {"embedding.weight", "linear.bias", "scale"}
 
 
 def test_vectors_scales_and_embeddings_do_not_decay():
     model = Net()
-    groups = make_optimizers([(model, 1e-3)], 0.1).param_groups
+    groups = make_optimizers([(model, 1e-3)], 0.1, "no").param_groups
     assert names(model, [g for g in groups if g["weight_decay"] == 0]) == {"embedding.weight", "linear.bias", "scale"}
 
 
 def test_a_parameter_belongs_to_the_first_group_that_lists_it():
     model = Net()
-    optimizers = make_optimizers([(model.linear, 1e-4), (model, 1e-3)], 0.1)
+    optimizers = make_optimizers([(model.linear, 1e-4), (model, 1e-3)], 0.1, "no")
     slow = [g for g in optimizers.param_groups if g["peak_lr"] == 1e-4]
     assert names(model, slow) == {"linear.weight", "linear.bias"}
     assert sum(len(g["params"]) for g in optimizers.param_groups) == 4
@@ -48,7 +48,7 @@ def test_a_parameter_belongs_to_the_first_group_that_lists_it():
 def test_what_is_frozen_is_not_optimised():
     model = Net()
     model.linear.requires_grad_(False)
-    optimizers = make_optimizers([(model, 1e-3)], 0.1)
+    optimizers = make_optimizers([(model, 1e-3)], 0.1, "no")
     assert names(model, optimizers.param_groups) == {"embedding.weight", "scale"}
 
 
@@ -58,7 +58,7 @@ def test_muon_moves_a_matrix_by_the_rate_whatever_the_size_of_the_gradient():
         torch.manual_seed(0)
         model = nn.Linear(64, 64, bias=False)
         before = model.weight.detach().clone()
-        optimizers = make_optimizers([(model, 1e-2)], 0.0)
+        optimizers = make_optimizers([(model, 1e-2)], 0.0, "no")
         (size * model(torch.randn(128, 64)).square().sum()).backward()
         optimizers.step()
         moved.append((model.weight - before).square().mean().sqrt().item())
@@ -75,7 +75,7 @@ def test_the_rate_warms_up_then_falls_to_a_hundredth():
 
 def test_the_learning_rate_falls_from_layer_to_layer_below_the_last():
     clip = small_alignment_model(("a text",), layers=3)[0].clip
-    groups = make_optimizers(layer_groups(clip, 1.0, 0.5), 0.1).param_groups
+    groups = make_optimizers(layer_groups(clip, 1.0, 0.5), 0.1, "no").param_groups
     rate_of = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
     vision = clip.vision_model
     rates = [rate_of[id(layer.mlp.fc1.weight)] for layer in vision.encoder.layers]
@@ -90,7 +90,7 @@ def test_the_layers_of_a_vision_transformer_of_others_have_their_own_rates(kind,
     sizes = {"image_size": 24, "patch_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     AutoModel.from_config(kind(**sizes)).save_pretrained(tmp_path)
     clip = with_vision_of(tmp_path, small_alignment_model(("a text",), layers=1)[0].clip, 24)
-    groups = make_optimizers(layer_groups(clip, 1.0, 0.5), 0.1).param_groups
+    groups = make_optimizers(layer_groups(clip, 1.0, 0.5), 0.1, "no").param_groups
     rate_of = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
     rates = [{rate_of[id(p)] for p in layer.parameters()} for layer in clip.vision_model.encoder.layer]
     assert rates == [{0.5}, {1.0}]

@@ -195,7 +195,7 @@ def test_low_rank_updates_have_the_full_rate_and_pretrained_projections_their_ow
     model, _ = small_alignment_model(("a text",), layers=1)
     add_lora(model.clip, 2)
     tower = replace(align_config.tower, pretrained="somewhere", lora_rank=2)
-    groups = make_optimizers(rate_groups(model, replace(align_config, tower=tower)), 0.0).param_groups
+    groups = make_optimizers(rate_groups(model, replace(align_config, tower=tower)), 0.0, "no").param_groups
     name_of = {id(p): name for name, p in model.named_parameters()}
     slow = {name_of[id(p)] for g in groups for p in g["params"] if g["peak_lr"] == align_config.optimizer.pretrained_lr}
     full = {name_of[id(p)] for g in groups for p in g["params"] if g["peak_lr"] == align_config.optimizer.lr}

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from vla.config_io import filled, to_dict
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
 from vla.locks import waiting_lock
+from vla.precision import chosen_precision
 from vla.types import UserError
 from vla.versions import versions
 
@@ -39,6 +41,7 @@ def compare(config: CompareConfig) -> Path | None:
     for name in LAUNCHER:  # every job is a run of one process; `accelerate launch` only starts several of us
         os.environ.pop(name, None)
     folder = Path(config.output)
+    config = with_precision(folder, config)
     jobs = with_estimates(config, plan_jobs(config))
     print("compare: " + in_short(jobs))
     can_see = power(config) if chosen_arms(config) else ""
@@ -119,6 +122,19 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig) -> None:
                 raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
         begun[field] = before | folders
     write_json(path, begun)
+
+
+def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> C:
+    """With one precision for every job: of "auto", the folder's if it was begun, else what suits this machine."""
+    path = folder / "begun.json"
+    begun = json.loads(path.read_text()) if path.is_file() else {}
+
+    def of(stage: str) -> str:
+        wanted = getattr(config, stage).precision
+        return chosen_precision(begun.get(stage, {}).get("precision", wanted) if wanted == "auto" else wanted)
+
+    align, policy = (replace(getattr(config, stage), precision=of(stage)) for stage in ("align", "policy"))
+    return replace(config, align=align, policy=policy)
 
 
 def comparable(config: CompareConfig | SweepConfig) -> dict:

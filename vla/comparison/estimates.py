@@ -12,7 +12,6 @@ from vla.config import CompareConfig, SweepConfig, TowerConfig
 from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
-from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
@@ -64,10 +63,9 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
 def tower_speed(config: CompareConfig | SweepConfig) -> tuple[float, float]:
     """Seconds a picture of the vision tower, forward alone and with its gradients; measured once for each tower."""
     tower, size = replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size
-    precision = chosen_precision(config.align.precision)
-    key = repr((tower, size, precision))
+    key = repr((tower, size, config.align.precision))
     if key not in MEASURED:
-        MEASURED[key] = measured_speed(tower, size, precision)
+        MEASURED[key] = measured_speed(tower, size, config.align.precision)
     return MEASURED[key]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vla.comparison.compare import check_same
+from vla.comparison.compare import check_same, with_precision
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, run_jobs
 from vla.comparison.plan import check_episodes, config_differences, write_json
@@ -130,6 +130,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     check_points(config)
     torch.set_num_threads(config.policy.threads)
     folder = Path(config.output)
+    config = with_precision(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
     by_name: dict[str, Job] = {}
     for point in chosen:

@@ -31,7 +31,6 @@ from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
 from vla.models.finetuning import add_lora, interpolated
-from vla.precision import begun_precision
 from vla.training.align_export import export, export_encoder
 from vla.training.align_setup import (
     check_terms,
@@ -65,7 +64,7 @@ from vla.training.processes import (
     check_same_settings,
     make_accelerator,
 )
-from vla.training.run import RunFolder, mean_metrics
+from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.types import TripletBatch, UserError
 
 STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
@@ -127,7 +126,7 @@ def train_align(config: AlignConfig) -> Path:
         add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
     if config.tower.locked:
         model.clip.vision_model.requires_grad_(False)
-    optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay)
+    optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
@@ -297,7 +296,7 @@ def stop_on_nonfinite(run: RunFolder, step: int, batch: TripletBatch, terms: dic
         save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
     raise UserError(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
-        "try a lower --optimizer.lr or --precision=no with another --output"
+        "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
     )
 
 

@@ -33,6 +33,7 @@ def export(
     export_encoder(folder, model, tokenizer)
     record = {
         "loss": asdict(config.loss),
+        "precision": config.precision,
         "shuffle": config.shuffle,
         "data": {
             "root": config.data.root,

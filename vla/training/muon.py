@@ -1,16 +1,19 @@
 """Muon in float32."""
 
 from collections.abc import Callable
+from itertools import batched
 
 import torch
 from torch import Tensor, nn
+
+AT_ONCE = 1 << 20  # numbers orthogonalised at once, which bounds the memory that large towers need
 
 
 class Float32Muon(torch.optim.Muon):
     """`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which orthogonalises in bfloat16, in float32.
 
-    For processors that only emulate bfloat16, where torch's takes several times as long as the rest of a step. State and options are torch's, so a run may
-    go on with either. All matrices of one shape are orthogonalised at once, wide and tall ones alike.
+    For processors that only emulate bfloat16, where torch's takes twice as long as the rest of a step. State and options are torch's.
+    Matrices of one shape are orthogonalised together, wide and tall ones alike (arXiv:2502.16982).
     """
 
     @torch.no_grad()
@@ -24,12 +27,13 @@ class Float32Muon(torch.optim.Muon):
                 if p.grad is not None:
                     alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for (_, longer), parameters in alike.items():
-                directions = [self.direction(p, group["momentum"], group["nesterov"]) for p in parameters]
-                wide = torch.stack([d if d.shape[1] == longer else d.T for d in directions])
-                updates = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for p, update in zip(parameters, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update if p.shape[1] == longer else update.T, alpha=-group["lr"] * 0.2 * longer**0.5)
+                for some in batched(parameters, max(1, AT_ONCE // parameters[0].numel())):
+                    directions = [self.direction(p, group["momentum"], group["nesterov"]) for p in some]
+                    wide = torch.stack([d if d.shape[1] == longer else d.T for d in directions])
+                    updates = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                    for p, update in zip(some, updates, strict=True):
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                        p.add_(update if p.shape[1] == longer else update.T, alpha=-group["lr"] * 0.2 * longer**0.5)
         return loss
 
     def direction(self, p: nn.Parameter, momentum: float, nesterov: bool) -> Tensor:

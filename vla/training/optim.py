@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from vla.models.clip import Encoder
-from vla.precision import chosen_precision
 from vla.training.muon import Float32Muon
 
 
@@ -68,10 +67,10 @@ class Optimizers:
             member.load_state_dict({"state": state, "param_groups": groups})
 
 
-def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: float) -> Optimizers:
+def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: float, precision: str) -> Optimizers:
     """Optimisers over (module, peak learning rate) groups; matrices decay, vectors, scales and embeddings do not.
 
-    A parameter belongs to the first group that lists it. Muon's updates have AdamW's size, so one rate serves both.
+    A parameter belongs to the first group that lists it. Muon orthogonalises in bfloat16 if the `precision` is "bf16", in float32 if it is "no". Its updates have AdamW's size, so one rate serves both.
     """
     seen: set[int] = set()
     linear_groups, other_groups = [], []
@@ -93,7 +92,7 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
                 other_groups.append({"params": members, "weight_decay": decay, **rates})
     members: list[torch.optim.Optimizer] = []
     if linear_groups:
-        muon = torch.optim.Muon if chosen_precision("auto") == "bf16" else Float32Muon
+        muon = torch.optim.Muon if precision == "bf16" else Float32Muon
         members.append(muon(linear_groups, adjust_lr_fn="match_rms_adamw"))
     if other_groups:
         members.append(torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6))

@@ -32,7 +32,6 @@ from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
-from vla.precision import begun_precision
 from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
     how_to_replay,
@@ -45,7 +44,7 @@ from vla.training.checkpoint import (
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
 from vla.training.processes import make_accelerator
-from vla.training.run import RunFolder, mean_metrics
+from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.training.start import make_policy, policy_stats, starts_trained
 from vla.training.tokens import open_tokens
 from vla.training.words import Words
@@ -114,7 +113,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     pooler_lr = config.optimizer.lr * (config.pooler_lr_scale if starts_trained(config) else 1.0)
     groups = [(policy.network.pooler, pooler_lr), (policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
     groups += [(auxiliary.model, config.optimizer.lr)] if auxiliary else []
-    optimizer = make_optimizers(groups, config.optimizer.weight_decay)
+    optimizer = make_optimizers(groups, config.optimizer.weight_decay, config.precision)
     policy, *members = accelerator.prepare(policy, *optimizer.members)
     optimizer = Optimizers(tuple(members))
     unwrapped: ConcordPolicy = accelerator.unwrap_model(policy)
@@ -449,7 +448,7 @@ def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
     save_file({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}, path)
     raise UserError(
         f"loss is not finite at step {step}; the batch is in {path}, and {how_to_replay(folder)}; "
-        "try a lower --optimizer.lr or --precision=no with another --output"
+        "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
     )
 
 

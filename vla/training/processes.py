@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed
 
@@ -83,6 +84,7 @@ class Processes:
 
 def make_accelerator(precision: str) -> Accelerator:
     """Accelerate's view of this process. Others wait with patience: one that decodes a large data set is not lost."""
+    AcceleratorState._reset_state()  # it is one for the whole process and keeps its first precision; processes stay connected
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
 
@@ -123,7 +125,7 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
     if rank := other_than_first(processes.numbers(own, device)):
         raise refusal(
             f"process {rank} has other settings of batch, loss, optimizer, steps, seed or precision than process 0; start all with the "
-            "same configuration"
+            "same configuration, and with a --precision if one machine has bfloat16 and another has not"
         )
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from vla.config_io import filled, save_yaml, to_dict
+from vla.config_io import filled, read_yaml, save_yaml, to_dict
 from vla.locks import lock_folder
+from vla.precision import chosen_precision
 from vla.training.checkpoint import latest_checkpoint
 from vla.types import UserError
 from vla.versions import versions
@@ -97,6 +98,13 @@ class RunFolder:
             raise UserError(
                 f"{self.folder}: cannot resume with another {', '.join(differing)}; choose another --output"
             )
+
+
+def begun_precision(folder: Path, wanted: str) -> str:
+    """Either "no" or "bf16": of "auto", what the run in `folder` has a checkpoint of, else what suits this machine."""
+    if wanted == "auto" and latest_checkpoint(folder) is not None:
+        wanted = read_yaml(folder / "config.yaml")["precision"]
+    return chosen_precision(wanted)
 
 
 def write_versions(path: Path) -> None:
