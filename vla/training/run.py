@@ -102,8 +102,9 @@ class RunFolder:
 
 def begun_precision(folder: Path, wanted: str) -> str:
     """Either "no" or "bf16": of "auto", what the run in `folder` has a checkpoint of, else what suits this machine."""
-    if wanted == "auto" and latest_checkpoint(folder) is not None:
-        wanted = read_yaml(folder / "config.yaml")["precision"]
+    path = folder / "config.yaml"  # not there where checkpoints alone were copied from another machine
+    if wanted == "auto" and latest_checkpoint(folder) is not None and path.is_file():
+        wanted = read_yaml(path)["precision"]
     return chosen_precision(wanted)
 
 
