@@ -150,18 +150,39 @@ def test_again_it_has_nothing_to_do(finished, data_root, encoder, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("eval.json")}
 
 
-def test_the_small_files_alone_make_the_same_result_on_another_machine(finished, data_root, tmp_path, capsys):
-    moved = tmp_path / "moved"
+def gathered(finished: Path, data_root: Path, moved: Path) -> CompareConfig:
+    """The comparison of `moved`, where the small files of `finished` are copied."""
     for path in (path for kind in ("json", "jsonl", "html") for path in finished.rglob(f"*.{kind}")):
         (moved / path.relative_to(finished)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, moved / path.relative_to(finished))
     config = debug(CompareConfig, "compare", output=str(moved), demonstrations=(1,), arms=("aligned-frozen",))
     config.align.data.root = str(data_root)
-    compare(config)
+    return config
+
+
+def test_the_small_files_alone_make_the_same_result_on_another_machine(finished, data_root, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    compare(gathered(finished, data_root, moved))
     assert "0 left" in capsys.readouterr().out
     there, here = (json.loads((folder / "comparison.json").read_text()) for folder in (finished, moved))
     assert here["success"]
     assert all(row in there["success"] for row in here["success"])
+
+
+def test_runs_of_other_demonstrations_are_not_compared(finished, data_root, tmp_path):
+    moved = tmp_path / "moved"
+    config = gathered(finished, data_root, moved)
+    path = moved / "align" / "all" / "0" / "alignment.json"
+    record = json.loads(path.read_text())
+    record["data"]["fingerprint"] = "another"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"trained on another .*\(fingerprints "):
+        compare(config)
+
+
+def test_the_result_says_what_the_runs_were_trained_with(finished):
+    protocol = json.loads((finished / "comparison.json").read_text())["protocol"]
+    assert protocol["trained on"] == protocol["processor"]
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):

@@ -55,7 +55,12 @@ def compare(config: CompareConfig) -> Path | None:
 
 
 def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
-    """Write comparison.json, its tables as CSV and report.html; several processes do so one after the other."""
+    """Write comparison.json, its tables as CSV and report.html; several processes do so one after the other.
+
+    Raises:
+        UserError: the runs did not see the same demonstrations.
+    """
+    check_same_data(folder)
     report = folder / "report.html"
     with waiting_lock(folder / "jobs" / "report"):
         result = summarise_comparison(config)
@@ -64,7 +69,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
             data = json.loads((folder / "data.json").read_text())
             result["data"] = data
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
-        protocol["trained at commit"] = ", ".join(commits(folder)) or "unknown"
+        protocol |= trained_with(folder)
         result |= {
             "command": " ".join(["python", *sys.argv]),
             "protocol": protocol | versions(),
@@ -81,14 +86,39 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
     return report
 
 
-def commits(folder: Path) -> list[str]:
-    """The commits that encoders and policies were trained at; the report may be of a later one."""
-    made = [
-        json.loads(path.read_text())
-        for stage in ("align", "policy")
-        for path in folder.glob(f"{stage}/**/versions.json")
-    ]
-    return sorted({commit for record in made for commit in record.get("commits", [record.get("commit")]) if commit})
+def records(folder: Path, name: str) -> dict[Path, dict]:
+    """The JSON files of a name that trained encoders and policies left."""
+    paths = (path for stage in ("align", "policy") for path in sorted(folder.glob(f"{stage}/**/{name}")))
+    return {path: json.loads(path.read_text()) for path in paths}
+
+
+def trained_with(folder: Path) -> dict[str, str]:
+    """The commits and processors that encoders and policies were trained with; the report may be of others."""
+    made = records(folder, "versions.json").values()
+    commits = {commit for record in made for commit in record.get("commits", [record.get("commit")]) if commit}
+    processors = {record["processor"] for record in made if "processor" in record}
+    return {
+        "trained at commit": ", ".join(sorted(commits)) or "unknown",
+        "trained on": ", ".join(sorted(processors)) or "unknown",
+    }
+
+
+def check_same_data(folder: Path) -> None:
+    """Refuse to compare runs of one data set that saw different files of it, as runs of several machines may have.
+
+    Raises:
+        UserError: two fingerprints; names a run of each.
+    """
+    for name in ("alignment.json", "concord.json"):
+        first: dict[str, tuple[str, Path]] = {}
+        for path, record in records(folder, name).items():
+            data = record["data"]
+            seen, other = first.setdefault(data["root"], (data["fingerprint"], path))
+            if seen != data["fingerprint"]:
+                raise UserError(
+                    f"{path}: was trained on another {data['root']} than {other} (fingerprints {data['fingerprint']} "
+                    f"and {seen}); choose another --output for one of them"
+                )
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
