@@ -1,10 +1,15 @@
-"""The README's snippet runs as it stands, and its links lead somewhere."""
+"""The README's snippet runs as it stands, links lead somewhere, and the commands that are shown have these flags."""
 
 import re
+import shlex
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from vla import config
+from vla.config_io import load_config, split_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,7 +27,66 @@ def test_the_snippet_for_loading_the_encoder_reads_what_the_policy_reads(encoder
         assert torch.equal(names["patch_tokens"], patch_tokens(clip.eval(), names["inputs"]["pixel_values"]))
 
 
+def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "encoder.md").read_text(), re.S)
+    names: dict = {}
+    exec(snippet, names)
+    features = names["AlignedFeatures"](str(encoder.parent)).eval()
+    picture = torch.randint(0, 255, (1, 48, 48, 3), dtype=torch.uint8).expand(2, -1, -1, -1)
+    with torch.no_grad():
+        star, square = features(picture, ["reach the red star", "reach the blue square"])
+    assert star.shape == features.pooler.queries.flatten().shape
+    assert not torch.equal(star, square)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+CONFIGS = {
+    "collect": config.CollectConfig,
+    "train_align": config.AlignConfig,
+    "train_policy": config.PolicyTrainConfig,
+    "evaluate": config.EvalConfig,
+    "pipeline": config.PipelineConfig,
+    "compare": config.CompareConfig,
+    "sweep": config.SweepConfig,
+    "doctor": config.DoctorConfig,
+    "bench": config.BenchConfig,
+    "results": config.ResultsConfig,
+}
+
+
+OTHERS = ("field.subfield", "sweep.", "policy.type", "policy.vision_encoder_name")  # a placeholder, a prefix, LeRobot's
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(script, its flags) of every command that a page shows, in blocks and tables."""
+    text = page.read_text().replace("\\\n", " ")
+    found = re.findall(r"scripts/(\w+)\.py((?: +[^\n`|#]*)?)", text)
+    return [(name, shlex.split(flags.replace("; ", " "))) for name, flags in found if name in CONFIGS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_that_are_shown_have_these_flags(page):
+    for name, flags in commands(page):
+        flags = [flag for flag in split_flags(flags)[1] if flag not in ("--json", "--help")]
+        load_config(CONFIGS[name], flags)
+
+
+def test_flags_that_are_named_exist():
+    known = {key for kind in CONFIGS.values() for key in flat_keys(kind())}
+    for page in PAGES:
+        for flag in re.findall(r"`--([a-z_]+(?:\.[a-z_]+)*)=[^`]*`", page.read_text()):
+            assert flag in known or flag.startswith(OTHERS), f"{page.name}: --{flag}"
+
+
+def flat_keys(part) -> list[str]:
+    """The fields of a configuration and of its parts, with dots."""
+    keys = []
+    for one in fields(part):
+        value = getattr(part, one.name)
+        keys += [f"{one.name}.{key}" for key in flat_keys(value)] if is_dataclass(value) else [one.name]
+    return keys

@@ -56,7 +56,9 @@ class DataConfig:
 
 @dataclass
 class TowerConfig:
-    pretrained: str | None = None  # CLIP model to start from: hub id or local folder; the sizes below are then ignored
+    pretrained: str | None = (
+        None  # CLIPModel or VisionTextDualEncoderModel to start from: hub id or local folder; the sizes are its own
+    )
     locked: bool = False  # stage one leaves the vision tower as it is and trains the rest (locked-image tuning)
     lora_rank: int = number(0, 0)  # stage one trains updates of this rank to a pretrained tower (LoRA); 0: its weights
     patch_size: int = number(12, 1)  # px
@@ -229,6 +231,7 @@ class EvalConfig:
     end_on_success: bool = (
         False  # end episodes at the first success: faster, but success at the final timestep is unknown
     )
+    device: str = "cpu"  # where the policy computes: cpu, cuda, cuda:1, ...; every process has a copy of it there
     batch_size: int = number(32, 1)  # environments stepped together in one process
     workers: int = number(2, 1)  # processes
     videos: int = number(6, 0)  # videos of successes and of failures of the plain episodes, each
@@ -265,8 +268,12 @@ class CompareConfig:
     )  # scenes of play, without words, that alignments see beside the demonstrations
     tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
     tuned_lr_scale: float = number(0.1, 0)  # learning rate of aligned-head-tuned relative to policy.optimizer.lr
-    scratch_steps: int = number(3000, 1)  # steps of scratch: as long as alignment and aligned-tuned together
-    cloning_steps: int = number(1500, 1)  # steps of the cloning that pretrains: as long as the alignment
+    scratch_steps: int = number(
+        3000, 1
+    )  # steps of scratch; choose as many as take as long as stage one and aligned-tuned
+    cloning_steps: int = number(
+        1500, 1
+    )  # steps of the cloning that pretrains; choose as many as take as long as stage one
     collect: CollectConfig = field(default_factory=CollectConfig)  # the demonstrations
     align: AlignConfig = field(default_factory=AlignConfig)  # stage one
     policy: PolicyTrainConfig = field(default_factory=_compared_policy)  # stage two; its steps are the frozen arms'
@@ -292,7 +299,7 @@ class SweepConfig:
 
 @dataclass
 class DoctorConfig:
-    """Check the machine, and what is named of a data set, an encoder and a policy; one line a check, with its remedy."""
+    """Check the machine and any data set, encoder or policy you name; one line a check, with its remedy."""
 
     data: str | None = None  # LeRobotDataset root
     camera: str | None = None  # its image key; the only camera if not given

@@ -46,7 +46,7 @@ def checks(config: DoctorConfig) -> Iterator[Check]:
     yield machine()
     yield disk()
     yield attempt("torch", torch_found)
-    yield attempt("lerobot", plugin_found, "reinstall: uv sync --frozen --all-extras")
+    yield attempt("lerobot", plugin_found, "reinstall: rm -f .venv/ready; make setup")
     yield attempt("rendering", rendering_found, "only Meta-World needs OpenGL; the tabletop does not", optional=True)
     if config.data:
         yield from data_checks(Path(config.data), config.camera)
@@ -129,7 +129,25 @@ def data_checks(root: Path, camera: str | None) -> Iterator[Check]:
     except UserError as error:
         yield Check("data", "does not work", str(error))
         return
-    yield Check("data", described(episodes), lacking(episodes), optional=True)
+    damaged = damaged_videos(episodes)
+    for problem in damaged:
+        yield Check("data", str(root), problem)
+    if not damaged:
+        yield Check("data", described(episodes), lacking(episodes), optional=True)
+
+
+def damaged_videos(episodes) -> list[str]:
+    """The camera's videos that are missing or have no picture that can be decoded, one line each."""
+    from vla.data.decoding import is_video, open_video, videos_of
+
+    problems = []
+    for file in videos_of(episodes)[0] if is_video(episodes) else []:
+        try:
+            with open_video(file) as container:
+                next(container.decode(video=0))
+        except (UserError, StopIteration) as error:
+            problems.append(str(error) or f"{file}: a video without pictures")
+    return problems
 
 
 def described(episodes) -> str:

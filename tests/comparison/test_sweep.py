@@ -169,6 +169,11 @@ def test_another_configuration_in_the_same_folder_is_refused(finished, config):
         sweep(other, {"align.loss.temperature": ("0.05",)})
 
 
+def test_shares_of_the_way_need_a_pretrained_start(config):
+    with pytest.raises(UserError, match="wise_ft needs a pretrained start"):
+        sweep(config, {"align.wise_ft": ("0", "0.5")})
+
+
 def test_a_sweep_of_nothing_is_refused(config):
     with pytest.raises(UserError, match=r"add --sweep\.FIELD"):
         sweep(config, {})

@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from vla.config import DoctorConfig
 from vla.data import streaming
 from vla.data.episodes import data_files, read_episodes
 from vla.data.frames import open_frames
 from vla.data.streaming import StreamedFrames
+from vla.doctor import doctor
 from vla.training.align import train_align
 from vla.training.policy import train_policy
 from vla.types import IMAGE_KEY, UserError
@@ -150,6 +152,16 @@ def test_a_damaged_video_is_named(video_root, tmp_path, way, damage, message):
     episodes = read_episodes(root)
     with pytest.raises(UserError, match=rf"file-000\.mp4: {message}"):
         open_frames(episodes, 32) if way == "stored" else StreamedFrames(episodes, 32)[np.arange(3)]
+
+
+def test_the_doctor_names_a_damaged_video(video_root, tmp_path, capsys):
+    root = shutil.copytree(video_root, tmp_path / "data")
+    doctor(DoctorConfig(data=str(root)))
+    (path,) = root.glob("videos/*/*/*.mp4")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="data need attention"):
+        doctor(DoctorConfig(data=str(root)))
+    assert f"{path}: not a video that can be decoded" in capsys.readouterr().out
 
 
 def test_stage_one_trains_on_a_stream_as_on_the_store(align_config, tmp_path):

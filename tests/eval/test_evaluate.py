@@ -91,6 +91,12 @@ def test_a_policy_of_another_robot_is_refused(config):
         evaluate(replace(config, env="metaworld", tasks=("reach-v3",)))
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(config, device):
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+        evaluate(replace(config, device=device))
+
+
 def test_a_finished_evaluation_is_left_alone(config, capsys):
     before = (evaluate(config) / "eval.json").stat().st_mtime_ns
     output = evaluate(config)

@@ -60,7 +60,7 @@ def answers(result: dict[str, Any]) -> list[str]:
             f"{row['arm']} succeeds in {interval(row)}." for row in result["success"] if row["group"] == "plain"
         ]
     return sentences + [
-        f"{row['arm']} does {interval(row)} of what it is told when the instruction is exchanged for another of the scene "
+        f"{row['arm']} follows {interval(row)} of the instructions that were exchanged for another of the scene "
         f"({demonstrations(row['demonstrations'])})."
         for row in result["success"]
         if row["group"] == "swapped instructions" and (most is None or row["demonstrations"] in (most, None))

@@ -36,6 +36,7 @@ from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
 from vla.training.policy import train_policy
+from vla.training.pretrained import check_start
 from vla.versions import versions
 
 SWEPT = ("align", "policy")  # stages whose fields can be swept
@@ -135,6 +136,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     by_name: dict[str, Job] = {}
     for point in chosen:
         at = at_point(config, point)
+        check_start(at.align)
         seconds = stage_seconds(at)
         for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
             by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))

@@ -35,14 +35,14 @@ def evaluate(config: EvalConfig) -> Path:
     """
     cv2.setNumThreads(1)
     policy_folder = Path(config.policy)
-    make_policy = partial(load_chunk_policy, policy_folder)
+    make_policy = partial(load_chunk_policy, policy_folder, config.device)
     with rollout_workers(make_policy, config.workers) as workers:
         return evaluate_with(config, policy_folder, make_policy, workers)
 
 
 def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePolicy, workers: Executor | None) -> Path:
     """`evaluate` in processes that load the policy already."""
-    policy = load_chunk_policy(policy_folder)  # fails early, before anything is simulated
+    policy = make_policy()  # fails early, before anything is simulated
     trained = trained_on(policy_folder)
     config = replace(config, env=config.env or trained.get("env") or "tabletop")
     tasks, splits = checked(config, trained)

@@ -41,16 +41,20 @@ class LeRobotChunkPolicy:
 
 
 def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPolicy:
-    """Load a policy folder that `save_pretrained` wrote, with its processors.
+    """Load a policy folder that `save_pretrained` wrote, with its processors, onto a device such as "cpu" or "cuda".
 
     Raises:
-        UserError: no such folder, files missing or damaged, or a policy that reads several cameras.
+        UserError: no such folder or device, files missing or damaged, or a policy that reads several cameras.
     """
     folder = Path(folder)
     if (folder / "policy" / "config.json").is_file():
         raise UserError(f"{folder}: not a policy folder; did you mean {folder / 'policy'}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a policy folder (no config.json); run `python scripts/train_policy.py`")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     try:
         config = PreTrainedConfig.from_pretrained(folder)
         config.device = device
