@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def number(default: Any, low: float, high: float | None = None) -> Any:
-    """A field whose value must lie in [low, high]."""
-    return field(default=default, metadata={"range": (low, high)})
+def number(default: Any, low: float, high: float | None = None, multiple: int = 1) -> Any:
+    """A field whose value must lie in [low, high] and be a multiple of a number."""
+    return field(default=default, metadata={"range": (low, high), "multiple": multiple})
 
 
 @dataclass
@@ -99,7 +99,7 @@ class LossConfig:
     )  # width of the soft targets over action chunks, mean squared normalised units
     state_beta: float = number(0.02, 1e-6)  # width of the soft targets over states, mean squared normalised units
     queries: int = number(6, 1)  # text-conditioned queries of the pooler
-    pooler_width: int = number(128, 4)  # width of the pooler
+    pooler_width: int = number(128, 4, multiple=4)  # width of the pooler, a multiple of its 4 heads
 
 
 @dataclass
@@ -162,7 +162,7 @@ class HeadConfig:
     horizon: int = number(16, 1)  # timesteps predicted
     n_action_steps: int = number(8, 1)  # timesteps executed before the next look
     queries: int = number(6, 1)  # text-conditioned queries over the patch tokens
-    width: int = number(128, 1)  # width of the pooler
+    width: int = number(128, 4, multiple=4)  # width of the pooler, a multiple of its 4 heads
     hidden: int = number(384, 1)  # width of the residual MLP
     layers: int = number(2, 1)  # residual blocks
     state_dropout: float = number(0.1, 0, 1)  # probability of hiding the proprio state in training

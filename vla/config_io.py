@@ -236,7 +236,7 @@ def _optional(hint: Any) -> Any:
 
 
 def check(config: Any, path: str = "") -> None:
-    """Ranges, from each field's `range` metadata: (lowest, highest), inclusive, None for open."""
+    """Ranges and multiples, from each field's metadata: `range` is (lowest, highest), inclusive, None for open."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -246,6 +246,8 @@ def check(config: Any, path: str = "") -> None:
             if (low is not None and value < low) or (high is not None and value > high):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{path}{field.name} must be {bounds}, got {value!r}")
+            if (multiple := field.metadata["multiple"]) > 1 and value % multiple:
+                raise ConfigError(f"{path}{field.name} must be a multiple of {multiple}, got {value!r}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vla.data.episodes import read_episodes
-from vla.eval.alignment import Embedded, embed_rows, goal_probe, retrieval_measures, spread_rows
+from vla.eval.alignment import Embedded, class_probe, embed_rows, retrieval_measures, spread_rows
 from vla.eval.retrieval import alignment
 from vla.models.clip import pixel_values, tokenize
 from vla.training.align import train_align
@@ -98,8 +98,10 @@ def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode
 
 
 def test_the_goal_is_read_from_pictures_that_tell_it():
-    perfect = embedded(np.eye(ROWS))
-    assert goal_probe(perfect, perfect) == {"goal_probe": 1.0, "goal_probe/chance": pytest.approx(0.25)}
+    features, labels = np.eye(8), np.arange(8) % 4
+    found = class_probe("goal_probe", features, labels, features, labels)
+    assert found == {"goal_probe": 1.0, "goal_probe/chance": pytest.approx(0.25)}
+    assert class_probe("goal_probe", features, np.zeros(8), features, labels) == {}
 
 
 def test_a_run_reports_every_measure(align_config, tmp_path):

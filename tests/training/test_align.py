@@ -17,11 +17,21 @@ from vla.training.align_setup import pair_temperatures, shuffled_labels
 from vla.types import UserError
 
 
-@pytest.mark.parametrize("shuffle", ["language", "action", "all"])
-def test_every_control_trains(align_config, tmp_path, shuffle):
-    config = replace(align_config, shuffle=shuffle, steps=2, eval_every=0, output=str(tmp_path / shuffle))
-    record = json.loads((train_align(config).parent / "alignment.json").read_text())
-    assert record["shuffle"] == shuffle
+def test_every_control_permutes_its_part_and_no_other(align_config, tmp_path):
+    def first_losses(shuffle: str) -> dict[str, float]:
+        config = replace(align_config, shuffle=shuffle, steps=1, eval_every=0, output=str(tmp_path / shuffle))
+        folder = train_align(config).parent
+        assert json.loads((folder / "alignment.json").read_text())["shuffle"] == shuffle
+        return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+
+    plain, language, action, both = (first_losses(shuffle) for shuffle in ("none", "language", "action", "all"))
+    assert plain["samples"] == language["samples"] == action["samples"] == both["samples"]
+    words, actions = "vision_language/loss", "context_action/loss"
+    assert action[words] == plain[words]
+    assert action[actions] != plain[actions]
+    assert language[words] != plain[words]
+    assert both[words] == language[words]
+    assert both[actions] not in (plain[actions], language[actions], action[actions])
 
 
 def test_a_term_of_weight_zero_is_off(align_config, tmp_path):
@@ -102,7 +112,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(align_config, tmp_p
     config = replace(align_config, optimizer=broken, steps=20, output=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"not finite at step .* the same command with .* repeats it from"):
         train_align(config)
-    assert list((tmp_path / "run").glob("nonfinite_step_*.safetensors"))
+    (path,) = (tmp_path / "run").glob("nonfinite_step_*.safetensors")
+    kept = load_file(path)
+    rows = align_config.batch.goals * align_config.batch.episodes * align_config.batch.frames
+    assert kept["frames"].dtype == torch.uint8
+    assert len(kept["frames"]) == int(kept["frame_of_row"].max()) + 1
+    assert kept["action_chunk"].shape[:2] == (len(kept["text_id"]), align_config.horizon)
+    assert 0 < len(kept["text_id"]) <= rows
 
 
 def test_a_term_that_stays_at_its_chance_level_is_named():

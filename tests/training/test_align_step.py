@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,44 @@ def test_the_state_within_goals_is_the_loss_over_a_mask_of_all_pairs(partly, mon
         monkeypatch.setattr("vla.losses.rowwise.PAIRS", pairs)
         got = terms_of(batch, WITHIN_GOAL)["state"].loss
         torch.testing.assert_close(got, (forward + backward) / 2, rtol=1e-6, atol=0)
+
+
+def test_the_main_term_is_the_loss_over_a_mask_of_all_pairs():
+    loss, gap = LossConfig(), 3
+    model, (ids, mask) = make_model()
+    batch = make_batch(ids, mask)
+    rows = embed_rows(model, batch, embed_texts(model, batch, slice(None)), loss, slice(0, 7))
+    count = range(len(batch.frame_of_row))
+    episode, timestep = batch.ids["episode_id"].tolist(), batch.ids["timestep"].tolist()
+    valid = torch.tensor(
+        [
+            [i == j or not (episode[i] == episode[j] and abs(timestep[i] - timestep[j]) < gap) for j in count]
+            for i in count
+        ]
+    )
+    assert not valid.all()  # there are near-duplicates
+    moving = torch.tensor([float(i != 4) for i in count], dtype=torch.float64)  # that chunk rests
+    targets = soft_targets(mean_squared_distances(batch.action_chunk.flatten(1)), loss.action_beta, valid)
+    arguments = {"valid": valid, "weights": moving}
+    scale = model.scale("context_action")
+    forward = soft_info_nce(rows.context, rows.action, scale, targets, **arguments)
+    backward = soft_info_nce(rows.action, rows.context, scale, targets, **arguments)
+    got, _ = batch_terms(model, batch, rows.vision[:0], rows, torch.zeros(3), replace(loss, vision_language=0.0), gap)
+    torch.testing.assert_close(got["context_action"].loss, (forward + backward) / 2, rtol=1e-6, atol=0)
+
+
+def test_the_words_get_a_tenth_of_the_main_terms_gradient():
+    only = LossConfig(word_patch=0.0, vision_language=0.0, state=0.0)
+
+    def gradient(share: float | None) -> torch.Tensor:
+        model, (ids, mask) = make_model()
+        rows = model.rows
+        if share is not None:
+            model.rows = partial(rows, text_gradient=share)
+        forward_backward(model, make_batch(ids, mask), torch.zeros(3), only, gap=2, chunk=0, autocast=nullcontext)
+        return model.clip.text_model.embeddings.token_embedding.weight.grad
+
+    torch.testing.assert_close(gradient(None), gradient(1.0) / 10)
 
 
 def test_a_batch_whose_goals_have_one_picture_each_has_no_state_term_within_them():

@@ -81,6 +81,7 @@ def test_the_learning_rate_falls_from_layer_to_layer_below_the_last():
     rates = [rate_of[id(layer.mlp.fc1.weight)] for layer in vision.encoder.layers]
     assert rates == [0.25, 0.5, 1.0]
     assert rate_of[id(vision.embeddings.patch_embedding.weight)] == 0.125
+    assert rate_of[id(vision.pre_layrnorm.weight)] == 0.125
     assert rate_of[id(clip.visual_projection.weight)] == 1.0
     assert set(rate_of) == {id(p) for p in clip.parameters() if p.requires_grad}
 

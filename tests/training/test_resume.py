@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from vla.config_io import save_yaml
 from vla.training import align
 from vla.training.align import train_align
 from vla.training.policy import train_policy
+from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMES = ("triplets_per_s", "data_wait", "samples_per_s", "seconds")
@@ -58,8 +60,21 @@ def test_stage_one_resumes_exactly(align_config, tmp_path, at_step):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("what", ["more", "stream_and_word_dropout", "minimal_pairs", "other_terms"])
-def test_stage_one_resumes_exactly_whatever_is_switched_on(align_config, alike, tmp_path, monkeypatch, what):
+@pytest.fixture
+def with_dropout(encoder, tmp_path) -> Path:
+    """A start whose attention drops weights in training."""
+    copy = shutil.copytree(encoder, tmp_path / "start" / "clip")
+    config = json.loads((copy / "config.json").read_text())
+    for tower in ("vision_config", "text_config"):
+        config[tower]["attention_dropout"] = 0.3
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize("what", ["more", "stream_and_word_dropout", "minimal_pairs", "other_terms", "dropout", "lora"])
+def test_stage_one_resumes_exactly_whatever_is_switched_on(
+    align_config, alike, with_dropout, tmp_path, monkeypatch, what
+):
     data, loss = align_config.data, align_config.loss
     terms = {"transition_action": 0.5, "transition_language": 0.5, "state_within_goal": True}
     changes = {
@@ -67,6 +82,8 @@ def test_stage_one_resumes_exactly_whatever_is_switched_on(align_config, alike, 
         "stream_and_word_dropout": {"data": replace(data, stream=True, word_dropout=0.3)},
         "minimal_pairs": {"data": replace(data, root=str(alike)), "loss": replace(loss, minimal_pairs=True)},
         "other_terms": {"loss": replace(loss, vision_language_kind="sigmoid", **terms)},
+        "dropout": {"tower": replace(align_config.tower, pretrained=str(with_dropout))},
+        "lora": {"tower": replace(align_config.tower, pretrained=str(with_dropout), lora_rank=2)},
     }
     config = replace(align_config, steps=4, eval_every=0, save_every=1, output=str(tmp_path / "whole"), **changes[what])
     train_align(config)
@@ -85,6 +102,34 @@ def test_stage_one_resumes_exactly_whatever_is_switched_on(align_config, alike, 
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "clip" / "model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_pretrained_start_drops_weights_from_the_first_step_on(align_config, with_dropout, tmp_path):
+    def first_loss(start: Path, number: int) -> float:
+        tower = replace(align_config.tower, pretrained=str(start))
+        run = replace(align_config, tower=tower, steps=1, eval_every=0, output=str(tmp_path / f"run{number}"))
+        train_align(run)
+        return metrics(tmp_path / f"run{number}")[0]["loss"]
+
+    dropped = first_loss(with_dropout, 0)
+    config = with_dropout / "config.json"
+    config.write_text(config.read_text().replace("0.3", "0.0"))
+    assert dropped != first_loss(with_dropout, 1)
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_other_data_under_the_same_name_is_refused(align_config, policy_config, data_root, tmp_path, stage):
+    config, train = (align_config, train_align) if stage == "one" else (policy_config, train_policy)
+    copy = shutil.copytree(data_root, tmp_path / "data")
+    run = {"data": replace(config.data, root=str(copy)), "save_every": 1, "output": str(tmp_path / "run")}
+    train(replace(config, steps=1, eval_every=0, **run))
+    for finished in ("report.html", "policy"):
+        path = tmp_path / "run" / finished
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    statistics = copy / "meta" / "stats.json"
+    statistics.write_text(statistics.read_text() + "\n")
+    with pytest.raises(UserError, match=r"step_000001: was trained on other data than .*data holds now"):
+        train(replace(config, steps=1, eval_every=0, resume=True, **run))
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     for point in chosen:
         at = at_point(config, point)
         check_start(at.align)
+        check_temperature(at, point)
         seconds = stage_seconds(at)
         for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
             by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
@@ -157,6 +158,20 @@ def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float
     if stage == "policy" and config.policy.tune:
         return config.policy.steps * stages["tuned step"]
     return stages.get(stage, 10.0)
+
+
+def check_temperature(config: SweepConfig, point: Point) -> None:
+    """Refuse to vary a temperature that the scales of a pretrained start would overrule.
+
+    Raises:
+        UserError: says what to vary instead.
+    """
+    field = "align.loss.temperature"
+    if field in point and config.align.tower.pretrained is not None and config.align.loss.learn_temperature:
+        raise ConfigError(
+            f"{field}: the pretrained start brings scales of its own; vary align.loss.temperatures, as in "
+            "--ablations=align.loss.temperatures=context_action=0.1"
+        )
 
 
 def check_points(config: SweepConfig) -> None:

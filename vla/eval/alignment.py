@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from torch import Tensor
 
 from vla.data.batches import TripletSource
-from vla.data.episodes import Episodes
+from vla.data.episodes import Episodes, task_of_episode
 from vla.eval.retrieval import alignment, rank_me, recall_at_k, recall_at_k_chance, uniformity
 from vla.models.alignment import AlignmentModel, unit
 from vla.models.clip import Encoder, patch_embeds, pixel_values, text_features, vision_features, word_embeds
@@ -229,13 +229,20 @@ def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) ->
 
     R^2 for the proprio state, from the patch tokens pooled without a text, and for the share of the episode that is left and
     the instructed object's position, from the text-conditioned context; the latter also without the text. Accuracy for
-    the goal, from the pooled image, among the goals that were seen.
+    the goal and the task, from the pooled image, among those that were seen.
     """
     to_go = [1 - e.batch.progress[:, None] for e in (seen, held_out)]
     measures = {
         "state_probe_r2": ridge_r2(seen.pooled_scene, seen.batch.state, held_out.pooled_scene, held_out.batch.state),
         "time_to_go_probe_r2": ridge_r2(seen.pooled_context, to_go[0], held_out.pooled_context, to_go[1]),
-    } | goal_probe(seen, held_out)
+    }
+    task = task_of_episode(source.episodes)
+    labels = {
+        "goal": (seen.batch.goal_id, held_out.batch.goal_id),
+        "task": (task[seen.batch.episode_id], task[held_out.batch.episode_id]),
+    }
+    for name, (fitted, asked) in labels.items():
+        measures |= class_probe(f"{name}_probe", seen.vision, fitted, held_out.vision, asked)
     if source.episodes.target is not None:
         targets = [
             source.episodes.target[source.episodes.start[e.batch.episode_id] + e.batch.timestep]
@@ -247,15 +254,16 @@ def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) ->
     return measures
 
 
-def goal_probe(seen: Embedded, held_out: Embedded) -> dict[str, float]:
-    """Accuracy of a linear classifier of the goal on the held-out rows whose goal it was fitted on; nothing if it cannot be."""
-    known = np.isin(held_out.batch.goal_id, seen.batch.goal_id)
-    goals, counts = np.unique(held_out.batch.goal_id[known], return_counts=True)
-    if len(np.unique(seen.batch.goal_id)) < 2 or len(goals) == 0:
+def class_probe(
+    name: str, seen: np.ndarray, seen_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """Accuracy of a linear classifier on the held-out rows whose label it was fitted on; nothing if it cannot be."""
+    known = np.isin(labels, seen_labels)
+    classes, counts = np.unique(labels[known], return_counts=True)
+    if len(np.unique(seen_labels)) < 2 or len(classes) == 0:
         return {}
-    model = RidgeClassifier(alpha=1.0).fit(seen.vision, seen.batch.goal_id)
-    right = model.predict(held_out.vision[known]) == held_out.batch.goal_id[known]
-    return {"goal_probe": float(right.mean()), "goal_probe/chance": float(counts.max() / counts.sum())}
+    right = RidgeClassifier(alpha=1.0).fit(seen, seen_labels).predict(features[known]) == labels[known]
+    return {name: float(right.mean()), f"{name}/chance": float(counts.max() / counts.sum())}
 
 
 def ridge_r2(seen: np.ndarray, seen_targets: np.ndarray, features: np.ndarray, targets: np.ndarray) -> float:

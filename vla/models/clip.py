@@ -151,7 +151,7 @@ def sdpa_or_matmul(
             attention_mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask, -torch.inf)
-        weights = scores.softmax(-1)
+        weights = nn.functional.dropout(scores.softmax(-1), kwargs.get("dropout", 0.0))
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -279,6 +279,7 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
             raise UserError(f"{source}: {kind.replace('_', ' ')} in the weights ({some}); not a complete CLIPModel")
     if not isinstance(model, CLIPModel):
         refuse_other_vision(source, model.vision_model)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
     fix_words(model)
     absorb_statistics(model, *image_statistics(source))
     return quick_attention(model), tokenizer
@@ -413,10 +414,9 @@ def patch_tokens(model: Encoder, pixels: Tensor) -> Tensor:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Texts -> input ids (b, n) and attention mask (b, n) int64, padded to the longest, truncated to 77."""
-    encoded = tokenizer(
-        list(texts), padding="longest", truncation=True, max_length=MAX_TEXT_TOKENS, return_tensors="pt"
-    )
+    """Texts -> input ids (b, n) and attention mask (b, n) int64, padded to the longest, truncated to 77 or what the tower reads."""
+    most = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+    encoded = tokenizer(list(texts), padding="longest", truncation=True, max_length=most, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 

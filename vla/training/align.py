@@ -41,15 +41,15 @@ from vla.training.align_setup import (
     minimal_pairs,
     old_data,
     pair_temperatures,
+    shared_settings,
     shuffled_labels,
 )
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
+    check_trained_on,
     how_to_replay,
     latest_checkpoint,
     load_checkpoint,
-    restore_rng,
-    rng_tensors,
     save_checkpoint,
 )
 from vla.training.device_batch import on_device
@@ -106,10 +106,11 @@ def train_align(config: AlignConfig) -> Path:
         old = old_data(config)
     episodes, validation = mixture.episodes, mixture.validation
     check_same_data(processes, episodes, accelerator.device)
-    shared = (config.batch, config.loss, config.optimizer, config.steps, config.seed, config.precision, config.shuffle)
-    check_same_settings(processes, repr(shared), accelerator.device)
+    check_same_settings(processes, shared_settings(config), accelerator.device)
     train = np.concatenate(mixture.train)
     told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
+    if not len(told):
+        raise UserError(f"{config.data.root}: no training episode has an instruction; lower --data.holdout")
     rows = rows_of(episodes, train)
     source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
     sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
@@ -131,7 +132,7 @@ def train_align(config: AlignConfig) -> Path:
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
 
-    first, before = restore(run, model, optimizer) if config.resume else (0, 0.0)
+    first, before = restore(run, model, optimizer, episodes) if config.resume else (0, 0.0)
     processes.share(model)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
@@ -151,11 +152,13 @@ def train_align(config: AlignConfig) -> Path:
 
     window: list[dict[str, float]] = []
     warned = [term for terms in run.logged(STUCK).values() for term in terms]
+    model.train()
     started = time.perf_counter()
     bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
     for step, batch, waited in prefetch(make_batch, first, config.steps):
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
+        torch.manual_seed(seed_of(config.seed, step, processes.rank))
         loss, terms, health = forward_backward(
             model,
             on_device(batch, input_ids, attention_mask, accelerator.device, word_hider(config.data, config.seed, step)),
@@ -200,7 +203,7 @@ def train_align(config: AlignConfig) -> Path:
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, model, optimizer, elapsed)
+            checkpoint(run, done, model, optimizer, episodes, elapsed)
         if run.writes and done in config.snapshots:
             export_encoder(run.folder / "snapshots" / str(done), model, tokenizer)
     bar.close()
@@ -262,27 +265,34 @@ def digest(batch: TripletBatch) -> str:
     return hashlib.sha256(ids + batch.frames[::17][:, ::7, ::7].tobytes()).hexdigest()[:16]
 
 
-def checkpoint(run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers, seconds: float) -> None:
-    """Everything that step + 1 depends on, and the seconds spent so far."""
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """What a process seeds torch with before a step, so that dropout depends on nothing before it and differs between processes."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def checkpoint(
+    run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers, episodes: Episodes, seconds: float
+) -> None:
+    """Everything that step + 1 depends on, the data's fingerprint and the seconds spent so far; random states follow from the step."""
     tensors, meta = optimizer.tensors()
-    save_checkpoint(
-        run.folder,
-        step,
-        {"model": model.state_dict(), "optimizer": tensors, "rng": rng_tensors()},
-        {"step": step, "optimizer": meta, "seconds": seconds},
-    )
+    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "seconds": seconds}
+    save_checkpoint(run.folder, step, {"model": model.state_dict(), "optimizer": tensors}, state)
 
 
-def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers) -> tuple[int, float]:
-    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took."""
+def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episodes: Episodes) -> tuple[int, float]:
+    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of other data.
+    """
     path = latest_checkpoint(run.folder)
     if path is None:
         run.truncate(0)
         return 0, 0.0
     tensors, state = load_checkpoint(path)
+    check_trained_on(path, state, episodes)
     model.load_state_dict(tensors["model"], strict=True)
     optimizer.restore(tensors["optimizer"], state["optimizer"])
-    restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"], state["seconds"]
 

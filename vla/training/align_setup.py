@@ -1,5 +1,6 @@
 """What stage one is made of: encoders, model, statistics, batches, held-out data, from a configuration."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -7,11 +8,12 @@ import numpy as np
 from transformers import CLIPModel
 
 from vla.config import AlignConfig, BatchConfig, LossConfig, TowerConfig
+from vla.config_io import to_dict
 from vla.data.batches import Normalizers, TripletSource
 from vla.data.episodes import Episodes, rows_of
 from vla.data.frames import open_pictures
 from vla.data.minimal_pairs import MinimalPairs
-from vla.data.mixture import open_mixture
+from vla.data.mixture import open_mixture, root_and_weight
 from vla.data.normalization import compute_norm_stats
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
@@ -31,6 +33,31 @@ def check_terms(config: AlignConfig) -> None:
             "config error: loss.transition_action and loss.transition_language need two frames of an episode in a batch, at most "
             f"`horizon` apart; got batch.frames {batch.frames}, batch.gap {batch.gap}, horizon {config.horizon}"
         )
+
+
+# What processes of one run may have each for itself: where things are, and what decides no batch and no update.
+OWN = (
+    "output",
+    "threads",
+    "chunk",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "snapshots",
+    "wise_ft",
+    "forgetting",
+    "resume",
+)
+OWN_OF_PARTS = {"data": ("root", "cache", "stream", "workers"), "tower": ("pretrained", "vocabulary", "lexicon")}
+
+
+def shared_settings(config: AlignConfig) -> str:
+    """Everything that the processes of one run must have in common, as text; what data sets hold is compared apart."""
+    shared = {name: value for name, value in to_dict(config).items() if name not in OWN}
+    for part, own in OWN_OF_PARTS.items():
+        shared[part] = {name: value for name, value in shared[part].items() if name not in own}
+    shared["more"] = [root_and_weight(text)[1] for text in config.more]
+    return json.dumps(shared, sort_keys=True)
 
 
 def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vla.data.episodes import Episodes
 from vla.types import UserError
 
 MARKER = "COMPLETE"
@@ -108,6 +109,20 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); delete it to resume from the one before") from error
     return tensors, state
+
+
+def check_trained_on(path: Path, state: dict[str, Any], episodes: Episodes) -> None:
+    """Refuse to go on from a checkpoint with other data than it was trained on; one of an older version does not say which.
+
+    Raises:
+        UserError: names both fingerprints.
+    """
+    before = state.get("data", episodes.fingerprint)
+    if before != episodes.fingerprint:
+        raise UserError(
+            f"{path}: was trained on other data than {episodes.root} holds now (fingerprints {before} and {episodes.fingerprint}); "
+            "restore that data, or choose another --output"
+        )
 
 
 def rng_tensors() -> dict[str, Tensor]:

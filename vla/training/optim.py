@@ -102,14 +102,16 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
 def layer_groups(clip: Encoder, lr: float, decay: float) -> list[tuple[nn.Module, float]]:
     """(module, peak learning rate) groups of both towers: `lr` for the last layer and what follows it, less below.
 
-    Each layer below the last one has `decay` times the rate of the one above, the embeddings that of a layer below the
+    Each layer below the last one has `decay` times the rate of the one above, the embeddings and their norm that of a layer below the
     first (arXiv:2106.08254), so that pretrained features survive.
     """
     groups: list[tuple[nn.Module, float]] = []
     for tower in (clip.vision_model, clip.text_model):
         tower = getattr(tower, "text_model", tower)  # CLIP's text tower is wrapped where it is loaded alone
         layers = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer  # DINOv2, ViT, BERT
-        groups.append((tower.embeddings, lr * decay ** len(layers)))
+        before = getattr(tower, "pre_layrnorm", None)  # CLIP's norm before the first layer, as transformers spells it
+        below = [tower.embeddings] if before is None else [tower.embeddings, before]
+        groups += [(module, lr * decay ** len(layers)) for module in below]
         groups += [(layer, lr * decay ** (len(layers) - 1 - depth)) for depth, layer in enumerate(layers)]
     return [*groups, (clip, lr)]
 

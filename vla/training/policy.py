@@ -34,6 +34,7 @@ from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
 from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
+    check_trained_on,
     how_to_replay,
     latest_checkpoint,
     load_checkpoint,
@@ -131,7 +132,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     words = Words(unwrapped, episodes.texts, dropout=config.data.word_dropout, frozen=not config.tune)
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
-    first, before = restore(run, unwrapped, optimizer, averaged, others) if config.resume else (0, 0.0)
+    first, before = restore(run, unwrapped, optimizer, averaged, others, episodes) if config.resume else (0, 0.0)
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
     def make_batch(step: int) -> CloningBatch:
@@ -192,7 +193,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             run.log(done, rollouts(config, episodes, folder))
         if saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, unwrapped, optimizer, averaged, others, elapsed)
+            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, elapsed)
     bar.close()
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})
@@ -367,13 +368,15 @@ def checkpoint(
     optimizer: Optimizers,
     averaged: dict[str, Tensor],
     others: dict[str, Tensor],
+    episodes: Episodes,
     seconds: float,
 ) -> None:
     """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated."""
     tensors, meta = optimizer.tensors()
     groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
     groups |= {"auxiliary": others} if others else {}
-    save_checkpoint(run.folder, step, groups, {"step": step, "optimizer": meta, "seconds": seconds})
+    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "seconds": seconds}
+    save_checkpoint(run.folder, step, groups, state)
 
 
 def restore(
@@ -382,13 +385,19 @@ def restore(
     optimizer: Optimizers,
     averaged: dict[str, Tensor],
     others: dict[str, Tensor],
+    episodes: Episodes,
 ) -> tuple[int, float]:
-    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took."""
+    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of other data.
+    """
     path = latest_checkpoint(run.folder)
     if path is None:
         run.truncate(0)
         return 0, 0.0
     tensors, state = load_checkpoint(path)
+    check_trained_on(path, state, episodes)
     with torch.no_grad():
         for name, p in trained_parameters(policy).items():
             p.copy_(tensors["model"][name])

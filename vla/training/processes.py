@@ -124,8 +124,8 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
     own = int(hashlib.sha256(settings.encode()).hexdigest()[:15], 16)
     if rank := other_than_first(processes.numbers(own, device)):
         raise refusal(
-            f"process {rank} has other settings of batch, loss, optimizer, steps, seed or precision than process 0; start all with the "
-            "same configuration, and with a --precision if one machine has bfloat16 and another has not"
+            f"process {rank} has other settings than process 0; start all with the same configuration (paths, threads, chunk and "
+            "how often something is written may differ), and with a --precision if one machine has bfloat16 and another has not"
         )
 
 
