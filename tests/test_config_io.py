@@ -90,6 +90,11 @@ def test_a_number_out_of_range_is_refused():
         load_config(AlignConfig, ["--loss.temperature=0"])
 
 
+def test_a_width_that_the_heads_do_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"loss\.pooler_width must be a multiple of 4, got 130"):
+        load_config(AlignConfig, ["--loss.pooler_width=130"])
+
+
 def test_infinity_is_refused():
     with pytest.raises(ConfigError, match="must be finite"):
         load_config(AlignConfig, ["--loss.temperature=inf"])

@@ -174,6 +174,12 @@ def test_shares_of_the_way_need_a_pretrained_start(config):
         sweep(config, {"align.wise_ft": ("0", "0.5")})
 
 
+def test_a_temperature_that_the_start_overrules_is_not_swept(config, encoder):
+    config = replace(config, align=replace(config.align, tower=replace(config.align.tower, pretrained=str(encoder))))
+    with pytest.raises(UserError, match=r"brings scales of its own; vary align\.loss\.temperatures"):
+        sweep(config, {"align.loss.temperature": ("0.05", "0.1")})
+
+
 def test_a_sweep_of_nothing_is_refused(config):
     with pytest.raises(UserError, match=r"add --sweep\.FIELD"):
         sweep(config, {})
