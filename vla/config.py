@@ -211,7 +211,7 @@ class PolicyTrainConfig:
     eval_every: int = number(2000, 0)  # steps between validation losses
     rollouts_every: int = number(0, 0)  # steps between closed-loop evaluations during training; 0 means never
     rollouts: int = number(20, 1)  # episodes of such an evaluation
-    save_every: int = number(1000, 1)  # steps between checkpoints
+    save_every: int = number(250, 1)  # steps between checkpoints
     resume: bool = False  # continue the run in `output` from its last checkpoint
 
 

@@ -28,7 +28,8 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 BEFORE = {"transfer_weight": 0.0}  # what versions without the field did with transfer
 GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
 GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
-FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size", "stream", "cache")  # changing these changes no result
+# Changing these changes no result.
+FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size", "stream", "cache", "save_every", "log_every")
 
 
 def compare(config: CompareConfig) -> Path | None:
@@ -140,7 +141,7 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig) -> None:
     path = folder / "begun.json"
     wanted, usual = comparable(config), comparable(type(config)())
     given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
-    begun = json.loads(path.read_text()) if path.is_file() else wanted | given
+    begun = without(json.loads(path.read_text()), FREE_FIELDS) if path.is_file() else wanted | given
     made_with = filled(begun, usual | (BEFORE if begun.get("transfer") else {}))
     differ = [key for key in wanted if made_with[key] != wanted[key]]
     if differ:
