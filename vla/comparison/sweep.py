@@ -161,15 +161,16 @@ def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float
 
 
 def check_temperature(config: SweepConfig, point: Point) -> None:
-    """Refuse to vary a temperature that the scales of a pretrained start would overrule.
+    """Refuse to vary a temperature that the scales of a start that stage one wrote would overrule.
 
     Raises:
         UserError: says what to vary instead.
     """
-    field = "align.loss.temperature"
-    if field in point and config.align.tower.pretrained is not None and config.align.loss.learn_temperature:
+    field, start = "align.loss.temperature", config.align.tower.pretrained
+    beside = start is not None and (Path(start).parent / "alignment.safetensors").is_file()
+    if field in point and beside and config.align.loss.learn_temperature:
         raise ConfigError(
-            f"{field}: the pretrained start brings scales of its own; vary align.loss.temperatures, as in "
+            f"{field}: {start} brings scales of its own; vary align.loss.temperatures, as in "
             "--ablations=align.loss.temperatures=context_action=0.1"
         )
 
