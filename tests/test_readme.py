@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vla import config
 from vla.config_io import load_config, split_flags
+from vla.data.episodes import read_episodes
+from vla.models.clip import load_clip, patch_embeds, patch_tokens, pixel_values, tokenize
+from vla.training.align_setup import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_snippet_for_loading_the_encoder_reads_what_the_policy_reads(encoder):
-    from vla.models.clip import load_clip, patch_tokens
-
     text = (ROOT / "README.md").read_text()
     (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "CLIPModel" in code]
     names: dict = {}
@@ -27,7 +29,7 @@ def test_the_snippet_for_loading_the_encoder_reads_what_the_policy_reads(encoder
         assert torch.equal(names["patch_tokens"], patch_tokens(clip.eval(), names["inputs"]["pixel_values"]))
 
 
-def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder):
+def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder, align_config):
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "encoder.md").read_text(), re.S)
     names: dict = {}
     exec(snippet, names)
@@ -35,8 +37,19 @@ def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder):
     picture = torch.randint(0, 255, (1, 48, 48, 3), dtype=torch.uint8).expand(2, -1, -1, -1)
     with torch.no_grad():
         star, square = features(picture, ["reach the red star", "reach the blue square"])
-    assert star.shape == features.pooler.queries.flatten().shape
     assert not torch.equal(star, square)
+
+    clip, tokenizer = load_clip(encoder)
+    model = make_model(align_config, clip, read_episodes(align_config.data.root))
+    model.load_state_dict(load_file(encoder.parent / "alignment.safetensors"), strict=False)
+    model.eval()
+    ids, mask = tokenize(tokenizer, ["reach the red star", "reach the blue square"])
+    with torch.no_grad():
+        tokens, texts = patch_tokens(clip, pixel_values(picture)), model.texts(ids, mask)
+        both = torch.arange(2)
+        patches = patch_embeds(clip, tokens)
+        expected = model.context_features(tokens, patches, texts.words, texts.named, mask, both, both)
+    torch.testing.assert_close(torch.stack([star, square]), expected)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

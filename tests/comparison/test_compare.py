@@ -181,9 +181,13 @@ def test_runs_of_other_demonstrations_are_not_compared(finished, data_root, tmp_
         compare(config)
 
 
-def test_the_result_says_what_the_runs_were_trained_with(finished):
-    protocol = json.loads((finished / "comparison.json").read_text())["protocol"]
-    assert protocol["trained on"] == protocol["processor"]
+def test_the_result_says_what_the_runs_were_trained_with(finished, data_root, tmp_path):
+    config = gathered(finished, data_root, tmp_path / "moved")
+    path = tmp_path / "moved" / "align" / "none" / "0" / "versions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processor": "AAA with bfloat16"}))
+    compare(config)
+    protocol = json.loads((tmp_path / "moved" / "comparison.json").read_text())["protocol"]
+    assert protocol["trained on"] == f"AAA with bfloat16, {protocol['processor']}"
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):

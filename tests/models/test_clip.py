@@ -26,6 +26,7 @@ from vla.models.clip import (
     pixel_values,
     resize_positions,
     save_clip,
+    sdpa_or_matmul,
     text_features,
     tokenize,
     untrained,
@@ -260,3 +261,20 @@ def test_an_untrained_twin_has_the_sizes_and_other_weights(saved):
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     assert not ours[name].equal(theirs[name])
+
+
+def test_texts_are_cut_to_what_the_tower_reads(encoder):
+    clip, tokenizer = load_clip(encoder)
+    assert tokenizer.model_max_length == clip.config.text_config.max_position_embeddings
+    tokenizer.model_max_length = 5
+    assert tokenize(tokenizer, ["push the red star to the left and then up"])[0].shape == (1, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_drops_weights_in_any_precision(dtype):
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 5, 4).to(dtype)
+    plain, dropped = (
+        sdpa_or_matmul(torch.nn.Module(), query, query, query, None, 0.5, dropout=p)[0] for p in (0.0, 0.5)
+    )
+    assert not torch.allclose(plain, dropped)

@@ -257,7 +257,13 @@ def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) ->
 def class_probe(
     name: str, seen: np.ndarray, seen_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier on the held-out rows whose label it was fitted on; nothing if it cannot be."""
+    """Accuracy of a linear classifier on the held-out rows whose label it was fitted on, and that of the commonest label.
+
+    Nothing if it cannot be fitted or asked.
+
+    Args:
+        name: of the measure. seen, features: (b, d) and (h, d). seen_labels, labels: (b,) and (h,), of any kind.
+    """
     known = np.isin(labels, seen_labels)
     classes, counts = np.unique(labels[known], return_counts=True)
     if len(np.unique(seen_labels)) < 2 or len(classes) == 0:
