@@ -19,6 +19,7 @@ from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import build_clip, load_clip, resize_positions
 from vla.training.pretrained import HeldOut, old_split
+from vla.training.run import FREE_FIELDS
 from vla.types import UserError
 
 
@@ -36,28 +37,27 @@ def check_terms(config: AlignConfig) -> None:
 
 
 # What processes of one run may have each for itself: where things are, and what decides no batch and no update.
-OWN = (
-    "output",
-    "threads",
+OWN_FIELDS = (
+    *FREE_FIELDS,
+    "root",
+    "pretrained",
+    "vocabulary",
+    "lexicon",
     "chunk",
-    "log_every",
-    "eval_every",
-    "save_every",
     "snapshots",
     "wise_ft",
     "forgetting",
-    "resume",
 )
-OWN_OF_PARTS = {"data": ("root", "cache", "stream", "workers"), "tower": ("pretrained", "vocabulary", "lexicon")}
 
 
 def shared_settings(config: AlignConfig) -> str:
     """Everything that the processes of one run must have in common, as text; what data sets hold is compared apart."""
-    shared = {name: value for name, value in to_dict(config).items() if name not in OWN}
-    for part, own in OWN_OF_PARTS.items():
-        shared[part] = {name: value for name, value in shared[part].items() if name not in own}
-    shared["more"] = [root_and_weight(text)[1] for text in config.more]
-    return json.dumps(shared, sort_keys=True)
+
+    def shared(tree: dict) -> dict:
+        return {k: shared(v) if isinstance(v, dict) else v for k, v in tree.items() if k not in OWN_FIELDS}
+
+    weights = [root_and_weight(text)[1] for text in config.more]
+    return json.dumps(shared(to_dict(config)) | {"more": weights}, sort_keys=True)
 
 
 def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:
