@@ -1,5 +1,6 @@
 """How long the jobs of a comparison or a sweep take, from the tower's speed on this machine."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -34,7 +35,8 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
         len(checked_tasks(config.collect)) if env == "metaworld" else config.collect.goals_per_scene
     )
     seen = policy.steps * policy.batch_size
-    encoded = demos * timesteps * DEMONSTRATED * policy.cached_shifts or seen
+    cache = demos * timesteps * DEMONSTRATED * policy.cached_shifts
+    encoded = cache * (1 - math.exp(-seen / cache)) if cache else seen  # the cache has what the steps draw
     return {
         "data": episode * demos,
         "align": config.align.steps * pictures * training * 1.5,  # the words, the losses and the update

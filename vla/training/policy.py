@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ from vla.training.words import Words
 from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
 from vla.versions import versions
 
+VALIDATED = 4096  # held-out rows that are measured, at most
+
 
 @dataclass(frozen=True)
 class CloningBatch:
@@ -94,9 +97,16 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     frames = mixture.frames
     episodes, parts, validation = cloned_episodes(config, mixture)
     train = np.concatenate(parts)
-    rows, validation_rows = rows_of(episodes, train), rows_of(episodes, validation)
+    rows, validation_rows = rows_of(episodes, train), spread(rows_of(episodes, validation), VALIDATED)
     rows_of_part = [rows_of(episodes, part) for part in parts]
     samples = shares(config.batch_size, mixture.weights)
+
+    def draw(step: int) -> tuple[np.ndarray, np.random.Generator]:
+        """The (b,) rows of a step, and what gives its other random numbers."""
+        rng = np.random.default_rng([config.seed, step, 2])
+        drawn = [part[rng.integers(len(part), size=n)] for part, n in zip(rows_of_part, samples, strict=True)]
+        return np.concatenate(drawn), rng
+
     policy = make_policy(config, episodes).to(accelerator.device)
     stats = (
         policy_stats(Path(config.start))
@@ -124,7 +134,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             unwrapped.clip,
             episodes,
             frames,
-            copies=config.cached_shifts,
+            needed_tokens(config, len(episodes.frame_row), draw, validation_rows),
             augmenter=augmenter(config.data),
             folder=Path(config.data.cache) if config.data.cache else episodes.root / ".concord",
             accelerator=accelerator,
@@ -136,10 +146,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
     def make_batch(step: int) -> CloningBatch:
-        rng = np.random.default_rng([config.seed, step, 2])
-        drawn = [part[rng.integers(len(part), size=n)] for part, n in zip(rows_of_part, samples, strict=True)]
-        chosen = np.concatenate(drawn)
-        batch = gather(config, episodes, frames, tokens, stats, chosen, rng)
+        batch = gather(config, episodes, frames, tokens, stats, *draw(step))
         return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
 
     window: list[dict[str, float]] = []
@@ -231,6 +238,31 @@ def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episod
     return episodes, parts, validation
 
 
+def needed_tokens(
+    config: PolicyTrainConfig,
+    count: int,
+    draw: Callable[[int], tuple[np.ndarray, np.random.Generator]],
+    validation_rows: np.ndarray,
+) -> np.ndarray:
+    """(copies, count) bool: which copies of which of `count` rows the steps `draw`, or the validation reads."""
+    needed = np.zeros((config.cached_shifts, count), bool)
+    needed[0, validation_rows] = True
+    for step in range(config.steps):
+        rows, rng = draw(step)
+        needed[draw_copies(rng, config.cached_shifts, len(rows)), rows] = True
+    return needed
+
+
+def draw_copies(rng: np.random.Generator, copies: int, count: int) -> np.ndarray:
+    """(count,) which copy of the token cache each sample of a step reads; the first numbers after its rows."""
+    return rng.integers(copies, size=count)
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
+
+
 def gather(
     config: PolicyTrainConfig,
     episodes: Episodes,
@@ -243,8 +275,8 @@ def gather(
     """Samples of (b,) rows; without `rng` nothing is augmented."""
     chunk, pad = gather_chunks(episodes, rows, config.head.horizon)
     if tokens is not None:
-        copy = np.zeros(len(rows), int) if rng is None else rng.integers(len(tokens), size=len(rows))
-        inputs = tokens[copy, rows]
+        copies = np.zeros(len(rows), int) if rng is None else draw_copies(rng, len(tokens), len(rows))
+        inputs = tokens[copies, rows]
     else:
         inputs = episodes.gather_frames(frames, rows)
         if rng is not None:
@@ -286,10 +318,9 @@ def cloning_loss(policy: ConcordPolicy, features: Tensor, batch: CloningBatch, a
 
 
 @torch.no_grad()
-def validate(config, policy, episodes, frames, tokens, words, stats, rows, most: int = 4096) -> dict[str, float]:
-    """L1 of predicted chunks on held-out episodes, beside the L1 of always predicting their median."""
+def validate(config, policy, episodes, frames, tokens, words, stats, rows) -> dict[str, float]:
+    """L1 of predicted chunks on held-out rows, beside the L1 of always predicting their median."""
     policy.eval()
-    rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
     errors, chunks, pads = [], [], []
     for first in range(0, len(rows), config.batch_size):
         batch = gather(config, episodes, frames, tokens, stats, rows[first : first + config.batch_size], None)

@@ -1,4 +1,4 @@
-"""Token cache: a frozen encoder's patch tokens of every frame, as memory-mapped fp16, several augmented copies each."""
+"""Token cache: a frozen encoder's patch tokens of the pictures that a run reads, as memory-mapped fp16, augmented copies, too."""
 
 import errno
 import fcntl
@@ -24,102 +24,111 @@ def open_tokens(
     clip: CLIPModel,
     episodes: Episodes,
     frames: np.ndarray,
+    needed: np.ndarray,
     *,
-    copies: int,
     augmenter: Augmenter,
     folder: Path,
     accelerator: Accelerator,
 ) -> np.ndarray:
-    """The patch tokens of every row of `episodes`, computed if they are not there yet.
+    """The patch tokens of rows of `episodes`; the `needed` ones are computed if they are not there yet.
 
     Copy 0 is the plain picture, the others are augmented. An interrupted computation goes on where it stopped.
 
+    Args:
+        needed: (copies, r) bool. What is computed for one run stays for the next one, which may need more.
     Returns:
-        (copies, r, n, w) float16, memory-mapped, read-only.
+        (copies, r, n, w) float16, memory-mapped, read-only; undefined where not needed.
     Raises:
         UserError: the disk is full.
     """
     vision = clip.config.vision_config
-    shape = (copies, len(episodes.frame_row), (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
+    shape = (*needed.shape, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
     settings = (shape, augmenter, episodes.fingerprint, episodes.camera, accelerator.mixed_precision)
     key = hashlib.sha256((repr(settings) + weights_digest(clip)).encode() + episodes.frame_row.tobytes()).hexdigest()[
         :16
     ]
-    path, partial = folder / f"tokens_{key}.npy", folder / f"tokens_{key}.partial"
-    progress = folder / f"tokens_{key}.rows"
-    if path.is_file():
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    path, marks = folder / f"tokens_{key}.npy", folder / f"computed_{key}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"tokens_{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run of the same encoder waits, then reads
-        if not path.is_file():
-            build(path, partial, progress, shape, clip, episodes, frames, augmenter, accelerator)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run of the same encoder waits, then adds what else it needs
+        try:
+            extend(path, marks, shape, needed, clip, episodes, frames, augmenter, accelerator)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"{folder}: disk full; lower --cached_shifts, 0 keeps none") from error
+            raise
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def build(
+def extend(
     path: Path,
-    partial: Path,
-    progress: Path,
+    marks: Path,
     shape: tuple[int, ...],
+    needed: np.ndarray,
     clip: CLIPModel,
     episodes: Episodes,
     frames: np.ndarray,
     augmenter: Augmenter,
     accelerator: Accelerator,
 ) -> None:
-    """Compute a cache of `shape`, or go on with an interrupted one, and move it to `path`."""
-    folder, size = path.parent, int(np.prod(shape)) * 2
-    first = int(progress.read_text()) if progress.is_file() and partial.is_file() else 0
-    try:
-        if first == 0:
-            if shutil.disk_usage(folder).free < size + (256 << 20):
-                raise OSError(errno.ENOSPC, "not enough space", str(folder))
-            np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
-        print(f"token cache: {shape[1]} frames x {shape[0]} copies, {size / 1e9:.1f} GB in {folder}")
-        store = np.lib.format.open_memmap(partial, mode="r+")
-        fill(store, clip, episodes, frames, first, augmenter, progress, accelerator)
-        store.flush()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"{folder}: disk full, {size / 1e9:.1f} GB needed; lower --cached_shifts, 0 keeps none"
-            ) from error
-        raise
-    partial.rename(path)
-    progress.unlink(missing_ok=True)
+    """Compute what is needed and not yet in the cache at `path`; `marks` is a file that says what is."""
+    if path.is_file() and marks.is_file():
+        computed = np.load(marks, allow_pickle=False)
+    else:
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()  # takes no space yet
+        computed = np.zeros_like(needed)
+    missing = np.argwhere(needed & ~computed)  # (m, 2) copy and row
+    if not len(missing):
+        return
+    size = len(missing) * int(np.prod(shape[2:])) * 2
+    if shutil.disk_usage(path.parent).free < size + (256 << 20):
+        raise OSError(errno.ENOSPC, "not enough space", str(path))
+    print(f"token cache: {len(missing)} of {needed.size} pictures, {size / 1e9:.1f} GB in {path.parent}")
+    fill(
+        np.lib.format.open_memmap(path, mode="r+"),
+        missing,
+        computed,
+        marks,
+        clip,
+        episodes,
+        frames,
+        augmenter,
+        accelerator,
+    )
 
 
 @torch.inference_mode()
 def fill(
     store: np.ndarray,
+    missing: np.ndarray,
+    computed: np.ndarray,
+    marks: Path,
     clip: CLIPModel,
     episodes: Episodes,
     frames: np.ndarray,
-    first: int,
     augmenter: Augmenter,
-    progress: Path,
     accelerator: Accelerator,
 ) -> None:
-    """Compute the rows from `first` on; augmentation depends on the row and copy alone."""
+    """Compute the (m, 2) missing copies and rows and mark them; augmentation depends on the row and copy alone."""
     clip.eval()
-    copies, total = store.shape[:2]
-    bar = tqdm(total=total, initial=first, desc="token cache", unit="frame", mininterval=1.0)
-    with bar:
-        for begin in range(first, total, BATCH):
-            rows = np.arange(begin, min(begin + BATCH, total))
-            plain = episodes.gather_frames(frames, rows)
-            for copy in range(copies):
-                images = plain
-                if copy:
-                    images = augmenter(plain, np.random.default_rng([copy, begin]))
-                with accelerator.autocast():
-                    tokens = patch_tokens(clip, pixel_values(torch.from_numpy(images).to(accelerator.device)))
-                store[copy, rows] = tokens.to(torch.float16).cpu().numpy()
+    partial = marks.with_suffix(".partial")
+    with tqdm(total=len(missing), desc="token cache", unit="picture", mininterval=1.0) as bar:
+        for first in range(0, len(missing), BATCH):
+            copies, rows = missing[first : first + BATCH].T
+            images = episodes.gather_frames(frames, rows)
+            for place in np.flatnonzero(copies):
+                rng = np.random.default_rng([copies[place], rows[place]])
+                images[place] = augmenter(images[place][None], rng)[0]
+            with accelerator.autocast():
+                tokens = patch_tokens(clip, pixel_values(torch.from_numpy(images).to(accelerator.device)))
+            store[copies, rows] = tokens.to(torch.float16).cpu().numpy()
+            computed[copies, rows] = True
             bar.update(len(rows))
-            if begin // BATCH % 40 == 39:
+            if first // BATCH % 40 == 39 or first + BATCH >= len(missing):
                 store.flush()
-                progress.write_text(str(int(rows[-1]) + 1))
+                with partial.open("wb") as file:
+                    np.save(file, computed)
+                partial.rename(marks)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
