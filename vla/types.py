@@ -44,7 +44,7 @@ class TripletBatch:
 
     frames: (f, H, W, 3) uint8, distinct, read when indexed. frame_of_row: (b,) int64, which of them a row shows.
     state: (b, s) float32, normalised, NaN where unknown. action_chunk: (b, h, a) float32, normalised.
-    action_is_pad: (b, h) bool, True means ignore. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
+    action_is_pad: (b, h) bool, True means ignore. still: (b,) bool, the state stays where it is throughout the chunk. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
     `goal_id` is -1 for a row without an instruction.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
     pair_id: (b,) a text that differs in one word and names what the row's scene lacks, -1 if there is none; see `MinimalPairs`.
@@ -55,6 +55,7 @@ class TripletBatch:
     state: np.ndarray
     action_chunk: np.ndarray
     action_is_pad: np.ndarray
+    still: np.ndarray
     text_id: np.ndarray
     goal_id: np.ndarray
     scene_id: np.ndarray

@@ -1,5 +1,7 @@
 """Triplets on a real data set: what rows share, and that sharing changes no pixel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,25 @@ def test_every_row_shows_its_own_picture(source):
     rows = np.arange(len(source.episodes.state))
     batch = source.gather(rows)
     np.testing.assert_array_equal(batch.frames[batch.frame_of_row], source.episodes.gather_frames(source.frames, rows))
+
+
+def test_a_row_is_still_if_nothing_moves_through_its_chunk(source):
+    episodes = source.episodes
+    first, end = episodes.start[0], episodes.start[1]
+    assert end - first > 6
+    state = episodes.state.copy()
+    state[first:end, 0] = np.arange(end - first)  # moves at every timestep,
+    state[end - 5 : end, 0] = state[end - 5, 0]  # then waits for four
+    stats = Normalizers(source.stats.action, compute_norm_stats(state))
+    rows = np.arange(first, end)
+
+    def still(state: np.ndarray, stats: Normalizers = stats) -> list[int]:
+        waiting = TripletSource(replace(episodes, state=state), source.frames, stats, horizon=2)
+        return np.flatnonzero(waiting.gather(rows).still).tolist()
+
+    assert still(state) == [len(rows) - 5, len(rows) - 4, len(rows) - 3, len(rows) - 2]
+    assert still(np.full_like(state, np.nan)) == []
+    assert still(state[:, :0], Normalizers(stats.action, compute_norm_stats(state[:, :0]))) == []
 
 
 def test_goals_of_one_scene_share_the_picture_they_start_from(source):

@@ -27,6 +27,7 @@ def embedded(context_of_other_text: np.ndarray) -> Embedded:
         state=np.zeros((ROWS, 2), np.float32),
         action_chunk=np.eye(ROWS, dtype=np.float32)[:, None],
         action_is_pad=np.zeros((ROWS, 1), bool),
+        still=np.zeros(ROWS, bool),
         text_id=goals,
         goal_id=goals,
         scene_id=goals,

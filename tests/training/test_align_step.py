@@ -75,6 +75,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
         pair_of_row=torch.where((text_of_row == 0) & (len(ids) > len(TEXTS)), len(TEXTS), -1),
         action_chunk=chunks,
         action_is_pad=pad,
+        still=torch.arange(rows) == 7,
         state=state,
         ids={
             "goal_id": goal_id,
@@ -224,7 +225,7 @@ def terms_of(batch: DeviceBatch, loss: LossConfig):
 def without_last_image(batch: DeviceBatch) -> DeviceBatch:
     """All but the last image and the rows that show it."""
     rows = slice(0, int((batch.frame_of_row < len(batch.shown) - 1).sum()))
-    row_wise = ("frame_of_row", "text_of_row", "pair_of_row", "action_chunk", "action_is_pad")
+    row_wise = ("frame_of_row", "text_of_row", "pair_of_row", "action_chunk", "action_is_pad", "still")
     changed = {name: getattr(batch, name)[rows] for name in row_wise}
     ids = {name: values[rows] for name, values in batch.ids.items()}
     return replace(batch, **changed, shown=batch.shown[:-1], state=batch.state[:-1], ids=ids)
@@ -315,7 +316,7 @@ def test_the_main_term_is_the_loss_over_a_mask_of_all_pairs():
         ]
     )
     assert not valid.all()  # there are near-duplicates
-    moving = torch.tensor([float(i != 4) for i in count], dtype=torch.float64)  # that chunk rests
+    moving = torch.tensor([float(i not in (4, 7)) for i in count], dtype=torch.float64)  # these rest: action, state
     targets = soft_targets(mean_squared_distances(batch.action_chunk.flatten(1)), loss.action_beta, valid)
     arguments = {"valid": valid, "weights": moving}
     scale = model.scale("context_action")

@@ -10,7 +10,7 @@ from vla.data.episodes import Episodes
 from vla.data.minimal_pairs import MinimalPairs
 from vla.data.normalization import NormStats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler
-from vla.data.triplets import gather_chunks
+from vla.data.triplets import gather_chunks, stays
 from vla.types import Indexed, TripletBatch
 
 PICTURES = 1024  # read at a time
@@ -68,6 +68,7 @@ class TripletSource:
             state=normalize_quantile(episodes.state[rows], self.stats.state),
             action_chunk=normalize_quantile(action_chunk, self.stats.action),
             action_is_pad=action_is_pad,
+            still=stays(episodes, rows, self.horizon, self.stats.state),
             text_id=episodes.text_id[labels],
             goal_id=episodes.goal_id[labels],
             scene_id=episodes.scene_id[position],
@@ -117,4 +118,4 @@ def training_batch(
     if not shuffle_actions:
         return batch
     order = rng.permutation(len(batch.frame_of_row))
-    return batch.replace(action_chunk=batch.action_chunk[order], action_is_pad=batch.action_is_pad[order])
+    return batch.replace(**{name: getattr(batch, name)[order] for name in ("action_chunk", "action_is_pad", "still")})

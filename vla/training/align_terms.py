@@ -40,7 +40,7 @@ def batch_terms(
     """
     ids, shown = batch.ids, batch.shown
     episode, timestep = ids["episode_id"], ids["timestep"]
-    idle = idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(shown.device))
+    idle = batch.still | idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(shown.device))
     images, texts, pairs = batch.pairs.told()
     acted = (~batch.action_is_pad.all(1)).nonzero()[:, 0]
     stated = batch.state.isfinite().all(1).nonzero()[:, 0]

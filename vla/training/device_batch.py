@@ -27,6 +27,7 @@ class DeviceBatch:
     pair_of_row: Tensor  # (b,) text that differs in one word and is wrong of the row, -1 where there is none
     action_chunk: Tensor  # (b, h, a)
     action_is_pad: Tensor  # (b, h)
+    still: Tensor  # (b,) bool, the state stays where it is throughout the chunk
     state: Tensor  # (f, s)
     ids: dict[str, Tensor]  # goal_id, scene_id, episode_id, timestep, progress: (b,) each
 
@@ -83,6 +84,7 @@ def on_device(
         pair_of_row=torch.where(paired >= 0, torch.searchsorted(texts, paired), -1),
         action_chunk=moved(batch.action_chunk),
         action_is_pad=moved(batch.action_is_pad),
+        still=moved(batch.still),
         state=moved(batch.state)[shown],
         ids={name: moved(getattr(batch, name)) for name in names},
     )
