@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from vla.data.episodes import read_episodes
-from vla.eval.alignment import Embedded, class_probe, embed_rows, retrieval_measures, spread_rows
+from vla.eval.alignment import Embedded, class_probe, embed_rows, retrieval_measures, spread_rows, zero_shot_measures
 from vla.eval.retrieval import alignment
 from vla.models.clip import pixel_values, tokenize
 from vla.training.align import train_align
@@ -66,6 +67,23 @@ def test_ten_guesses_find_at_least_as_much_as_five():
         assert measures[f"{name}_r10/chance"] >= measures[f"{name}_r5/chance"]
 
 
+def test_zero_shot_is_measured_in_other_words_of_the_same_goals_too():
+    told = embedded(np.eye(ROWS))
+    batch = replace(told.batch, scene_id=np.zeros(ROWS, int))
+    goals = np.arange(4)
+    episodes = SimpleNamespace(
+        scene_id=np.repeat([0, 1], 4), goal_id=np.tile(goals, 2), text_id=np.concatenate([goals, goals + 4])
+    )
+    understood = zero_shot_measures(told.vision, np.eye(4)[np.tile(goals, 2)], batch, episodes)
+    assert understood == dict.fromkeys(("zero_shot", "zero_shot_reworded"), 1.0) | dict.fromkeys(
+        ("zero_shot/chance", "zero_shot_reworded/chance"), 0.25
+    )
+    mistaken = zero_shot_measures(told.vision, np.eye(4)[[*goals, 1, 2, 3, 0]], batch, episodes)
+    assert (mistaken["zero_shot"], mistaken["zero_shot_reworded"]) == (1.0, 0.0)
+    of_one_wording = SimpleNamespace(scene_id=np.zeros(4, int), goal_id=goals, text_id=goals)
+    assert "zero_shot_reworded" not in zero_shot_measures(told.vision, np.eye(4), batch, of_one_wording)
+
+
 def test_alignment_is_the_mean_squared_distance_of_partners():
     assert alignment(np.eye(3), np.eye(3)) == 0
     assert alignment(np.eye(4), np.eye(4)[[1, 0, 2, 3]]) == 1
@@ -116,7 +134,7 @@ def test_a_run_reports_every_measure(align_config, tmp_path):
         "uniformity_vision",
         "uniformity_context_within_goal",
     }
-    expected |= {"time_to_go_probe_r2", "state_probe_r2", "target_probe_r2", "zero_shot"}
+    expected |= {"time_to_go_probe_r2", "state_probe_r2", "target_probe_r2", "zero_shot", "zero_shot_reworded"}
     expected |= {"context_to_action_r1_of_other_text", "context_to_action_r1_of_other_image"}
     assert expected <= set(metrics)
     assert all(np.isfinite(value) for value in metrics.values())

@@ -198,30 +198,46 @@ def zero_shot_measures(
 ) -> dict[str, float]:
     """Is the episode's own instruction the most similar one among its scene's goals, in the second half of it?
 
-    Where scenes are unknown or have one goal, the candidates are the instructions of all held-out goals.
+    Where scenes are unknown or have one goal, the candidates are the instructions of all held-out goals. "zero_shot_reworded"
+    tells every goal in other words of the data set, for episodes whose goal has them.
     """
     late = batch.progress > 0.5
     scene_goals: dict[int, dict[int, int]] = {}
+    wordings: dict[int, list[int]] = {}
     for scene, goal, text in zip(episodes.scene_id, episodes.goal_id, episodes.text_id, strict=True):
         if goal >= 0:
             scene_goals.setdefault(int(scene), {}).setdefault(int(goal), int(text))
+            wordings.setdefault(int(goal), []).append(int(text))
+    wordings = {goal: sorted(set(texts)) for goal, texts in wordings.items()}
     everything = dict(zip(batch.goal_id.tolist(), batch.text_id.tolist(), strict=True))
-    hits, chance = [], []
+    hits: dict[str, list[bool]] = {"zero_shot": [], "zero_shot_reworded": []}
+    chance: dict[str, list[float]] = {name: [] for name in hits}
     for row in np.flatnonzero(late):
-        scene = int(batch.scene_id[row])
+        scene, own = int(batch.scene_id[row]), int(batch.goal_id[row])
         candidates = scene_goals.get(scene, {}) if scene >= 0 else {}
         if len(candidates) < 2:
             candidates = everything
         if len(candidates) < 2:
             continue
-        goals = list(candidates)
-        texts = np.array([candidates[g] for g in goals])
-        best = goals[int((language[texts] @ vision[row]).argmax())]
-        hits.append(best == int(batch.goal_id[row]))
-        chance.append(1 / len(goals))
-    if not hits:
-        return {}
-    return {"zero_shot": float(np.mean(hits)), "zero_shot/chance": float(np.mean(chance))}
+        told = {"zero_shot": candidates}
+        if len(wordings.get(own, ())) > 1:
+            told["zero_shot_reworded"] = {
+                goal: next_of(wordings[goal], text) for goal, text in candidates.items() if goal >= 0
+            }
+        for name, texts in told.items():
+            best = list(texts)[int((language[list(texts.values())] @ vision[row]).argmax())]
+            hits[name].append(best == own)
+            chance[name].append(1 / len(texts))
+    measures = {}
+    for name in hits:
+        if hits[name]:
+            measures |= {name: float(np.mean(hits[name])), f"{name}/chance": float(np.mean(chance[name]))}
+    return measures
+
+
+def next_of(values: list[int], value: int) -> int:
+    """The one after `value`, which is among them, the first one after the last."""
+    return values[(values.index(value) + 1) % len(values)]
 
 
 def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) -> dict[str, float]:

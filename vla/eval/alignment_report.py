@@ -74,6 +74,8 @@ def answers(metrics: dict[str, float]) -> list[str]:
             f"Shown a held-out picture, the encoder picks the right instruction among those of the scene "
             f"{percent(metrics['zero_shot'])} of the time; chance is {percent(metrics['zero_shot/chance'])}."
         )
+    if "zero_shot_reworded" in metrics:
+        sentences.append(f"Told in other words of the data set, {percent(metrics['zero_shot_reworded'])} of the time.")
     sentences.append(
         f"Picture and instruction together find their own action chunk first {percent(metrics['context_to_action_r1'])} "
         f"of the time; chance is {percent(metrics['context_to_action_r1/chance'])}."
