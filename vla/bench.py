@@ -19,10 +19,10 @@ from vla.bench_alignment import alignment_speed
 from vla.bench_evaluation import evaluation_speed
 from vla.config import BatchConfig, BenchConfig, CollectConfig, DataConfig, TowerConfig
 from vla.data.augmentation import augmenter
-from vla.data.batches import Normalizers, TripletSource, training_batch
+from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
-from vla.data.normalization import compute_norm_stats
+from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import GoalSampler
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align_setup import make_encoders

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vla.data.batches import Normalizers, TripletSource
+from vla.data.batches import TripletSource
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
-from vla.data.normalization import compute_norm_stats
+from vla.data.normalization import Normalizers, compute_norm_stats
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,20 @@ def test_a_row_is_still_if_nothing_moves_through_its_chunk(source):
     state = episodes.state.copy()
     state[first:end, 0] = np.arange(end - first)  # moves at every timestep,
     state[end - 5 : end, 0] = state[end - 5, 0]  # then waits for four
-    stats = Normalizers(source.stats.action, compute_norm_stats(state))
+    action = np.zeros_like(episodes.action)
+    turning = np.zeros_like(action)
+    turning[:, 0] = np.arange(len(action)) % 5
     rows = np.arange(first, end)
 
-    def still(state: np.ndarray, stats: Normalizers = stats) -> list[int]:
-        waiting = TripletSource(replace(episodes, state=state), source.frames, stats, horizon=2)
+    def still(state: np.ndarray, action: np.ndarray) -> list[int]:
+        stats = Normalizers(compute_norm_stats(action), compute_norm_stats(np.nan_to_num(state)))
+        waiting = TripletSource(replace(episodes, state=state, action=action), source.frames, stats, horizon=2)
         return np.flatnonzero(waiting.gather(rows).still).tolist()
 
-    assert still(state) == [len(rows) - 5, len(rows) - 4, len(rows) - 3, len(rows) - 2]
-    assert still(np.full_like(state, np.nan)) == []
-    assert still(state[:, :0], Normalizers(stats.action, compute_norm_stats(state[:, :0]))) == []
+    assert still(state, action) == [len(rows) - 5, len(rows) - 4, len(rows) - 3, len(rows) - 2]
+    assert still(np.full_like(state, np.nan), action) == []
+    assert still(state[:, :0], action) == []
+    assert still(np.zeros_like(state), turning) == []  # states that say nothing
 
 
 def test_goals_of_one_scene_share_the_picture_they_start_from(source):

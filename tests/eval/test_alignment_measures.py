@@ -75,11 +75,20 @@ def test_zero_shot_is_measured_in_other_words_of_the_same_goals_too():
         scene_id=np.repeat([0, 1], 4), goal_id=np.tile(goals, 2), text_id=np.concatenate([goals, goals + 4])
     )
     understood = zero_shot_measures(told.vision, np.eye(4)[np.tile(goals, 2)], batch, episodes)
-    assert understood == dict.fromkeys(("zero_shot", "zero_shot_reworded"), 1.0) | dict.fromkeys(
-        ("zero_shot/chance", "zero_shot_reworded/chance"), 0.25
-    )
+    assert understood == {
+        "zero_shot": 1.0,
+        "zero_shot/chance": 0.25,
+        "zero_shot_reworded": 1.0,
+        "zero_shot_reworded/chance": 0.25,
+        "zero_shot_reworded/own_words": 1.0,
+    }
     mistaken = zero_shot_measures(told.vision, np.eye(4)[[*goals, 1, 2, 3, 0]], batch, episodes)
     assert (mistaken["zero_shot"], mistaken["zero_shot_reworded"]) == (1.0, 0.0)
+    some_reworded = SimpleNamespace(
+        scene_id=np.array([0, 0, 0, 0, 1]), goal_id=np.array([*goals, 0]), text_id=np.arange(5)
+    )
+    of_goal_0 = zero_shot_measures(told.vision, np.eye(4)[[0, 2, 1, 3, 0]], batch, some_reworded)
+    assert (of_goal_0["zero_shot"], of_goal_0["zero_shot_reworded/own_words"]) == (0.5, 1.0)
     of_one_wording = SimpleNamespace(scene_id=np.zeros(4, int), goal_id=goals, text_id=goals)
     assert "zero_shot_reworded" not in zero_shot_measures(told.vision, np.eye(4), batch, of_one_wording)
 

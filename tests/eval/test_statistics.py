@@ -97,10 +97,29 @@ def simulated_coverage(seeds: int, seed_std: float, base: float, trials: int = 1
     return float(np.mean([e.low <= truth <= e.high for e in estimates]))
 
 
-@pytest.mark.parametrize("seeds", [3, 4, 5])
-@pytest.mark.parametrize(("seed_std", "base"), [(0.0, 0.0), (0.2, 1.5), (0.5, 0.0), (0.5, 1.5)])
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+@pytest.mark.parametrize(("seed_std", "base"), [(0.0, 0.0), (0.2, 1.5), (0.5, 0.0), (0.5, 1.5), (1.0, 0.0)])
 def test_crossed_intervals_cover_at_least_nominal_minus_three_points(seeds, seed_std, base):
     assert simulated_coverage(seeds, seed_std, base) >= 0.92
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_std", [0.0, 0.3, 0.8])
+def test_arms_that_do_not_differ_are_told_apart_as_seldom_as_the_level_says_far_into_the_tail(seeds, seed_std):
+    rng = np.random.default_rng([seeds, int(10 * seed_std)])
+    trials, episodes = 3000, 100
+    of_episode = 1.5 * rng.normal(size=(trials, 1, episodes))
+
+    def outcomes() -> np.ndarray:
+        of_seed = seed_std * rng.normal(size=(trials, seeds, 1))
+        of_both = 0.5 * rng.normal(size=(trials, seeds, episodes))
+        return rng.random((trials, seeds, episodes)) < 1 / (1 + np.exp(-(of_seed + of_episode + of_both)))
+
+    differences = outcomes().astype(float) - outcomes()
+    p_values = np.array([crossed_interval(d, np.zeros(episodes)).p_value for d in differences])
+    for level in (0.05, 0.01, 0.002):
+        allowed = level + 3 * (level / trials) ** 0.5
+        assert (p_values < level).mean() <= allowed
 
 
 def test_a_crossed_interval_is_wider_than_wilsons_when_training_seeds_differ():

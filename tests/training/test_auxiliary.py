@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vla.config import BatchConfig, LossConfig
-from vla.data.batches import Normalizers
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
-from vla.data.normalization import compute_norm_stats
+from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.training.auxiliary import Auxiliary
 from vla.training.policy import train_policy
 from vla.training.start import make_policy

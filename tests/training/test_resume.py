@@ -187,3 +187,15 @@ def test_stage_one_in_pieces_on_two_processes_killed_and_resumed_repeats_the_run
     assert first["samples"] == one["samples"]
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert first["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_checkpoint_that_another_version_wrote_is_named(align_config, tmp_path):
+    config = replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run"))
+    train_align(config)
+    (tmp_path / "run" / "report.html").unlink()  # what says that a run has finished
+    path = tmp_path / "run" / "checkpoints" / "step_000001" / "state.json"
+    state = json.loads(path.read_text())
+    state["optimizer"][0]["param_groups"].pop()
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"step_000001: does not fit \(.*\); go on with the version that wrote it"):
+        train_align(replace(config, resume=True))

@@ -106,6 +106,21 @@ def test_a_killed_computation_goes_on_where_it_stopped(parts, tmp_path, monkeypa
     assert np.array_equal(again, whole)
 
 
+def test_deleted_tokens_are_not_taken_for_computed(parts, tmp_path, monkeypatch):
+    needed = of_rows(parts[1], 1, (0, 3))
+    opened(parts, needed, tmp_path)
+    next(tmp_path.glob("tokens_*.npy")).unlink()
+
+    def killed(clip, pictures):
+        raise InterruptedError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(tokens, "patch_tokens", killed)
+        with pytest.raises(InterruptedError):
+            opened(parts, needed, tmp_path)
+    assert opened(parts, needed, tmp_path)[0, 3].any()
+
+
 def test_a_full_disk_says_what_to_do(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
     with pytest.raises(UserError, match=r"disk full; lower --cached_shifts, 0 keeps none"):

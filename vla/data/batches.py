@@ -1,27 +1,18 @@
 """From rows to triplets: what one step of stage one sees, as a pure function of (seed, step)."""
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 
 from vla.data.augmentation import Augmentation, Augmenter
 from vla.data.episodes import Episodes
 from vla.data.minimal_pairs import MinimalPairs
-from vla.data.normalization import NormStats, normalize_quantile
+from vla.data.normalization import Normalizers, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler
 from vla.data.triplets import gather_chunks, stays
 from vla.types import Indexed, TripletBatch
 
 PICTURES = 1024  # read at a time
-
-
-@dataclass(frozen=True)
-class Normalizers:
-    """Statistics of the training episodes' actions and states."""
-
-    action: NormStats
-    state: NormStats
 
 
 class Pictures:
@@ -68,7 +59,7 @@ class TripletSource:
             state=normalize_quantile(episodes.state[rows], self.stats.state),
             action_chunk=normalize_quantile(action_chunk, self.stats.action),
             action_is_pad=action_is_pad,
-            still=stays(episodes, rows, self.horizon, self.stats.state),
+            still=stays(episodes, rows, self.horizon, self.stats),
             text_id=episodes.text_id[labels],
             goal_id=episodes.goal_id[labels],
             scene_id=episodes.scene_id[position],

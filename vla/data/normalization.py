@@ -23,6 +23,14 @@ class NormStats:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Normalizers:
+    """Statistics of the training episodes' actions and states."""
+
+    action: NormStats
+    state: NormStats
+
+
 def compute_norm_stats(values: np.ndarray) -> NormStats:
     """Statistics of (r, n) values with q99 - q01 and std floored symmetrically.
 

@@ -3,21 +3,26 @@
 import numpy as np
 
 from vla.data.episodes import Episodes
-from vla.data.normalization import NormStats, normalize_quantile
+from vla.data.normalization import Normalizers, normalize_quantile
 
-STILL = 0.01  # of a state, normalised units
+STILL = 0.01  # of a state and an action, normalised units
 
 
-def stays(episodes: Episodes, rows: np.ndarray, horizon: int, stats: NormStats) -> np.ndarray:
-    """(b,) bool: whether the normalised state stays within `STILL` of the row's for `horizon` timesteps, or what its episode has of them.
+def stays(episodes: Episodes, rows: np.ndarray, horizon: int, stats: Normalizers) -> np.ndarray:
+    """(b,) bool: whether nothing moves for `horizon` timesteps, or what the row's episode has of them.
 
-    Not of rows that are the last of their episode, nor where the state is unknown.
+    State and action both have to stay within `STILL` of the row's, normalised: a state may lack what moves, and a steady command may
+    move it. Not of rows that are the last of their episode, nor where states or actions are unknown.
     """
     last = episodes.start[episodes.episode_of_row[rows] + 1] - 1  # (b,)
     later = np.minimum(rows[:, None] + np.arange(1, horizon + 1), last[:, None])  # (b, h)
-    states = normalize_quantile(episodes.state[later], stats)  # (b, h, s)
-    near = np.abs(states - normalize_quantile(episodes.state[rows], stats)[:, None]) <= STILL  # never of NaN
-    return near.all((1, 2)) & (rows < last) & (states.shape[-1] > 0)
+    still = rows < last
+    for values, of_values in ((episodes.state, stats.state), (episodes.action, stats.action)):
+        moved = np.abs(
+            normalize_quantile(values[later], of_values) - normalize_quantile(values[rows], of_values)[:, None]
+        )
+        still &= (moved <= STILL).all((1, 2)) & (moved.shape[-1] > 0)  # never of NaN
+    return still
 
 
 def gather_chunks(episodes: Episodes, rows: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:

@@ -199,7 +199,8 @@ def zero_shot_measures(
     """Is the episode's own instruction the most similar one among its scene's goals, in the second half of it?
 
     Where scenes are unknown or have one goal, the candidates are the instructions of all held-out goals. "zero_shot_reworded"
-    tells every goal in other words of the data set, for episodes whose goal has them.
+    tells every goal in other words of the data set, for episodes whose goal has them; "zero_shot_reworded/own_words" is of the
+    same rows in the episodes' own words.
     """
     late = batch.progress > 0.5
     scene_goals: dict[int, dict[int, int]] = {}
@@ -210,8 +211,7 @@ def zero_shot_measures(
             wordings.setdefault(int(goal), []).append(int(text))
     wordings = {goal: sorted(set(texts)) for goal, texts in wordings.items()}
     everything = dict(zip(batch.goal_id.tolist(), batch.text_id.tolist(), strict=True))
-    hits: dict[str, list[bool]] = {"zero_shot": [], "zero_shot_reworded": []}
-    chance: dict[str, list[float]] = {name: [] for name in hits}
+    measured: dict[str, list[float]] = {}
     for row in np.flatnonzero(late):
         scene, own = int(batch.scene_id[row]), int(batch.goal_id[row])
         candidates = scene_goals.get(scene, {}) if scene >= 0 else {}
@@ -221,18 +221,16 @@ def zero_shot_measures(
             continue
         told = {"zero_shot": candidates}
         if len(wordings.get(own, ())) > 1:
+            told["zero_shot_reworded/own_words"] = candidates
             told["zero_shot_reworded"] = {
                 goal: next_of(wordings[goal], text) for goal, text in candidates.items() if goal >= 0
             }
         for name, texts in told.items():
             best = list(texts)[int((language[list(texts.values())] @ vision[row]).argmax())]
-            hits[name].append(best == own)
-            chance[name].append(1 / len(texts))
-    measures = {}
-    for name in hits:
-        if hits[name]:
-            measures |= {name: float(np.mean(hits[name])), f"{name}/chance": float(np.mean(chance[name]))}
-    return measures
+            measured.setdefault(name, []).append(best == own)
+            if "/" not in name:
+                measured.setdefault(f"{name}/chance", []).append(1 / len(texts))
+    return {name: float(np.mean(values)) for name, values in measured.items()}
 
 
 def next_of(values: list[int], value: int) -> int:

@@ -75,7 +75,10 @@ def answers(metrics: dict[str, float]) -> list[str]:
             f"{percent(metrics['zero_shot'])} of the time; chance is {percent(metrics['zero_shot/chance'])}."
         )
     if "zero_shot_reworded" in metrics:
-        sentences.append(f"Told in other words of the data set, {percent(metrics['zero_shot_reworded'])} of the time.")
+        sentences.append(
+            f"Told in other words, which the data set has for the same goals, {percent(metrics['zero_shot_reworded'])}; for the "
+            f"same pictures in the episodes' own words {percent(metrics['zero_shot_reworded/own_words'])}."
+        )
     sentences.append(
         f"Picture and instruction together find their own action chunk first {percent(metrics['context_to_action_r1'])} "
         f"of the time; chance is {percent(metrics['context_to_action_r1/chance'])}."

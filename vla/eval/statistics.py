@@ -61,8 +61,8 @@ def crossed_interval(outcomes: np.ndarray, strata: np.ndarray, confidence: float
 
     Two-way random effects, seeds crossed with the episodes within each task: the variance of the mean is
     (MS_seed + MS_episode - MS_residual) / N, its degrees of freedom Satterthwaite's (Satterthwaite 1946; Snedecor and
-    Cochran, "Statistical Methods", two-way mixed models). It is never taken smaller than what the episodes or the seeds alone give. With
-    one training seed the interval is over episodes alone, and says nothing of other seeds.
+    Cochran, "Statistical Methods", two-way mixed models), at most twice those of the seeds. It is never taken smaller than what the
+    episodes or the seeds alone give. With one training seed the interval is over episodes alone, and says nothing of other seeds.
 
     Args:
         outcomes: (s, e) success of every training seed on every episode, or the difference of two arms.
@@ -96,6 +96,10 @@ def crossed_interval(outcomes: np.ndarray, strata: np.ndarray, confidence: float
     total = variance * outcomes.size
     squares = sum(m**2 / f for m, f in zip(mean_squares, freedoms, strict=True))
     freedom = max(total**2 / squares, min(freedoms)) if squares > 0 else episode_freedom
+    if seeds > 1:
+        # Where seeds agree by chance, the variance falls and Satterthwaite's freedom rises together: small p-values would be
+        # several times too small.
+        freedom = min(freedom, 2 * (seeds - 1))
     quantile = float(stats.t.ppf(0.5 + confidence / 2, freedom))
     # Where all outcomes agree, the rule of three (Hanley and Lippman-Hand 1983); seeds on the same episode count once.
     deviation = max(variance**0.5, 3 / episodes / quantile)

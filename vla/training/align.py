@@ -50,6 +50,7 @@ from vla.training.checkpoint import (
     how_to_replay,
     latest_checkpoint,
     load_checkpoint,
+    restoring,
     save_checkpoint,
 )
 from vla.training.device_batch import on_device
@@ -283,7 +284,7 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episod
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
-        UserError: a damaged checkpoint, or one of other data.
+        UserError: a damaged checkpoint, or one of other data or another version.
     """
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -291,8 +292,9 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episod
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
-    model.load_state_dict(tensors["model"], strict=True)
-    optimizer.restore(tensors["optimizer"], state["optimizer"])
+    with restoring(path):
+        model.load_state_dict(tensors["model"], strict=True)
+        optimizer.restore(tensors["optimizer"], state["optimizer"])
     run.truncate(state["step"])
     return state["step"], state["seconds"]
 

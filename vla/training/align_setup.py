@@ -9,12 +9,12 @@ from transformers import CLIPModel
 
 from vla.config import AlignConfig, BatchConfig, LossConfig, TowerConfig
 from vla.config_io import to_dict
-from vla.data.batches import Normalizers, TripletSource
+from vla.data.batches import TripletSource
 from vla.data.episodes import Episodes, rows_of
 from vla.data.frames import open_pictures
 from vla.data.minimal_pairs import MinimalPairs
 from vla.data.mixture import open_mixture, root_and_weight
-from vla.data.normalization import compute_norm_stats
+from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import build_clip, load_clip, resize_positions

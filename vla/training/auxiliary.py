@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vla.config import AlignConfig, PolicyTrainConfig
 from vla.data.augmentation import augmenter, word_hider
-from vla.data.batches import Normalizers, TripletSource, training_batch
+from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
-from vla.data.normalization import normalize_quantile
+from vla.data.normalization import Normalizers, normalize_quantile
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,22 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); delete it to resume from the one before") from error
     return tensors, state
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around putting a checkpoint's tensors into place: they fit unless another version of this project wrote it.
+
+    Raises:
+        UserError: they do not.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: does not fit ({what}); go on with the version that wrote it (versions.json), or choose another --output"
+        ) from error
 
 
 def check_trained_on(path: Path, state: dict[str, Any], episodes: Episodes) -> None:

@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
-from vla.data.batches import Normalizers
 from vla.data.episodes import Episodes, limit_per_task, rows_of, select
 from vla.data.mixture import Mixture, open_mixture, root_and_weight
-from vla.data.normalization import NormStats, compute_norm_stats, normalize_quantile
+from vla.data.normalization import Normalizers, NormStats, compute_norm_stats, normalize_quantile
 from vla.data.sampler import shares
 from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
@@ -40,6 +39,7 @@ from vla.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     restore_rng,
+    restoring,
     rng_tensors,
     save_checkpoint,
 )
@@ -421,7 +421,7 @@ def restore(
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
-        UserError: a damaged checkpoint, or one of other data.
+        UserError: a damaged checkpoint, or one of other data or another version.
     """
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -429,13 +429,13 @@ def restore(
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
-    with torch.no_grad():
+    with torch.no_grad(), restoring(path):
         for name, p in trained_parameters(policy).items():
             p.copy_(tensors["model"][name])
             averaged[name].copy_(tensors["averaged"][name])
         for name, p in others.items():
             p.copy_(tensors["auxiliary"][name])
-    optimizer.restore(tensors["optimizer"], state["optimizer"])
+        optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"], state["seconds"]

@@ -75,6 +75,7 @@ def extend(
     if path.is_file() and marks.is_file():
         computed = np.load(marks, allow_pickle=False)
     else:
+        marks.unlink(missing_ok=True)  # of tokens that somebody deleted
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()  # takes no space yet
         computed = np.zeros_like(needed)
     missing = np.argwhere(needed & ~computed)  # (m, 2) copy and row
