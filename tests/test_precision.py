@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vla.comparison.compare import check_same, with_precision
+from vla.comparison.begun import check_same, with_precision
 from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PolicyTrainConfig
 from vla.pipeline import opening
 from vla.precision import chosen_precision, multiplies_bf16

@@ -126,8 +126,11 @@ def results(argv: list[str]) -> Path | None:
     from vla.comparison.page import comparison_page
     from vla.eval.results import results as run
 
-    run(config)
-    comparison_page(config)
+    pages = run(config), comparison_page(config)
+    if not any(pages):
+        raise UserError(
+            f"{config.runs}: no eval/**/eval.json, compare/*/comparison.json or sweep/*/sweep.json; run `make tabletop` first"
+        )
     return None
 
 

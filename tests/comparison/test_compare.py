@@ -15,8 +15,9 @@ import yaml
 from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
-from vla.comparison.compare import check_same, compare
-from vla.comparison.jobs import Job, run_jobs
+from vla.comparison.begun import check_same
+from vla.comparison.compare import compare
+from vla.comparison.jobs import Job, refuse_failed, run_jobs
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import aligned_beside
 from vla.config import (
@@ -25,6 +26,7 @@ from vla.config import (
     CompareConfig,
     DataConfig,
     EvalConfig,
+    HeadConfig,
     PolicyTrainConfig,
     ResultsConfig,
 )
@@ -194,7 +196,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
     config = debug(CompareConfig, "compare", output=str(finished))
     config.align.data.root = str(data_root)
     config.policy = replace(config.policy, steps=3)
-    with pytest.raises(UserError, match="was begun with another policy"):
+    with pytest.raises(UserError, match=r"was begun with policy\.steps=2, not 3; choose another --output"):
         compare(config)
 
 
@@ -231,7 +233,7 @@ def test_a_transfer_that_cloned_without_the_others_is_not_mixed_with_one_that_do
     begun = json.loads((tmp_path / "begun.json").read_text())
     del begun["transfer_weight"]  # of a version without the field
     (tmp_path / "begun.json").write_text(json.dumps(begun))
-    with pytest.raises(UserError, match="was begun with another transfer_weight"):
+    with pytest.raises(UserError, match=r"was begun with transfer_weight=0\.0, not 1\.0"):
         check_same(tmp_path, config)
     check_same(tmp_path, replace(config, transfer_weight=0.0))
 
@@ -360,6 +362,18 @@ def test_without_play_alignments_see_what_they_are_given(tmp_path):
             r"policy\.data\.shift_px: stage two gets align\.data",
         ),
         ("encoders", ("random=.",), "'random' is taken"),
+        ("encoders", ("scratch=.",), "'scratch' is taken"),
+        ("encoders", ("none@5=.",), "'none@5' names a folder; take letters"),
+        ("policies", ("../mine=.",), "names a folder; take letters"),
+        ("align", AlignConfig(seed=7), r"align\.seed: is set for every run; seeds decides here"),
+        ("align", AlignConfig(shuffle="all"), r"align\.shuffle: is set for every run; arms decides here"),
+        ("policy", PolicyTrainConfig(encoder="mine"), r"policy\.encoder: is set for every run; encoders decides here"),
+        ("eval", EvalConfig(policy="mine"), r"eval\.policy: is set for every run; policies decides here"),
+        (
+            "policy",
+            PolicyTrainConfig(head=HeadConfig(n_action_steps=20)),
+            r"n_action_steps must be at most head\.horizon",
+        ),
         ("encoders", ("empty=tests",), "encoders: tests: "),
     ],
 )
@@ -391,8 +405,42 @@ def test_a_job_waits_for_what_it_needs(tmp_path):
         Job("second", tmp_path / "second", make("second"), ("first",)),
         Job("first", tmp_path / "first", make("first")),
     ]
-    run_jobs(jobs, tmp_path / "jobs", lambda text: None)
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
     assert order == ["first", "second"]
+
+
+def test_what_does_not_need_a_failed_job_is_run_all_the_same(tmp_path):
+    def fail() -> None:
+        raise UserError("loss is not finite")
+
+    jobs = [
+        Job("of the failed", tmp_path / "b", (tmp_path / "b").touch, ("failed",)),
+        Job("failed", tmp_path / "a", fail),
+        Job("other", tmp_path / "c", (tmp_path / "c").touch),
+    ]
+    failed = run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
+    assert failed == {"failed": "loss is not finite"}
+    assert [(tmp_path / name).exists() for name in "abc"] == [False, False, True]
+    with pytest.raises(UserError, match=r"failed failed, everything that does not need it is done: loss is not finite"):
+        refuse_failed(failed, tmp_path)
+
+
+def test_results_of_other_settings_that_were_gathered_are_refused(finished, data_root, tmp_path):
+    config = gathered(finished, data_root, tmp_path / "moved")
+    path = tmp_path / "moved" / "jobs" / "eval-aligned-frozen-1-0" / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["policy"]["precision"] = "bf16" if settings["policy"]["precision"] == "no" else "no"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"jobs/eval-aligned-frozen-1-0: was run with policy\.precision="):
+        compare(config)
+
+
+def test_demonstrations_that_changed_since_are_refused_before_anything_runs(finished, data_root, tmp_path):
+    config = gathered(finished, data_root, tmp_path / "moved")
+    path = tmp_path / "moved" / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0123456789abcdef"}))
+    with pytest.raises(UserError, match=r"/debug: has changed since .* \(fingerprints 0123456789abcdef and "):
+        compare(config)
 
 
 def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
@@ -408,8 +456,8 @@ def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
     ]
     (tmp_path / "first").touch()
     (tmp_path / "second").touch()
-    run_jobs(jobs, tmp_path / "jobs", lambda text: None)
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
     assert ran == []
     (tmp_path / "second").unlink()
-    run_jobs(jobs, tmp_path / "jobs", lambda text: None)
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
     assert ran == ["weights", "second"]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vla.comparison import sweep as sweeping
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import env_name
-from vla.comparison.sweep import at_point, label, points, sweep
+from vla.comparison.sweep import at_point, folder_name, label, points, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags
 from vla.types import UserError
@@ -109,7 +110,7 @@ def test_ablations_are_compared_with_the_whole_on_the_same_episodes(config, tmp_
     changed = ("align.loss.word_patch=0 align.loss.state=0", "policy.aligned_pooler=false")
     folder = sweep(replace(config, output=str(tmp_path / "run"), ablations=changed), {})
     result = json.loads((folder / "sweep.json").read_text())
-    whole, *others = result["differences"]
+    whole, *others = result["points"]
     assert whole["point"] == {}
     assert "difference" not in whole["groups"]["plain"]
     for row, text in zip(others, changed, strict=True):
@@ -156,6 +157,7 @@ def test_flags_are_split_into_fields_and_the_rest():
         ("--sweep.align.seed=1,2", "the sweep sets it itself"),
         ("--sweep.align.data.root=a,b", "the sweep sets it itself"),
         ("--sweep.policy.data.color_jitter=0,0.4", "stage two gets align.data"),
+        ("--sweep.policy.head.n_action_steps=4,20", r"n_action_steps must be at most head\.horizon, got 20 and 16"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(config, flag, message):
@@ -163,9 +165,53 @@ def test_what_cannot_be_swept_is_refused(config, flag, message):
         [at_point(config, point) for point in points(split_flags([flag])[0])]
 
 
+def test_a_flag_that_the_sweep_would_pass_over_is_refused(config):
+    with pytest.raises(UserError, match=r"policy\.encoder: is set for every run; encoders decides here"):
+        sweep(replace(config, policy=replace(config.policy, encoder="mine")), {"align.steps": ("1", "2")})
+
+
+def test_names_of_folders_are_short_and_tell_every_point_from_the_others():
+    first, second = ({"align.tower.pretrained": path} for path in ("runs/a_b", "runs_a/b"))
+    assert label(first) == "align.tower.pretrained=runs/a_b"
+    assert folder_name({"align.steps": "1"}) == "align.steps=1"
+    assert folder_name(first) != folder_name(second)
+    assert "/" not in folder_name(first)
+    assert len(folder_name({f"align.data.field{i}": "/a/long/path" * 9 for i in range(4)})) < 200
+
+
+def test_a_point_that_fails_leaves_the_others_and_their_report(config, tmp_path, monkeypatch):
+    train = sweeping.train_align
+
+    def diverges(align):
+        if align.loss.temperature == 0.05:
+            raise UserError("loss is not finite at step 1")
+        return train(align)
+
+    monkeypatch.setattr(sweeping, "train_align", diverges)
+    config = replace(config, output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"align-align\.loss\.temperature=0\.05-0 failed, .* not finite at step 1"):
+        sweep(config, {"align.loss.temperature": ("0.05", "0.2")})
+    result = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert [row["point"]["align.loss.temperature"] for row in result["rows"]] == ["0.2"]
+    assert "align.loss.temperature=0.05: failed" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_highest_success_is_over_training_seeds(config, tmp_path):
+    config = replace(config, output=str(tmp_path / "run"), seeds=(0, 1))
+    folder = sweep(config, {"policy.steps": ("1", "2")})
+    result = json.loads((folder / "sweep.json").read_text())
+    assert [point["groups"]["plain"]["success"]["seeds"] for point in result["points"]] == [2, 2]
+    for point in result["points"]:
+        of_seeds = [row["success"] for row in result["rows"] if row["point"] == point["point"]]
+        assert point["groups"]["plain"]["success"]["value"] == pytest.approx(sum(of_seeds) / 2)
+    page = (folder / "report.html").read_text()
+    assert "(2 training seeds), is at policy.steps=" in page
+    assert "Success over training seeds" in page
+
+
 def test_another_configuration_in_the_same_folder_is_refused(finished, config):
     other = replace(config, eval=replace(config.eval, episodes=12))
-    with pytest.raises(UserError, match="was begun with another eval"):
+    with pytest.raises(UserError, match=r"was begun with eval\.episodes=6, not 12"):
         sweep(other, {"align.loss.temperature": ("0.05",)})
 
 

@@ -1,9 +1,11 @@
 """The documentation's tables come from result files alone."""
 
 import json
+import shutil
 
 import pytest
 
+from vla import cli
 from vla.config import ResultsConfig
 from vla.eval.results import results
 from vla.types import UserError
@@ -59,4 +61,13 @@ def test_towers_become_a_table(tmp_path):
 
 def test_no_result_at_all_is_an_error(tmp_path):
     with pytest.raises(UserError, match="make tabletop"):
-        results(ResultsConfig(runs=str(tmp_path), docs=str(tmp_path / "results")))
+        cli.results([f"--runs={tmp_path}", f"--docs={tmp_path / 'results'}"])
+
+
+def test_comparisons_alone_make_their_page(tmp_path):
+    runs = tmp_path / "runs" / "compare" / "mine"
+    runs.mkdir(parents=True)
+    shutil.copy("docs/results/compare/metaworld_five.json", runs / "comparison.json")
+    cli.results([f"--runs={tmp_path / 'runs'}", f"--docs={tmp_path / 'docs' / 'results'}"])
+    assert (tmp_path / "docs" / "comparison_results.md").is_file()
+    assert not (tmp_path / "docs" / "results.md").exists()

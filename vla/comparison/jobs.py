@@ -2,14 +2,16 @@
 
 A job is done when the path it makes exists, and is run only if a missing result depends on it. A process takes the first job whose needs are met and that no other process
 holds; so the same command, started several times or by `accelerate launch`, shares the work, and started again it goes
-on. What a job prints goes into its log.txt.
+on. What a job prints goes into its log.txt, what its result depends on into its settings.json.
 """
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vla.locks import lock_folder
 from vla.types import UserError
@@ -54,16 +56,58 @@ def print_left(jobs: Sequence[Job]) -> None:
         print(f"  {job.name:40} {duration(job.seconds):>12}")
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None]) -> None:
-    """Work through the jobs together with other processes until no result is missing; `folder` takes locks and logs."""
-    while left := needed(jobs):
+def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None], settings: dict[str, Any]) -> dict[str, str]:
+    """Work through the jobs together with other processes until no result is missing; `folder` takes locks and logs.
+
+    A job that ends with a user's error, as one that diverges does, is passed over with those that need it.
+
+    Args:
+        settings: what the results depend on, kept beside each job's log.
+    Returns:
+        what failed, by name, with its error.
+    """
+    failed: dict[str, str] = {}
+    while left := reachable(needed(jobs), failed):
         missing = {job.name for job in left}
         ready = [job for job in left if not missing & set(job.needs)]
-        if not any(take(job, jobs, folder, say) for job in ready):
+        for job in ready:
+            try:
+                if take(job, jobs, folder, say, settings):
+                    break
+            except UserError as error:
+                failed[job.name] = str(error)
+                say(f"  {job.name} failed: {error}")
+                break
+        else:
             time.sleep(POLL)
+    return failed
 
 
-def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]) -> bool:
+def reachable(jobs: Sequence[Job], failed: Collection[str]) -> list[Job]:
+    """The jobs that neither failed nor need, over any number of others, one that did."""
+    lost, before = set(failed), -1
+    while len(lost) > before:
+        before = len(lost)
+        lost |= {job.name for job in jobs if lost & set(job.needs)}
+    return [job for job in jobs if job.name not in lost]
+
+
+def refuse_failed(failed: dict[str, str], folder: Path) -> None:
+    """Say what failed once everything else is done.
+
+    Raises:
+        UserError: something did.
+    """
+    if failed:
+        name, error = next(iter(failed.items()))
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise UserError(
+            f"{folder}: {name}{others} failed, everything that does not need it is done: {error} "
+            f"(log: {folder / 'jobs' / name / 'log.txt'})"
+        )
+
+
+def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None], settings: dict[str, Any]) -> bool:
     """Run the job unless another process holds it or has just finished it."""
     try:
         lock = lock_folder(folder / job.name)
@@ -76,6 +120,7 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
         seconds = sum(other.seconds for other in left)
         say(f"[{len(jobs) - len(left) + 1} of {len(jobs)}] {job.name}; about {duration(seconds)} of work left")
         started = time.monotonic()
+        (folder / job.name / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
         with (folder / job.name / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             job.run()
         if not job.makes.exists():

@@ -5,7 +5,9 @@ Every encoder gets the text tower of the aligned one of its seed, so that arms d
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -39,7 +41,7 @@ from vla.models.clip import (
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import train_align
 from vla.training.align_setup import make_encoders, make_model, make_stats
-from vla.training.policy import train_policy
+from vla.training.policy import check_head, train_policy
 from vla.types import UserError
 
 ALIGNED = (
@@ -48,16 +50,33 @@ ALIGNED = (
     "action",
     "all",
 )  # sources that are alignments, named by what of the triplets is shuffled
+NAME = re.compile(r"[A-Za-z0-9._-]+")  # of folders
+SET_HERE = {  # fields that every run gets from elsewhere
+    "align.output": "output",
+    "align.seed": "seeds",
+    "policy.output": "output",
+    "policy.seed": "seeds",
+    "policy.encoder": "encoders",
+    "eval.output": "output",
+    "eval.policy": "policies",
+}
+SET_BY_ARMS = dict.fromkeys(
+    ("align.shuffle", "policy.start", "policy.tune", "policy.tuned_part", "policy.hide"), "arms"
+)
 OWN_POOLER = ("none", "cloned")  # sources whose pooler was trained on the text features that all arms have
 
 
 def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
-    """NAME=FOLDER texts as a mapping; UserError if one is not of that form or its folder is absent."""
+    """NAME=FOLDER texts as a mapping; UserError if one is not of that form, its name is another thing's, or its folder is absent."""
     folders = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
         if not (equals and name and Path(folder).is_dir()):
             raise UserError(f"config error: {field}: {pair!r} is not NAME=FOLDER of an existing folder")
+        if not NAME.fullmatch(name) or set(name) == {"."}:
+            raise UserError(f"config error: {field}: {name!r} names a folder; take letters, digits, '.', '_' and '-'")
+        if name in ARMS or name in (*get_args(Source), "cloning"):
+            raise UserError(f"config error: {field}: {name!r} is taken; choose another name")
         folders[name] = Path(folder)
     return folders
 
@@ -86,8 +105,6 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
         if arms[name].after not in ("", *config.arms):
             raise UserError(f"config error: arms: {name} goes on from {arms[name].after}; name that, too")
     for name, folder in named(config.encoders, "encoders").items():
-        if name in get_args(Source):
-            raise UserError(f"config error: encoders: {name!r} is taken; choose another name")
         alone = vision_alone(folder)
         what = "the vision model" if alone else "the encoder"
         arms[name] = Arm("vision" if alone else "named", f"{what} {folder}, frozen", name=name)
@@ -129,6 +146,21 @@ def check_numbers(config: CompareConfig) -> None:
     if beyond:
         raise UserError(f"config error: align.snapshots: {beyond[0]} is not a step of 1 to {config.align.steps}")
     check_episodes(config.eval)
+    check_set_here(config, SET_HERE | SET_BY_ARMS)
+    check_head(config.policy)
+
+
+def check_set_here(config: CompareConfig | SweepConfig, fields: Mapping[str, str]) -> None:
+    """Refuse values that would be passed over: of `fields`, each with what decides instead, and of stage two's data.
+
+    Raises:
+        UserError: names the field.
+    """
+    usual = type(config)()
+    for name, instead in fields.items():
+        stage, _, field = name.partition(".")
+        if getattr(getattr(config, stage), field) != getattr(getattr(usual, stage), field):
+            raise UserError(f"config error: {name}: is set for every run; {instead} decides here")
     surplus = config_differences(config.policy.data, DataConfig())
     if surplus:
         raise UserError(

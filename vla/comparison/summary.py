@@ -14,6 +14,7 @@ from vla.comparison.arms import CONTRASTS, Arm
 from vla.comparison.plan import chosen_arms, encoder_folder, named, numbers_of
 from vla.config import CompareConfig
 from vla.eval.statistics import Estimate, crossed_interval, holm, paired_p_value
+from vla.types import UserError
 
 # Which episodes a number is of: by kind of episode and split.
 GROUPS: dict[str, tuple[str, frozenset[str] | None]] = {
@@ -55,12 +56,12 @@ def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estim
     Episodes of one seed show one scene in every split and level, so their mean is what counts as an observation.
 
     Raises:
-        ValueError: the runs do not hold the same episodes.
+        UserError: the runs do not hold the same episodes.
     """
     keys = sorted(runs[0])
     for other in [*runs, *(minus or [])]:
         if sorted(other) != keys:
-            raise ValueError("the runs hold different episodes; evaluate them with the same seeds and splits")
+            raise UserError("the runs hold different episodes; evaluate them with the same seeds and splits")
     matrix = np.array([[run[key] for key in keys] for run in runs], float)
     if minus is not None:
         matrix = matrix - np.array([[run[key] for key in keys] for run in minus], float)

@@ -7,6 +7,7 @@ configuration as it is. Points that differ in stage two alone share their alignm
 """
 
 import csv
+import hashlib
 import itertools
 import json
 import sys
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch
 
-from vla.comparison.compare import check_same, with_precision
+from vla.comparison.begun import check_same, comparable, with_precision
+from vla.comparison.compare import leave_the_launcher
 from vla.comparison.estimates import stage_seconds
-from vla.comparison.jobs import Job, in_short, print_left, run_jobs
-from vla.comparison.plan import check_episodes, config_differences, write_json
+from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
+from vla.comparison.plan import SET_HERE, check_episodes, check_set_here, write_json
 from vla.comparison.report import interval
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
-from vla.config import DataConfig, SweepConfig
+from vla.config import SweepConfig
 from vla.config_io import ConfigError, check, set_field, to_dict
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_pictures
@@ -35,15 +37,13 @@ from vla.integrations.collect import collect
 from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
-from vla.training.policy import train_policy
+from vla.training.policy import check_head, train_policy
 from vla.training.pretrained import check_start
 from vla.versions import versions
 
 SWEPT = ("align", "policy")  # stages whose fields can be swept
-SET_HERE = {f"{stage}.{field}" for stage in SWEPT for field in ("output", "seed", "resume")} | {
-    "policy.encoder",
-    "align.data.root",
-}
+NOT_SWEPT = {*SET_HERE, "align.resume", "policy.resume", "align.data.root"}
+LONGEST = 150  # of a folder's name, which job names lengthen
 SHARE = "align.wise_ft"  # where it varies, every share of one alignment is an encoder
 MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_probe_r2", "state_probe_r2")
 
@@ -82,24 +82,31 @@ def at_point(config: SweepConfig, point: Point) -> SweepConfig:
     for name, text in point.items():
         if name.partition(".")[0] not in SWEPT:
             raise ConfigError(f"{name}: fields of {' and '.join(SWEPT)} can be swept or ablated, as align.steps can")
-        if name in SET_HERE or name.startswith("policy.data."):
+        if name in NOT_SWEPT or name.startswith("policy.data."):
             raise ConfigError(
                 f"{name}: the sweep sets it itself; stage two gets align.data and the encoder of its point"
             )
         set_field(config, name, text, where="sweep", from_text=True)
     check(config)
+    check_head(config.policy)
     return config
 
 
 def label(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
-    """`align.loss.temperature=0.07,policy.steps=1000`, of some stages' fields; also a folder's name."""
-    parts = [f"{n}={v}" for n, v in point.items() if n.partition(".")[0] in stages]
-    return ",".join(parts).replace("/", "_") or "default"
+    """`align.loss.temperature=0.07,policy.steps=1000`, of some stages' fields."""
+    return ",".join(f"{n}={v}" for n, v in point.items() if n.partition(".")[0] in stages) or "default"
+
+
+def folder_name(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
+    """The label, if a folder can be named so; else what can be of it, and a digest that tells it from others."""
+    text = label(point, stages)
+    short = text.replace("/", "_")[:LONGEST]
+    return short if short == text else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def alignment_of(point: Point) -> str:
     """The folder's name of a point's alignment, which points that differ in later stages or in the share taken of it have in common."""
-    return label({name: value for name, value in point.items() if name != SHARE}, ("align",))
+    return folder_name({name: value for name, value in point.items() if name != SHARE}, ("align",))
 
 
 def share_of(config: SweepConfig, point: Point) -> float | None:
@@ -120,7 +127,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     """Run what is left of the sweep, alone or together with other processes, and return its folder; None of a dry run.
 
     Raises:
-        UserError: nothing is swept, or a field or value that cannot be.
+        UserError: nothing is swept, a field or value that cannot be, or a job failed by a user's error.
     """
     if not (swept or config.ablations):
         raise ConfigError(
@@ -130,6 +137,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
         raise ConfigError(f"ablations: leave out --sweep.{next(iter(swept))}, or give --ablations=[]")
     check_points(config)
     torch.set_num_threads(config.policy.threads)
+    leave_the_launcher()
     folder = Path(config.output)
     config = with_precision(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
@@ -143,12 +151,15 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
             by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
     jobs = list(by_name.values())
     print("sweep: " + in_short(jobs))
+    check_same(folder, config, keep=not config.dry_run)
     if config.dry_run:
         print_left(jobs)
         return None
-    check_same(folder, config)
-    run_jobs(jobs, folder / "jobs", print)
-    finish(config, swept, chosen, folder)
+    failed = run_jobs(jobs, folder / "jobs", print, comparable(config))
+    done = [point for point in chosen if all(result_of(folder, point, seed).is_file() for seed in config.seeds)]
+    if done:
+        finish(config, swept, done, chosen, folder)
+    refuse_failed(failed, folder)
     return folder
 
 
@@ -184,24 +195,31 @@ def check_points(config: SweepConfig) -> None:
     if not config.seeds or min(config.seeds) < 0:
         raise ConfigError(f"seeds: {list(config.seeds)}; give at least one number, none below 0")
     check_episodes(config.eval)
-    surplus = config_differences(config.policy.data, DataConfig())
-    if surplus:
-        raise ConfigError(f"policy.data.{surplus[0]}: stage two gets align.data; set align.data.{surplus[0]}")
+    check_set_here(config, SET_HERE)
 
 
-def finish(config: SweepConfig, swept: dict[str, tuple[str, ...]], chosen: list[Point], folder: Path) -> None:
-    """Write sweep.json, sweep.csv and report.html; several processes do so one after the other."""
+def result_of(folder: Path, point: Point, seed: int) -> Path:
+    """The evaluation of a point and training seed."""
+    return folder / "eval" / folder_name(point) / str(seed) / "eval.json"
+
+
+def finish(
+    config: SweepConfig, swept: dict[str, tuple[str, ...]], done: list[Point], chosen: list[Point], folder: Path
+) -> None:
+    """Write sweep.json, sweep.csv and report.html of the points that are done; several processes do so one after the other."""
     with waiting_lock(folder / "jobs" / "report"):
-        rows = [row_of(folder, point, seed) for point in chosen for seed in config.seeds]
-        differences = [] if swept else [difference_of(folder, chosen[0], point, config.seeds) for point in chosen]
-        result = {"swept": swept, "rows": rows, "differences": differences, "config": to_dict(config)}
+        rows = [row_of(folder, point, seed) for point in done for seed in config.seeds]
+        reference = chosen[0] if chosen[0] in done and not swept else None
+        points = [point_of(folder, point, config.seeds, reference) for point in done]
+        result = {"swept": swept, "rows": rows, "points": points, "config": to_dict(config)}
+        result["failed"] = [point for point in chosen if point not in done]
         result |= {"command": " ".join(["python", *sys.argv]), "versions": versions()}
         write_json(folder / "sweep.json", result)
-        fields = list(dict.fromkeys(name for point in chosen for name in point))
+        fields = list(dict.fromkeys(name for point in done for name in point))
         with (folder / "sweep.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, fieldnames=[*fields, "seed", "success", "low", "high", "n", *MEASURES])
             table.writeheader()
-            table.writerows(flat(row) for row in rows)
+            table.writerows(csv_row(row) for row in rows)
         write_report(folder / "report.html", sweep_report(result))
     for row in rows:
         print(f"  {label(row['point']):40} seed {row['seed']}  {with_interval(row['success'], row['interval'])}")
@@ -211,8 +229,8 @@ def finish(config: SweepConfig, swept: dict[str, tuple[str, ...]], chosen: list[
 def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[Job]:
     """The jobs of one point and training seed; points may share the first ones."""
     aligned = folder / "align" / alignment_of(point) / str(seed)
-    run = folder / "policy" / label(point) / str(seed)
-    result = folder / "eval" / label(point) / str(seed)
+    run = folder / "policy" / folder_name(point) / str(seed)
+    result = folder / "eval" / folder_name(point) / str(seed)
     share = share_of(config, point)
     encoder = aligned / "clip" if share is None else aligned / "wise_ft" / f"{share:g}" / "clip"
     align = replace(config.align, output=str(aligned), seed=seed, resume=True)
@@ -227,8 +245,10 @@ def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[
     if share is not None:
         name = f"share-{alignment_of(point)}-{share:g}-{seed}"
         taken = Job(name, encoder, partial(export_share, align, share), (first.name,))
-    second = Job(f"policy-{label(point)}-{seed}", run / "policy", partial(train_policy, policy), (taken.name,))
-    third = Job(f"eval-{label(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,))
+    second = Job(f"policy-{folder_name(point)}-{seed}", run / "policy", partial(train_policy, policy), (taken.name,))
+    third = Job(
+        f"eval-{folder_name(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,)
+    )
     return [data, first, *([taken] if taken is not first else []), second, third]
 
 
@@ -246,7 +266,7 @@ def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
     """What came out of one point and training seed."""
     aligned = json.loads((folder / "align" / alignment_of(point) / str(seed) / "alignment.json").read_text())
     measures = {} if SHARE in point else aligned["metrics"]  # those are of the trained end
-    result = json.loads((folder / "eval" / label(point) / str(seed) / "eval.json").read_text())
+    result = json.loads(result_of(folder, point, seed).read_text())
     return {
         "point": point,
         "seed": seed,
@@ -259,23 +279,23 @@ def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
     }
 
 
-def difference_of(folder: Path, whole: Point, point: Point, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Success at a point and its difference from `whole`, over training seeds and by group of episodes."""
+def point_of(folder: Path, point: Point, seeds: tuple[int, ...], reference: Point | None) -> dict[str, Any]:
+    """Success at a point over training seeds, by group of episodes, and its difference from a reference."""
 
     def outcomes(at: Point) -> list[dict[str, Outcomes]]:
-        return [read_outcomes(folder / "eval" / label(at) / str(seed) / "eval.json") for seed in seeds]
+        return [read_outcomes(result_of(folder, at, seed)) for seed in seeds]
 
-    there, here = outcomes(whole), outcomes(point)
+    here, there = outcomes(point), outcomes(reference) if reference is not None else []
     groups = {}
     for group in here[0]:
         firsts = [run[group] for run in here]
         groups[group] = {"success": asdict(estimate(firsts))}
-        if point != whole:
+        if there and point != reference:
             groups[group]["difference"] = asdict(estimate(firsts, minus=[run[group] for run in there]))
     return {"point": point, "groups": groups}
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
+def csv_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the CSV."""
     low, high = row["interval"]
     rates = {"seed": row["seed"], "success": row["success"], "low": low, "high": high, "n": row["n"]}
@@ -284,7 +304,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def sweep_report(result: dict[str, Any]) -> Report:
     """One table, and a figure for each swept field or a table of what each ablation changes."""
-    swept, rows = result["swept"], result["rows"]
+    swept, rows, points = result["swept"], result["rows"], result["points"]
     lines = tuple(
         (
             label(row["point"]),
@@ -302,35 +322,53 @@ def sweep_report(result: dict[str, Any]) -> Report:
         *(name.replace("_", " ") for name in MEASURES),
         "minutes of stage one",
     )
-    every = Section("All points", "", (Table("Success and alignment measures", header, lines),))
+    every = Section("All runs", "", (Table("Success and alignment measures", header, lines),))
     if swept:
-        best = max(rows, key=lambda row: row["success"])
-        title, answers = (
-            f"Sweep of {', '.join(swept)}",
-            (
-                f"The highest success, {with_interval(best['success'], best['interval'])}, is at {label(best['point'])} "
-                f"(training seed {best['seed']}). The best of several is too high by chance; its neighbours say whether it "
-                "stands out.",
-            ),
-        )
-        parts = tuple(Section(name, "", (field_figure(name, values, rows),)) for name, values in swept.items())
+        title, answers = f"Sweep of {', '.join(swept)}", (highest_sentence(points),)
+        parts = [Section(name, "", (field_figure(name, values, points, rows),)) for name, values in swept.items()]
+        if points[0]["groups"]["plain"]["success"]["seeds"] > 1:
+            parts.insert(
+                0, Section("All points", "Intervals are over training seeds and episodes.", (points_table(points),))
+            )
     else:
-        title, answers = "What each part gives", ablation_sentences(result["differences"][1:])
-        parts = (
+        compared = [point for point in points if "difference" in point["groups"]["plain"]]
+        title, answers = "What each part gives", ablation_sentences(compared)
+        parts = [
             Section(
                 "One change at a time",
                 "Each run against the configuration as it is, on the same episodes, in points of success. Intervals are over "
                 "training seeds and episodes; with one seed over episodes alone.",
-                (ablation_table(result["differences"]),),
-            ),
-        )
+                (ablation_table(points),) if compared else (),
+            )
+        ]
+    failed = tuple(f"{label(point)}: failed, see the logs in jobs." for point in result["failed"])
     return Report(
         title=title,
-        answers=answers,
-        sections=(*parts, every) if not swept else (every, *parts),
+        answers=(*failed, *answers),
+        sections=(*parts, every),
         command=result.get("command", ""),
         protocol={key: str(value) for key, value in result["versions"].items()},
     )
+
+
+def highest_sentence(points: list[dict[str, Any]]) -> str:
+    """Which point succeeds most, over its training seeds."""
+    best = max(points, key=lambda point: point["groups"]["plain"]["success"]["value"])
+    success = best["groups"]["plain"]["success"]
+    seeds = f"{success['seeds']} training seeds" if success["seeds"] > 1 else "one training seed"
+    return (
+        f"The highest success, {interval(success)} ({seeds}), is at {label(best['point'])}. The best of several is too high by "
+        "chance; its neighbours say whether it stands out."
+    )
+
+
+def points_table(points: list[dict[str, Any]]) -> Table:
+    """Success over training seeds at every point, by group of episodes."""
+    groups = tuple(points[0]["groups"])
+    lines = tuple(
+        (label(point["point"]), *(interval(point["groups"][group]["success"]) for group in groups)) for point in points
+    )
+    return Table("Success over training seeds", ("values", *groups), lines)
 
 
 def ablation_sentences(rows: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -345,7 +383,7 @@ def ablation_sentences(rows: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> Table:
-    """Success as it is and the differences of all changes, by group of episodes."""
+    """Success of the first as it is and the differences of all changes from it, by group of episodes."""
     groups = tuple(rows[0]["groups"])
     lines = [("as it is", *(interval(rows[0]["groups"][group]["success"]) for group in groups))]
     for row in rows[1:]:
@@ -361,19 +399,23 @@ def points_of_success(difference: dict[str, Any]) -> str:
     return f"{value:+.0f} [{low:+.0f}, {high:+.0f}]"
 
 
-def field_figure(name: str, values: tuple[str, ...], rows: list[dict[str, Any]]) -> Figure:
-    """Success with its interval, and the probe for the instructed object, against one field's values."""
+def field_figure(
+    name: str, values: tuple[str, ...], points: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> Figure:
+    """Success over training seeds with its interval, and each run's probe for the instructed object, against one field's values."""
 
     def draw(axes) -> None:
+        for point in points:
+            success, x = point["groups"]["plain"]["success"], values.index(point["point"][name])
+            spread = [[success["value"] - success["low"]], [success["high"] - success["value"]]]
+            axes.errorbar([x], [success["value"]], yerr=spread, marker="o", capsize=3, color=COLORS[0])
         for row in rows:
-            x = values.index(row["point"][name])
-            spread = [[row["success"] - row["interval"][0]], [row["interval"][1] - row["success"]]]
-            axes.errorbar([x], [row["success"]], yerr=spread, marker="o", capsize=3, color=COLORS[0])
             if "target_probe_r2" in row["measures"]:
+                x = values.index(row["point"][name])
                 axes.plot([x], [max(0.0, row["measures"]["target_probe_r2"])], marker="s", color=COLORS[1])
         axes.set(xticks=range(len(values)), xticklabels=values, ylim=(0, 1), xlabel=name)
         axes.set_ylabel("success (dots), probe for the instructed object (squares)", fontsize=8)
         axes.grid(axis="y", alpha=0.3)
 
-    said = "; ".join(f"{row['point'][name]}: {with_interval(row['success'], row['interval'])}" for row in rows)
+    said = "; ".join(f"{point['point'][name]}: {interval(point['groups']['plain']['success'])}" for point in points)
     return figure(draw, f"Success against {name}: {said}.")

@@ -114,7 +114,7 @@ def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...
             raise UserError(f"config error: tasks: {task!r} is not a task of {config.env}; known: {environment.TASKS}")
     if config.end_on_success and config.grounding_episodes:
         raise UserError(
-            "config error: end_on_success: grounding needs episodes that run on; add --grounding_episodes=0 or leave it out"
+            "config error: end_on_success: grounding needs episodes that run on; set grounding_episodes to 0, or leave it out"
         )
     known = environment.splits()
     names = list(config.splits)

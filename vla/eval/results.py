@@ -12,7 +12,6 @@ import yaml
 
 from vla.config import ResultsConfig
 from vla.eval.pictures import tabletop_picture
-from vla.types import UserError
 
 HEAD = """\
 # Results
@@ -23,12 +22,8 @@ Brackets are 95 % intervals: Wilson's, and Student's t over scenes for the groun
 """
 
 
-def results(config: ResultsConfig) -> Path:
-    """Take up finished runs, write the tables and return their file.
-
-    Raises:
-        UserError: there is no result at all.
-    """
+def results(config: ResultsConfig) -> Path | None:
+    """Take up finished evaluations, write the tables and return their file; None if there is nothing."""
     folder = Path(config.docs)
     for path in sorted((Path(config.runs) / "eval").rglob("eval.json")):
         name = "-".join(path.relative_to(Path(config.runs) / "eval").parent.parts)
@@ -37,7 +32,7 @@ def results(config: ResultsConfig) -> Path:
             (folder / f"{name}.json").write_text(json.dumps(take_up(path), indent=1) + "\n")
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not records:
-        raise UserError(f"{config.runs}: no eval/**/eval.json; run `make tabletop` first")
+        return None
     for name, taken in (("bench", bench_file(Path(config.runs))), ("towers", towers(Path(config.runs)))):
         if taken:
             (folder / name).mkdir(exist_ok=True)

@@ -80,11 +80,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     accelerator = make_accelerator(config.precision)
     if accelerator.num_processes > 1:
         raise UserError("stage two runs in one process here; for several, `lerobot-train --policy.type=concord`")
-    if config.head.n_action_steps > config.head.horizon:
-        raise UserError(
-            f"config error: head.n_action_steps must be at most head.horizon, got {config.head.n_action_steps} "
-            f"and {config.head.horizon}"
-        )
+    check_head(config)
     torch.manual_seed(config.seed)
     run = RunFolder(Path(config.output), config, resume=config.resume)
     if (run.folder / "policy").is_dir():
@@ -210,6 +206,19 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
+
+
+def check_head(config: PolicyTrainConfig) -> None:
+    """Refuse a head that executes more than it predicts.
+
+    Raises:
+        UserError: names both fields.
+    """
+    if config.head.n_action_steps > config.head.horizon:
+        raise UserError(
+            f"config error: head.n_action_steps must be at most head.horizon, got {config.head.n_action_steps} "
+            f"and {config.head.horizon}"
+        )
 
 
 def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episodes, list[np.ndarray], np.ndarray]:

@@ -1,0 +1,139 @@
+"""What the folder of a comparison or sweep was begun with, and that nothing else gets into it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from vla.comparison.plan import write_json
+from vla.config import CompareConfig, SweepConfig
+from vla.config_io import filled, to_dict
+from vla.data.episodes import fingerprint
+from vla.precision import chosen_precision
+from vla.types import UserError
+
+BEFORE = {"transfer_weight": 0.0}  # what versions without the field did with transfer
+GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
+GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
+# Changing these changes no result.
+FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size", "stream", "cache", "save_every", "log_every")
+
+
+def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool = True) -> None:
+    """Refuse to mix the results of two configurations or of two data sets; arms, encoders, seeds, numbers and ablations may be added.
+
+    Args:
+        keep: write down what the folder was begun with.
+    Raises:
+        UserError: a field that changes results differs from what the folder, or a job in it, was begun with, a name had another folder, or the
+            demonstrations have changed.
+    """
+    path = folder / "begun.json"
+    given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
+    begun = without(json.loads(path.read_text()), FREE_FIELDS) if path.is_file() else comparable(config) | given
+    if found := changes(begun, config):
+        raise UserError(f"{folder}: was begun with {', '.join(found)}; choose another --output")
+    for job in sorted(folder.glob("jobs/*/settings.json")):
+        if found := changes(json.loads(job.read_text()), config):
+            raise UserError(f"{job.parent}: was run with {', '.join(found)}; results of both are not one comparison")
+    for field, folders in given.items():
+        before = begun.get(field, {})
+        for name in folders:
+            if before.get(name, folders[name]) != folders[name]:
+                raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
+        begun[field] = before | folders
+    check_data_there(folder)
+    if keep:
+        write_json(path, begun)
+
+
+def changes(begun: dict, config: CompareConfig | SweepConfig) -> list[str]:
+    """`align.steps=800, not 900`: every field that changes results and was another then.
+
+    Fields that an older version did not know had their defaults.
+    """
+    wanted, usual = comparable(config), comparable(type(config)())
+    made_with = filled(without(begun, FREE_FIELDS), usual | (BEFORE if begun.get("transfer") else {}))
+    before, now = flat(made_with), flat(wanted)
+    return [
+        f"{name}={json.dumps(before.get(name))}, not {json.dumps(now.get(name))}"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    ]
+
+
+def flat(tree: dict, path: str = "") -> dict:
+    """A nested mapping by dotted names."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+def check_data_there(folder: Path) -> None:
+    """Refuse demonstrations that are not those that the folder was begun with; absent ones are of another machine.
+
+    Raises:
+        UserError: names the data set and both fingerprints.
+    """
+    path = folder / "data.json"
+    made = json.loads(path.read_text()) if path.is_file() else {}
+    fingerprints = {made["root"]: made["fingerprint"]} if made else {}
+    fingerprints |= {root: record["fingerprint"] for root, record in made.get("cloned", {}).items()}
+    fingerprints |= {record["root"]: record["fingerprint"] for record in [made.get("play")] if record}
+    for root, before in fingerprints.items():
+        if (Path(root) / "meta" / "info.json").is_file() and (now := fingerprint(Path(root))) != before:
+            raise UserError(
+                f"{root}: has changed since {path} was written (fingerprints {before} and {now}); restore it, or choose another --output"
+            )
+
+
+def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> C:
+    """With one precision for every job: of "auto", the folder's if it was begun, else what suits this machine."""
+    path = folder / "begun.json"
+    begun = json.loads(path.read_text()) if path.is_file() else {}
+
+    def of(stage: str) -> str:
+        wanted = getattr(config, stage).precision
+        return chosen_precision(begun.get(stage, {}).get("precision", wanted) if wanted == "auto" else wanted)
+
+    align, policy = (replace(getattr(config, stage), precision=of(stage)) for stage in ("align", "policy"))
+    return replace(config, align=align, policy=policy)
+
+
+def comparable(config: CompareConfig | SweepConfig) -> dict:
+    """What changes results, and may not change within a folder."""
+    fields = {key: value for key, value in to_dict(config).items() if key not in GROWING}
+    return json.loads(json.dumps(without(fields, FREE_FIELDS)))
+
+
+def without(tree: dict, names: tuple[str, ...]) -> dict:
+    """The mapping without some keys, at any depth; `policy.batch_size` stays, since training depends on it."""
+    return {
+        key: without(value, names) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in names or (key == "batch_size" and "steps" in tree)
+    }
+
+
+def records(folder: Path, name: str) -> dict[Path, dict]:
+    """The JSON files of a name that trained encoders and policies left."""
+    paths = (path for stage in ("align", "policy") for path in sorted(folder.glob(f"{stage}/**/{name}")))
+    return {path: json.loads(path.read_text()) for path in paths}
+
+
+def check_same_data(folder: Path) -> None:
+    """Refuse to compare runs of one data set that saw different files of it, as runs of several machines may have.
+
+    Raises:
+        UserError: two fingerprints; names a run of each.
+    """
+    for name in ("alignment.json", "concord.json"):
+        first: dict[str, tuple[str, Path]] = {}
+        for path, record in records(folder, name).items():
+            data = record["data"]
+            seen, other = first.setdefault(data["root"], (data["fingerprint"], path))
+            if seen != data["fingerprint"]:
+                raise UserError(
+                    f"{path}: was trained on another {data['root']} than {other} (fingerprints {data['fingerprint']} "
+                    f"and {seen}); delete one of them and run again"
+                )
