@@ -48,7 +48,7 @@ def run_and_kill(script: str, config, folder: Path, at_step: int) -> None:
     assert (folder / "checkpoints").exists() or at_step < config.save_every
 
 
-@pytest.mark.parametrize("at_step", [1, 3, 5])
+@pytest.mark.parametrize("at_step", [1, 3])
 def test_stage_one_resumes_exactly(align_config, tmp_path, at_step):
     config = replace(align_config, steps=8, chunk=5, eval_every=0, save_every=2, output=str(tmp_path / "whole"))
     train_align(config)
