@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,8 +145,7 @@ def test_every_job_was_run_once(finished):
 
 
 def test_again_it_has_nothing_to_do(finished, data_root, encoder, capsys):
-    config = debug(CompareConfig, "compare", output=str(finished), demonstrations=(1,), arms=("aligned-frozen",))
-    config.align.data.root = str(data_root)
+    config = of_one_arm(finished, data_root)
     config.policy.save_every = 77  # which changes no result
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("eval.json")}
     compare(config)
@@ -158,7 +158,12 @@ def gathered(finished: Path, data_root: Path, moved: Path) -> CompareConfig:
     for path in (path for kind in ("json", "jsonl", "html") for path in finished.rglob(f"*.{kind}")):
         (moved / path.relative_to(finished)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, moved / path.relative_to(finished))
-    config = debug(CompareConfig, "compare", output=str(moved), demonstrations=(1,), arms=("aligned-frozen",))
+    return of_one_arm(moved, data_root)
+
+
+def of_one_arm(folder: Path, data_root: Path) -> CompareConfig:
+    """A part of the comparison, in a folder."""
+    config = debug(CompareConfig, "compare", output=str(folder), demonstrations=(1,), arms=("aligned-frozen",))
     config.align.data.root = str(data_root)
     return config
 
@@ -166,7 +171,24 @@ def gathered(finished: Path, data_root: Path, moved: Path) -> CompareConfig:
 def test_the_small_files_alone_make_the_same_result_on_another_machine(finished, data_root, tmp_path, capsys):
     moved = tmp_path / "moved"
     compare(gathered(finished, data_root, moved))
-    assert "0 left" in capsys.readouterr().out
+    assert_the_same_result(finished, moved, capsys.readouterr().out)
+
+
+def test_the_records_that_the_page_links_make_the_same_result(finished, data_root, tmp_path, capsys):
+    (tmp_path / "outputs" / "compare").mkdir(parents=True)
+    (tmp_path / "outputs" / "compare" / "mine").symlink_to(finished)
+    page = comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=str(tmp_path / "docs" / "results")))
+    (link,) = re.findall(r"\[mine\.zip\]\(([^)]*)\)", page.read_text())
+    with zipfile.ZipFile(page.parent / link) as records:
+        records.extractall(tmp_path / "moved")
+    assert not list((tmp_path / "moved").rglob("*.safetensors"))
+    compare(of_one_arm(tmp_path / "moved", data_root))
+    assert_the_same_result(finished, tmp_path / "moved", capsys.readouterr().out)
+
+
+def assert_the_same_result(finished: Path, moved: Path, printed: str) -> None:
+    """Nothing was run for it."""
+    assert "0 left" in printed
     there, here = (json.loads((folder / "comparison.json").read_text()) for folder in (finished, moved))
     assert here["success"]
     assert all(row in there["success"] for row in here["success"])
