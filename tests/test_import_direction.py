@@ -13,17 +13,19 @@ ALLOWED = {
     "vla/precision.py": set(),
     "vla/versions.py": {"vla.precision"},
     "vla/config.py": set(),
-    "vla/config_io.py": {"vla.types"},
-    "vla/locks.py": {"vla.types"},
+    "vla/files.py": set(),
+    "vla/config_io.py": {"vla.types", "vla.files"},
+    "vla/locks.py": {"vla.types", "vla.files"},
     "vla/workers.py": set(),
     "vla/losses": set(),
-    "vla/data": TYPES,
+    "vla/data": TYPES | {"vla.files"},
     "vla/models": TYPES | {"vla.losses"},
     "vla/policies": TYPES | {"vla.models", "vla.losses", "vla.precision"},
     "vla/eval": TYPES
     | {"vla.config_io", "vla.versions", "vla.locks", "vla.workers", "vla.data", "vla.models", "vla.policies", "envs"},
     "vla/training": TYPES
     | {
+        "vla.files",
         "vla.config_io",
         "vla.versions",
         "vla.precision",

@@ -1,10 +1,12 @@
 """Two processes never write into one folder."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
+from vla import locks
 from vla.locks import lock_folder
 from vla.types import UserError
 
@@ -20,6 +22,21 @@ def test_a_folder_that_another_process_writes_into_is_refused(tmp_path):
         with pytest.raises(UserError, match="another process is writing into it"):
             lock_folder(tmp_path)
         other.kill()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written into .*; choose another --output"):
+        lock_folder(tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def missing(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", missing)
+    with pytest.raises(UserError, match=r"cannot be locked \(Function not implemented\)"):
+        lock_folder(tmp_path)
 
 
 def test_a_killed_process_leaves_the_folder_free(tmp_path):

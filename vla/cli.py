@@ -5,7 +5,6 @@ its result, or None. With `--json` among the flags, standard output is that resu
 nothing else; what people read goes to standard error.
 """
 
-import errno
 import json
 import os
 import sys
@@ -13,7 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vla.config_io import HelpRequested, load_config, split_flags
+from vla.files import is_disk_full
 from vla.types import UserError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -155,10 +157,14 @@ def run(verb: str, argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
             raise
-        print(f"{error.filename or 'output'}: disk full; free some space and run the command again", file=sys.stderr)
+        where = getattr(error, "filename", None) or "output"
+        print(
+            f"{where}: disk full; free some space and run the same command again (training: with --resume=true)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again (training: with --resume=true) to go on", file=sys.stderr)

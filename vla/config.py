@@ -46,7 +46,7 @@ class DataConfig:
     cache: str | None = None  # folder of the frame store; default: ROOT/.concord
     stream: bool = False  # decode pictures whenever they are read, store none: for data that does not fit on the disk
     holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
-    episodes_per_task: int | None = None  # use at most this many training episodes of each task
+    episodes_per_task: int | None = number(None, 1)  # use at most this many training episodes of each task
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
     color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
     pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from vla.files import write_whole
 from vla.types import UserError
 
 
@@ -28,10 +29,10 @@ class HelpRequested(Exception):
 
 
 def load_config[C](cls: type[C], argv: list[str]) -> C:
-    """Build a configuration from `--config_path FILE` and `--field.subfield=value` flags.
+    """Build a configuration from `--config_path FILE` and `--field.subfield=value` flags, of which the last of a field counts.
 
     Raises:
-        ConfigError: unreadable file, unknown or repeated key, wrong type or value.
+        ConfigError: unreadable file, unknown key, key that a file repeats, wrong type or value.
         HelpRequested: --help or -h.
     """
     if any(argument in ("-h", "--help") for argument in argv):
@@ -261,7 +262,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_yaml(config: Any, path: Path) -> None:
     """The resolved configuration; `--config_path` reads it back to an equal one."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_whole(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def help_text(cls: type) -> str:

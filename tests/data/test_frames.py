@@ -1,5 +1,7 @@
 """The frame store is decoded once, and again when it is damaged."""
 
+import errno
+import os
 import shutil
 
 import numpy as np
@@ -49,6 +51,17 @@ def test_a_picture_that_is_none_is_named(data_root, tmp_path):
     with pytest.raises(UserError, match=r"observation\.image of row 4 in row group 0 is not a picture"):
         open_frames(read_episodes(root), 32, workers=1)
     assert not list((root / ".concord").glob("*.npy"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
+def test_the_frame_store_takes_its_space_before_pictures_are_written(data_root, tmp_path, monkeypatch):
+    def full(descriptor, first, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="disk full while building the frame store"):
+        open_frames(read_episodes(data_root), 48, str(tmp_path / "cache"), workers=1)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_full_disk_is_one_line(data_root, tmp_path, monkeypatch):

@@ -49,9 +49,10 @@ def tables(of: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         goals = {row["goal_id"] for row in rows if row["frame_of_row"] == frame}
         scenes = {row["scene_id"] for row in rows if row["frame_of_row"] == frame} - {-1}
         same_scene = [row for row in rows if row["scene_id"] in scenes]
+        asked_there = {row["goal_id"] for row in same_scene}
         for text in range(TEXTS):
             right = any(row["goal_id"] in goals and row["text_of_row"] == text for row in rows)
-            named = any(row["text_of_row"] == text for row in same_scene)
+            named = any(row["text_of_row"] == text and row["goal_id"] in asked_there for row in rows)
             positives[frame, text] = right
             paired = any(row["pair_of_row"] == text for row in same_scene)
             decided[frame, text] = (right or not named) if text in asked else paired
@@ -67,6 +68,13 @@ def test_lookups_are_those_of_tables_of_all_pairs(frames, texts):
     assert torch.equal(pairs.decided(frames, texts), decided[frames][:, texts])
 
 
+def test_another_wording_of_what_a_scene_is_asked_is_not_wrong_of_its_other_images():
+    """Scene 0 is asked goals 0 and 1, goal 1 as text 1; scene 1 asks goal 1 as text 2."""
+    row = torch.arange(3)
+    pairs = pairing(row, row, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), frames=3, texts=3)
+    assert pairs.decided(slice(None)).tolist() == [[True, False, False], [False, True, True], [True, True, True]]
+
+
 def test_who_belongs_to_anyone_keeps_the_same_positives():
     pairs = pairing(**ids(), frames=FRAMES, texts=TEXTS)
     images, texts, told = pairs.told()
@@ -79,5 +87,5 @@ def test_lookups_grow_with_the_rows_and_not_with_their_square():
     index = torch.arange(count)
     pairs = pairing(index, index, index, index, count, count)
     tensors = [pairs.frame_of_row, pairs.goal_of_row, pairs.scene_of_frame]
-    tensors += [side for relation in (pairs.goal_texts, pairs.scene_texts) for side in vars(relation).values()]
+    tensors += [side for relation in (pairs.goal_texts, pairs.scene_goals) for side in vars(relation).values()]
     assert sum(tensor.numel() for tensor in tensors) == 7 * count

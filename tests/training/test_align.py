@@ -69,6 +69,23 @@ def test_what_is_no_temperature_of_a_pair_is_refused(align_config, tmp_path, tex
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"snapshots": (1, 99)}, "snapshots: 99 is not a step of 1 to"),
+        (
+            {"loss": LossConfig(context_action=0, word_patch=0, vision_language=0, state=0)},
+            "loss: the weight of every term is 0",
+        ),
+    ],
+    ids=["snapshots", "loss"],
+)
+def test_what_would_do_nothing_is_refused(align_config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=f"config error: {message}"):
+        train_align(replace(align_config, output=str(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_embedding_in_pieces_trains_alike(align_config, tmp_path):
     def losses(chunk: int) -> list[float]:
         output = tmp_path / f"chunk_{chunk}"

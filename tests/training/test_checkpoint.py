@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import vla.training.checkpoint as checkpoint
 from vla.training.checkpoint import (
@@ -53,11 +54,20 @@ def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path, monkeypat
     assert latest_checkpoint(tmp_path).name == "step_000001"
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["disk", "quota", "safetensors"],
+)
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, error):
     save(tmp_path, 1)
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"disk full at step 2; free some space, then add --resume=true"):
@@ -72,6 +82,13 @@ def test_a_truncated_file_is_named(tmp_path):
     (path / "model.safetensors").write_bytes(whole[:-4])
     with pytest.raises(UserError, match="step_000001: damaged checkpoint"):
         load_checkpoint(path)
+
+
+def test_a_truncated_file_beside_an_encoder_is_named(tmp_path):
+    path = save(tmp_path, 1) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged \("):
+        checkpoint.load_tensors(path)
 
 
 def trained(seed: int):

@@ -39,6 +39,16 @@ def test_success_is_measured_during_training_if_asked_for(policy_config, tmp_pat
     assert measured["rollouts/low"] <= measured["rollouts/success"] <= measured["rollouts/high"]
 
 
+def test_rollouts_change_nothing_that_training_draws(policy_config, tmp_path):
+    """With dropout of the state, which draws in every step."""
+    config = replace(policy_config, head=replace(policy_config.head, state_dropout=0.5), rollouts=1, steps=2)
+    with_rollouts, without = (
+        load_file(train_policy(replace(config, rollouts_every=n, output=str(tmp_path / str(n)))) / "model.safetensors")
+        for n in (1, 0)
+    )
+    assert all(with_rollouts[name].equal(without[name]) for name in without)
+
+
 def test_two_runs_on_one_encoder_share_its_token_cache(policy_config, tmp_path):
     data = replace(policy_config.data, cache=str(tmp_path / "cache"))
     open_frames(read_episodes(data.root), data.image_size, data.cache, workers=1)

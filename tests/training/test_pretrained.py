@@ -222,12 +222,16 @@ def forgetting(config: AlignConfig, start: Path, root: Path) -> AlignConfig:
     return replace(config, tower=replace(config.tower, pretrained=str(start)), forgetting=str(root))
 
 
+def of_other_data(config: AlignConfig) -> AlignConfig:
+    return replace(config, data=replace(config.data, root="elsewhere"))
+
+
 @pytest.mark.parametrize("where", ["run", "run/wise_ft/0.5"])
 def test_old_episodes_are_those_that_the_start_held_out(align_config, encoder, data_root, tmp_path, where):
     before = replace(align_config, seed=11, data=replace(align_config.data, holdout=0.5))
     start = start_of(encoder, tmp_path / where, before)
     save_yaml(before, tmp_path / "run" / "config.yaml")
-    old = old_data(forgetting(align_config, start, data_root))["old"].positions
+    old = old_data(forgetting(of_other_data(align_config), start, data_root))["old"].positions
     episodes = read_episodes(data_root)
     assert old.tolist() == split_episodes(episodes, 0.5, 11)[1].tolist()
     assert old.tolist() != split_episodes(episodes, align_config.data.holdout, align_config.seed)[1].tolist()
@@ -247,6 +251,18 @@ def test_old_data_that_the_start_trained_on_whole_is_refused(align_config, encod
         old_data(forgetting(align_config, start, data_root))
 
 
+def test_old_data_that_this_run_trains_on_whole_is_refused(align_config, openai_clip, data_root):
+    rehearsing = replace(align_config, more=(f"{data_root}=0.5",))
+    with pytest.raises(UserError, match=r"config error: forgetting: `more` trains on all of"):
+        old_data(forgetting(rehearsing, openai_clip, data_root))
+
+
+def test_old_data_that_this_run_splits_otherwise_is_refused(align_config, encoder, data_root, tmp_path):
+    start = start_of(encoder, tmp_path / "run", replace(align_config, seed=11))
+    with pytest.raises(UserError, match=r"trains on what the start held out of .*--seed=11"):
+        old_data(forgetting(align_config, start, data_root))
+
+
 def test_old_data_may_call_its_camera_otherwise(align_config, openai_clip, data_root):
     config = replace(align_config, data=replace(align_config.data, camera="observation.images.front"))
     source = old_data(forgetting(config, openai_clip, data_root))["old"].source
@@ -255,7 +271,8 @@ def test_old_data_may_call_its_camera_otherwise(align_config, openai_clip, data_
 
 def test_goals_that_the_start_never_trained_on_are_measured_apart(align_config, encoder, data_root, tmp_path):
     before = replace(align_config, data=replace(align_config.data, holdout=0.8))
-    old = old_data(forgetting(align_config, start_of(encoder, tmp_path / "run", before), data_root))
+    start = start_of(encoder, tmp_path / "run", before)
+    old = old_data(forgetting(of_other_data(align_config), start, data_root))
     goals = read_episodes(data_root).goal_id
     train, _ = split_episodes(read_episodes(data_root), 0.8, before.seed)
     assert len(old["old_goals"].positions)

@@ -87,6 +87,15 @@ def test_a_machine_that_is_finished_and_one_that_is_not_stop_both(interrupted, t
         assert "process 0 is at the end, process 1 at step 2" in done.stderr
 
 
+def test_a_mistake_stops_all_alike(interrupted, tmp_path):
+    first = shutil.copytree(interrupted.output, tmp_path / "a")
+    for done in stage_one(replace(interrupted, resume=False), first, tmp_path / "b"):
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()[-1:]) == 1
+        assert "Traceback" not in done.stderr
+        assert "holds a run already" in done.stderr or "process 0 has stopped" in done.stderr
+
+
 def test_with_the_checkpoints_copied_a_run_without_a_shared_folder_goes_on(interrupted, tmp_path):
     first, second = shutil.copytree(interrupted.output, tmp_path / "a"), tmp_path / "b"
     shutil.copytree(first / "checkpoints", second / "checkpoints")
@@ -118,6 +127,11 @@ def test_settings_that_may_differ_between_machines_are_not_compared(align_config
         align_config, output="elsewhere", threads=7, chunk=3, data=replace(align_config.data, root="/mnt/data")
     )
     assert shared_settings(local) == shared_settings(align_config)
+    started, elsewhere = (
+        replace(align_config, tower=replace(align_config.tower, pretrained=path))
+        for path in ("here/clip", "there/clip")
+    )
+    assert shared_settings(started) == shared_settings(elsewhere) != shared_settings(align_config)
     assert shared_settings(replace(align_config, more=("a=2",))) != shared_settings(replace(align_config, more=("a",)))
 
 

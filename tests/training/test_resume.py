@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vla.config import LossConfig
 from vla.config_io import save_yaml
@@ -130,6 +130,33 @@ def test_other_data_under_the_same_name_is_refused(align_config, policy_config, 
     statistics.write_text(statistics.read_text() + "\n")
     with pytest.raises(UserError, match=r"step_000001: was trained on other data than .*data holds now"):
         train(replace(config, steps=1, eval_every=0, resume=True, **run))
+
+
+def test_an_encoder_that_changed_meanwhile_is_refused(policy_config, tmp_path):
+    path = Path(shutil.copytree(Path(policy_config.encoder).parent, tmp_path / "align")) / "clip"
+    config = replace(policy_config, encoder=str(path), steps=1, save_every=1, output=str(tmp_path / "run"))
+    train_policy(config)
+    weights = load_file(path / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    again = replace(config, resume=True)
+    with pytest.raises(UserError, match=r"was trained on an encoder that .*clip no longer holds"):
+        train_policy(again)
+    shutil.rmtree(tmp_path / "run" / "policy")
+    with pytest.raises(UserError, match="step_000001: was trained on an encoder that has changed since"):
+        train_policy(again)
+
+
+def test_a_snapshot_is_there_before_a_checkpoint_says_that_its_step_is_done(align_config, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align, "export_encoder", killed)
+    config = replace(align_config, steps=2, save_every=1, snapshots=(1,), output=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        train_align(config)
+    monkeypatch.undo()
+    train_align(replace(config, resume=True))
+    assert (tmp_path / "run" / "snapshots" / "1" / "clip" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The token cache of a frozen encoder: what is in it, and what becomes of it when a run is killed or the disk is full."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -125,3 +126,29 @@ def test_a_full_disk_says_what_to_do(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
     with pytest.raises(UserError, match=r"disk full; lower --cached_shifts, 0 keeps none"):
         opened(parts, of_rows(parts[1], 1, (0, 0)), tmp_path)
+
+
+def test_a_disk_that_fills_up_meanwhile_says_what_to_do_and_nothing_is_taken_for_computed(parts, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    needed = of_rows(parts[1], 1, (0, 0))
+    with monkeypatch.context() as broken:
+        broken.setattr(tokens.os, "fsync", full)
+        with pytest.raises(UserError, match=r"disk full; lower --cached_shifts, 0 keeps none"):
+            opened(parts, needed, tmp_path)
+    assert not list(tmp_path.glob("computed_*"))
+    assert opened(parts, needed, tmp_path)[0, 0].any()
+
+
+def test_tokens_are_not_written_through_mapped_memory(parts, tmp_path, monkeypatch):
+    """There a full disk kills the process."""
+    opened_as, open_memmap = [], np.lib.format.open_memmap
+
+    def spied(path, mode="r+", **rest):
+        opened_as.append(mode)
+        return open_memmap(path, mode=mode, **rest)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", spied)
+    opened(parts, of_rows(parts[1], 1, (0, 0)), tmp_path)
+    assert "r+" not in opened_as

@@ -28,6 +28,7 @@ from vla.data.frames import open_pictures
 from vla.data.mixture import open_mixture, root_and_weight
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
+from vla.files import write_whole
 from vla.integrations.collect import checked_tasks, collect
 from vla.models.clip import (
     load_clip,
@@ -40,7 +41,7 @@ from vla.models.clip import (
 )
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import train_align
-from vla.training.align_setup import make_encoders, make_model, make_stats
+from vla.training.align_setup import check_snapshots, make_encoders, make_model, make_stats
 from vla.training.policy import check_head, train_policy
 from vla.types import UserError
 
@@ -142,9 +143,7 @@ def check_numbers(config: CompareConfig) -> None:
     for field, values in (("seeds", config.seeds), ("demonstrations", config.demonstrations)):
         if not values or min(values) < 0:
             raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
-    beyond = [step for step in config.align.snapshots if not 0 < step <= config.align.steps]
-    if beyond:
-        raise UserError(f"config error: align.snapshots: {beyond[0]} is not a step of 1 to {config.align.steps}")
+    check_snapshots(config.align, "align.")
     check_episodes(config.eval)
     check_set_here(config, SET_HERE | SET_BY_ARMS)
     check_head(config.policy)
@@ -526,6 +525,4 @@ def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write a file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
-    temporary.write_text(json.dumps(content, indent=1, default=float) + "\n")
-    temporary.rename(path)
+    write_whole(path, json.dumps(content, indent=1, default=float) + "\n")

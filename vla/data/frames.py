@@ -18,6 +18,7 @@ from vla.config import DataConfig
 from vla.data.decoding import decode_picture, is_video, open_video, resize, videos_of
 from vla.data.episodes import Episodes, data_files
 from vla.data.streaming import StreamedFrames
+from vla.files import is_disk_full
 from vla.types import UserError
 
 
@@ -53,12 +54,13 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
     try:
         _need_space(folder, int(np.prod(shape)))
         np.lib.format.open_memmap(partial_path, mode="w+", dtype=np.uint8, shape=shape).flush()
+        _take_space(partial_path)
         _build(episodes, partial_path, counts, workers)
         with partial_path.open("rb+") as file:
             os.fsync(file.fileno())
         partial_path.rename(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise UserError(
                 f"{folder}: disk full while building the frame store; set data.cache to another folder, or data.stream to true"
             ) from error
@@ -85,6 +87,18 @@ def _open_if_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def _need_space(folder: Path, size: int) -> None:
     if shutil.disk_usage(folder).free < size + (64 << 20):
         raise OSError(errno.ENOSPC, "not enough space", str(folder))
+
+
+def _take_space(path: Path) -> None:
+    """Take all of a sparse file's space: a disk that turns out to be full would kill whoever writes into mapped memory."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if is_disk_full(error):
+                raise  # others: a file system that cannot
 
 
 def _build(episodes: Episodes, path: Path, counts: list[int], workers: int) -> None:

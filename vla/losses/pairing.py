@@ -29,8 +29,8 @@ class Relation:
 class Pairing:
     """Which texts belong to which images.
 
-    A text belongs to the images that are asked one of its goals. Other images of a scene it is used in neither have it
-    nor lack it: it names their objects truly.
+    A text belongs to the images that are asked one of its goals. Other images of a scene that is asked such a goal, in whatever
+    words, neither have it nor lack it: it names their objects truly.
     """
 
     texts: int  # u, how many there are
@@ -38,7 +38,7 @@ class Pairing:
     goal_of_row: Tensor  # (b,) index of each row's goal
     scene_of_frame: Tensor  # (f,) index of each image's scene, -1 where unknown
     goal_texts: Relation  # the texts a goal is asked with
-    scene_texts: Relation  # the texts used in a scene
+    scene_goals: Relation  # the goals that are asked in a scene
     pair_texts: Relation  # minimal pairs that a scene has drawn; others know nothing of them
 
     def positives(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
@@ -54,7 +54,9 @@ class Pairing:
         """(frames, texts) bool: whether a text is right or wrong of an image, not merely true; `texts` ascending."""
         ids = self.ids(texts)
         scenes, scene = self.scene_of_frame[frames].unique(return_inverse=True)  # -1 owns nothing
-        named, paired = (texts.table(scenes, ids)[scene] for texts in (self.scene_texts, self.pair_texts))
+        goals = self.scene_goals.of(scenes)
+        shares = self.scene_goals.table(scenes, goals).float() @ self.goal_texts.table(goals, ids).float()
+        named, paired = (shares > 0)[scene], self.pair_texts.table(scenes, ids)[scene]
         asked = torch.isin(ids, self.goal_texts.other)
         return torch.where(asked, ~named | self.positives(frames, texts), paired)
 
@@ -67,7 +69,7 @@ class Pairing:
             goal_of_row=self.goal_of_row,
             scene_of_frame=self.scene_of_frame[images],
             goal_texts=Relation(self.goal_texts.owner, torch.searchsorted(asked, self.goal_texts.other)),
-            scene_texts=Relation(self.scene_texts.owner, torch.searchsorted(asked, self.scene_texts.other)),
+            scene_goals=self.scene_goals,
             pair_texts=Relation(*self.pair_texts.owner.new_empty(2, 0)),
         )
         return images, asked, pairs
@@ -110,7 +112,7 @@ def pairing(
         goal_of_row=goal_of_row,
         scene_of_frame=scene_of_row.new_full((frames,), -1).index_copy_(0, frame_of_row, scene_of_row),
         goal_texts=distinct(goal_of_row, text_of_row),
-        scene_texts=distinct(scene_of_row[known], text_of_row[known]),
+        scene_goals=distinct(scene_of_row[known], goal_of_row[known]),
         pair_texts=distinct(scene_of_row[drawn], paired[drawn]),
     )
 

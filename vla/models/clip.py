@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -225,7 +226,7 @@ def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> Visi
     """
     try:
         vision = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: cannot load a vision model: {str(error).strip().splitlines()[0]}") from error
     refuse_other_vision(source, vision)
     config = VisionTextDualEncoderConfig(
@@ -269,7 +270,7 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
             source, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "" if local or os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE=1 forbids the hub)"
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: cannot load a CLIP model{hint}: {first_line}") from error

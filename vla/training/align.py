@@ -33,6 +33,7 @@ from vla.models.clip import tokenize
 from vla.models.finetuning import add_lora, interpolated
 from vla.training.align_export import export, export_encoder
 from vla.training.align_setup import (
+    check_snapshots,
     check_terms,
     make_encoders,
     make_model,
@@ -63,6 +64,7 @@ from vla.training.processes import (
     check_same_data,
     check_same_progress,
     check_same_settings,
+    in_turn,
     make_accelerator,
 )
 from vla.training.run import RunFolder, begun_precision, mean_metrics
@@ -80,6 +82,7 @@ def train_align(config: AlignConfig) -> Path:
     """
     check_start(config)
     check_terms(config)
+    check_snapshots(config)
     torch.set_num_threads(config.threads)
     if config.chunk:
         keep_few_kernels()
@@ -92,8 +95,12 @@ def train_align(config: AlignConfig) -> Path:
             "little memory and is exact"
         )
     torch.manual_seed(config.seed)
-    with accelerator.main_process_first():
-        run = RunFolder(Path(config.output), config, resume=config.resume, writes=accelerator.is_main_process)
+    writes = accelerator.is_main_process
+    run = in_turn(
+        accelerator,
+        lambda: RunFolder(Path(config.output), config, resume=config.resume, writes=writes),
+        mine_first=writes,
+    )
     if config.resume:
         check_same_progress(processes, run.folder, accelerator.device)
     if (run.folder / "report.html").is_file():
@@ -102,9 +109,11 @@ def train_align(config: AlignConfig) -> Path:
         say(accelerator, f"{run.folder}: finished already; drew its report.html again")
         return run.folder / "clip"
 
-    with accelerator.local_main_process_first():
-        mixture = open_mixture(config.data, config.more, config.seed)
-        old = old_data(config)
+    mixture, old = in_turn(
+        accelerator,
+        lambda: (open_mixture(config.data, config.more, config.seed), old_data(config)),
+        mine_first=accelerator.is_local_main_process,
+    )
     episodes, validation = mixture.episodes, mixture.validation
     check_same_data(processes, episodes, accelerator.device)
     check_same_settings(processes, shared_settings(config), accelerator.device)
@@ -202,11 +211,11 @@ def train_align(config: AlignConfig) -> Path:
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
             measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
+        if run.writes and done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
+            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer)
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
             checkpoint(run, done, model, optimizer, episodes, elapsed)
-        if run.writes and done in config.snapshots:
-            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer)
     bar.close()
 
     if run.writes:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from vla.config import AlignConfig
 from vla.data.episodes import Episodes
+from vla.files import write_whole
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, load_clip, save_clip
 from vla.models.finetuning import interpolated
@@ -48,7 +49,7 @@ def export(
         "warnings": warnings,
         "versions": versions(),
     }
-    (folder / "alignment.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(folder / "alignment.json", json.dumps(record, indent=2) + "\n")
 
 
 def export_share(config: AlignConfig, share: float) -> None:

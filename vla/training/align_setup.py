@@ -24,8 +24,10 @@ from vla.types import UserError
 
 
 def check_terms(config: AlignConfig) -> None:
-    """Refuse transition terms whose batches hold no transition, and temperatures that are none."""
+    """Refuse a loss without terms, transition terms whose batches hold no transition, and temperatures that are none."""
     pair_temperatures(config.loss)
+    if not any(getattr(config.loss, name) for name in (*PAIRS, *TRANSITIONS)):
+        raise UserError("config error: loss: the weight of every term is 0, so nothing would be trained")
     batch = config.batch
     if config.loss.transition_action + config.loss.transition_language and (
         batch.frames < 2 or batch.gap > config.horizon
@@ -34,6 +36,13 @@ def check_terms(config: AlignConfig) -> None:
             "config error: loss.transition_action and loss.transition_language need two frames of an episode in a batch, at most "
             f"`horizon` apart; got batch.frames {batch.frames}, batch.gap {batch.gap}, horizon {config.horizon}"
         )
+
+
+def check_snapshots(config: AlignConfig, path: str = "") -> None:
+    """Refuse snapshots that no step takes; `path` leads to the configuration."""
+    beyond = [step for step in config.snapshots if not 0 < step <= config.steps]
+    if beyond:
+        raise UserError(f"config error: {path}snapshots: {beyond[0]} is not a step of 1 to {config.steps}")
 
 
 # What processes of one run may have each for itself: where things are, and what decides no batch and no update.
@@ -57,7 +66,9 @@ def shared_settings(config: AlignConfig) -> str:
         return {k: shared(v) if isinstance(v, dict) else v for k, v in tree.items() if k not in OWN_FIELDS}
 
     weights = [root_and_weight(text)[1] for text in config.more]
-    return json.dumps(shared(to_dict(config)) | {"more": weights}, sort_keys=True)
+    tower = config.tower
+    given = [bool(path) for path in (tower.pretrained, tower.vocabulary, tower.lexicon)]
+    return json.dumps(shared(to_dict(config)) | {"more": weights, "given": given}, sort_keys=True)
 
 
 def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:

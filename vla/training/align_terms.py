@@ -82,7 +82,11 @@ def batch_terms(
     if rows.pooled is not None and (loss.transition_action or loss.transition_language):
         terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap)
     idle = idle[acted] if len(acted) else idle
-    return terms, batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], idle)
+    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], idle)
+    if rows.pooled is not None:
+        held, _ = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
+        health["transitions"] = torch.tensor(len(held))
+    return terms, health
 
 
 def state_pairs(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vla.config import AlignConfig, PolicyTrainConfig
@@ -19,8 +18,9 @@ from vla.data.normalization import Normalizers, normalize_quantile
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
-from vla.training.align_setup import make_model, make_sampler, minimal_pairs
+from vla.training.align_setup import check_terms, make_model, make_sampler, minimal_pairs
 from vla.training.align_step import forward_backward
+from vla.training.checkpoint import load_tensors
 from vla.training.device_batch import on_device
 from vla.types import TripletBatch, UserError
 
@@ -58,6 +58,7 @@ class Auxiliary:
             )
         self.config = config
         align = AlignConfig(data=config.data, loss=loss, batch=config.batch, horizon=head.horizon)
+        check_terms(align)
         train = np.concatenate(parts)
         self.pairs = minimal_pairs(loss, episodes, train, print)
         self.source = TripletSource(episodes, frames, stats, head.horizon)
@@ -116,7 +117,7 @@ def started_encoder(policy: Path) -> str:
 
 def load_rest(model: torch.nn.Module, path: Path) -> None:
     """Load what stage one trains beside the encoder."""
-    weights = {name: value for name, value in load_file(path).items() if not name.startswith("pooler.")}
+    weights = {name: value for name, value in load_tensors(path).items() if not name.startswith("pooler.")}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

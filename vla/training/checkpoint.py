@@ -1,6 +1,5 @@
 """Checkpoints that a crash or a full disk cannot ruin: safetensors and JSON, written aside, fsynced, renamed, marked."""
 
-import errno
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vla.data.episodes import Episodes
+from vla.files import is_disk_full
 from vla.types import UserError
 
 MARKER = "COMPLETE"
@@ -52,7 +52,7 @@ def save_checkpoint(
         fsync(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if is_disk_full(error):
             raise UserError(f"{folder}: disk full at step {step}; free some space, then add --resume=true") from error
         raise
     shutil.rmtree(final, ignore_errors=True)
@@ -111,6 +111,18 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); delete it to resume from the one before") from error
     return tensors, state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        UserError: it is damaged, as a copy is that was interrupted.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); copy it anew, or train again") from error
 
 
 @contextmanager

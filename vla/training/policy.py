@@ -30,7 +30,7 @@ from vla.data.sampler import shares
 from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
-from vla.models.clip import patch_tokens, pixel_values
+from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions
 from vla.policies.concord import ConcordPolicy
 from vla.training.auxiliary import Auxiliary, started_encoder
 from vla.training.checkpoint import (
@@ -48,7 +48,7 @@ from vla.training.prefetch import prefetch
 from vla.training.processes import make_accelerator
 from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.training.start import make_policy, policy_stats, starts_trained
-from vla.training.tokens import open_tokens
+from vla.training.tokens import open_tokens, weights_digest
 from vla.training.words import Words
 from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
 from vla.versions import versions
@@ -84,6 +84,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     torch.manual_seed(config.seed)
     run = RunFolder(Path(config.output), config, resume=config.resume)
     if (run.folder / "policy").is_dir():
+        check_finished_on(config, run.folder / "policy")
         accelerator.print(f"{run.folder}: finished already")
         return run.folder / "policy"
 
@@ -103,7 +104,9 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         drawn = [part[rng.integers(len(part), size=n)] for part, n in zip(rows_of_part, samples, strict=True)]
         return np.concatenate(drawn), rng
 
-    policy = make_policy(config, episodes).to(accelerator.device)
+    policy = make_policy(config, episodes)
+    begun_on = weights_digest(policy.clip)
+    policy.to(accelerator.device)
     stats = (
         policy_stats(Path(config.start))
         if config.start
@@ -138,7 +141,9 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     words = Words(unwrapped, episodes.texts, dropout=config.data.word_dropout, frozen=not config.tune)
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
-    first, before = restore(run, unwrapped, optimizer, averaged, others, episodes) if config.resume else (0, 0.0)
+    first, before = (
+        restore(run, unwrapped, optimizer, averaged, others, episodes, begun_on) if config.resume else (0, 0.0)
+    )
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
     def make_batch(step: int) -> CloningBatch:
@@ -192,20 +197,39 @@ def train_policy(config: PolicyTrainConfig) -> Path:
                 run.log(done, validate(config, unwrapped, episodes, frames, tokens, words, stats, validation_rows))
         if config.rollouts_every and done % config.rollouts_every == 0:
             with averaged_weights(unwrapped, averaged):
-                folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes)
+                folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes, begun_on)
+            random = rng_tensors()
             run.log(done, rollouts(config, episodes, folder))
+            restore_rng(random)  # training goes on as if nobody had looked
         if saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, elapsed)
+            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, begun_on, elapsed)
     bar.close()
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     with averaged_weights(unwrapped, averaged):
-        folder = export(run.folder / "policy", config, unwrapped, stats, episodes)
+        folder = export(run.folder / "policy", config, unwrapped, stats, episodes, begun_on)
     run.close()
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
+
+
+def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
+    """Refuse to take a finished policy for one on the encoder that is there now, where that can be told.
+
+    Raises:
+        UserError: it was trained on other weights.
+    """
+    path = policy / "concord.json"
+    before = json.loads(path.read_text()).get("encoder_weights") if path.is_file() else None
+    if before is None or config.start or not Path(config.encoder).is_dir():
+        return
+    clip, _ = load_clip(config.encoder)
+    if weights_digest(resize_positions(clip, config.data.image_size)) != before:
+        raise UserError(
+            f"{policy}: was trained on an encoder that {config.encoder} no longer holds; choose another --output, or delete it to train anew"
+        )
 
 
 def check_head(config: PolicyTrainConfig) -> None:
@@ -409,13 +433,14 @@ def checkpoint(
     averaged: dict[str, Tensor],
     others: dict[str, Tensor],
     episodes: Episodes,
+    begun_on: str,
     seconds: float,
 ) -> None:
-    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated."""
+    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `begun_on`."""
     tensors, meta = optimizer.tensors()
     groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
     groups |= {"auxiliary": others} if others else {}
-    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "seconds": seconds}
+    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "encoder": begun_on, "seconds": seconds}
     save_checkpoint(run.folder, step, groups, state)
 
 
@@ -426,11 +451,12 @@ def restore(
     averaged: dict[str, Tensor],
     others: dict[str, Tensor],
     episodes: Episodes,
+    begun_on: str,
 ) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
-        UserError: a damaged checkpoint, or one of other data or another version.
+        UserError: a damaged checkpoint, or one of other data, another encoder or another version.
     """
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -438,6 +464,10 @@ def restore(
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
+    if state.get("encoder", begun_on) != begun_on:  # an older version does not say
+        raise UserError(
+            f"{path}: was trained on an encoder that has changed since; restore that, or choose another --output"
+        )
     with torch.no_grad(), restoring(path):
         for name, p in trained_parameters(policy).items():
             p.copy_(tensors["model"][name])
@@ -451,7 +481,12 @@ def restore(
 
 
 def export(
-    folder: Path, config: PolicyTrainConfig, policy: ConcordPolicy, stats: dict[str, NormStats], episodes: Episodes
+    folder: Path,
+    config: PolicyTrainConfig,
+    policy: ConcordPolicy,
+    stats: dict[str, NormStats],
+    episodes: Episodes,
+    begun_on: str,
 ) -> Path:
     """Write a LeRobot policy folder with its processors; it appears whole or not at all."""
     partial_folder = folder.with_name(folder.name + ".partial")
@@ -470,6 +505,7 @@ def export(
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,
         "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
+        "encoder_weights": begun_on,
         "start": config.start,
         "tune": config.tune,
         "steps": config.steps,

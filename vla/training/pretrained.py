@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from vla.eval.alignment import encoder_measures
 from vla.models.alignment import MAX_LOGIT_SCALE, AlignmentModel
 from vla.models.clip import Encoder, tokenize
 from vla.models.finetuning import interpolated
+from vla.training.checkpoint import load_tensors
 from vla.training.optim import layer_groups
 from vla.types import UserError
 
@@ -96,7 +96,7 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
         return
     own, saved = (
         {name: value for name, value in tensors.items() if not name.startswith("clip.") and name not in fixed}
-        for tensors in (model.state_dict(), load_file(path))
+        for tensors in (model.state_dict(), load_tensors(path))
     )
     parts = {part_of(name) for name in saved}
     unfit = {
@@ -135,8 +135,12 @@ def old_split(config: AlignConfig) -> tuple[DataConfig, int, bool]:
     the start saw is known if that run began untrained and read this data set alone.
 
     Raises:
-        UserError: the start was trained on the whole data set.
+        UserError: the start was trained on the whole data set, or this run trains on what is held out of it.
     """
+    if any(same_folder(root_and_weight(text)[0], config.forgetting) for text in config.more):
+        raise UserError(
+            f"config error: forgetting: `more` trains on all of {config.forgetting}, so nothing there is held out; name another, or leave it out"
+        )
     root, data, seed, known = config.forgetting, replace(config.data, episodes_per_task=None), config.seed, False
     before = run_of(config.tower.pretrained)
     if before is not None:
@@ -149,6 +153,10 @@ def old_split(config: AlignConfig) -> tuple[DataConfig, int, bool]:
         data, seed = replace(data, **{name: before["data"][name] for name in names}), before["seed"]
         alone = not before["more"] and before["tower"]["pretrained"] is None
         known = alone and same_folder(before["data"]["root"], root)
+    if same_folder(config.data.root, root) and (data.holdout, seed) != (config.data.holdout, config.seed):
+        raise UserError(
+            f"config error: forgetting: this run trains on what the start held out of {root}; take its split, --data.holdout={data.holdout:g} --seed={seed}"
+        )
     return replace(data, root=root, camera=camera_in(root, data.camera)), seed, known
 
 

@@ -6,6 +6,7 @@ added up. No gradient travels through a collective, so none is scaled by the num
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -132,6 +133,35 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
 def other_than_first(numbers: list[int]) -> int:
     """The first process whose number is not that of process 0; 0 if there is none."""
     return next((rank for rank, number in enumerate(numbers) if number != numbers[0]), 0)
+
+
+def in_turn[T](accelerator: Accelerator, action: Callable[[], T], *, mine_first: bool) -> T:
+    """What every process gets from an action that the first one, or the first one of each machine (`mine_first`), does before the others.
+
+    Raises:
+        UserError: the action raised one here, or in another process; all stop alike.
+    """
+    result, error = None, None
+
+    def attempt() -> None:
+        nonlocal result, error
+        try:
+            result = action()
+        except UserError as raised:
+            error = raised
+
+    if mine_first:
+        attempt()
+    accelerator.wait_for_everyone()
+    if not mine_first:
+        attempt()
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    failed = processes.numbers(int(error is not None), accelerator.device)
+    if any(failed):
+        if processes.count > 1:
+            distributed.destroy_process_group()
+        raise error or UserError(f"process {failed.index(1)} has stopped; its message says why")
+    return result
 
 
 def refusal(text: str) -> UserError:

@@ -12,6 +12,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from vla.config_io import filled, read_yaml, save_yaml, to_dict
+from vla.files import write_whole
 from vla.locks import lock_folder
 from vla.precision import chosen_precision
 from vla.training.checkpoint import latest_checkpoint
@@ -83,7 +84,7 @@ class RunFolder:
         if self.writes and self._metrics.is_file():
             lines = self._metrics.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            self._metrics.write_text("".join(line + "\n" for line in kept))
+            write_whole(self._metrics, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -113,7 +114,7 @@ def write_versions(path: Path) -> None:
     before = json.loads(path.read_text()).get("commits", []) if path.is_file() else []
     now = versions()
     commits = list(dict.fromkeys([*before, now["commit"]])) if "commit" in now else before
-    path.write_text(json.dumps(now | {"commits": commits}, indent=1) + "\n")
+    write_whole(path, json.dumps(now | {"commits": commits}, indent=1) + "\n")
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:

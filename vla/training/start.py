@@ -8,7 +8,6 @@ import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
-from safetensors.torch import load_file
 
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes
@@ -17,6 +16,7 @@ from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
+from vla.training.checkpoint import load_tensors
 from vla.types import ACTION_KEY, STATE_KEY, UserError
 
 
@@ -76,7 +76,10 @@ def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordP
     folder = Path(config.start)
     if not (folder / "config.json").is_file():
         raise UserError(f"config error: start: {folder}: not a policy folder (no config.json)")
-    before = PreTrainedConfig.from_pretrained(folder)
+    try:
+        before = PreTrainedConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:  # an encoder's configuration, say
+        raise UserError(f"config error: start: {folder}: not a policy folder ({error})") from error
     if not isinstance(before, ConcordConfig):
         raise UserError(f"config error: start: {folder}: a {before.type} policy, not a concord one")
     for name in ("kind", "horizon", "queries", "width", "hidden", "layers", "image_size", "hide"):
@@ -111,7 +114,7 @@ def load_pooler(policy: ConcordPolicy, path: Path) -> None:
     """Start the policy's pooler from stage one's."""
     if not path.is_file():
         raise UserError(f"{path}: missing; aligned_pooler needs what train_align.py writes beside clip/")
-    weights = {k.removeprefix("pooler."): v for k, v in load_file(path).items() if k.startswith("pooler.")}
+    weights = {k.removeprefix("pooler."): v for k, v in load_tensors(path).items() if k.startswith("pooler.")}
     try:
         policy.network.pooler.load_state_dict(weights, strict=True)
     except RuntimeError as error:

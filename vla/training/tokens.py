@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import CLIPModel
 
 from vla.data.augmentation import Augmenter
 from vla.data.episodes import Episodes
+from vla.files import is_disk_full
 from vla.models.clip import patch_tokens, pixel_values
 from vla.types import UserError
 
@@ -54,7 +56,7 @@ def open_tokens(
         try:
             extend(path, marks, shape, needed, clip, episodes, frames, augmenter, accelerator)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if is_disk_full(error):
                 raise UserError(f"{folder}: disk full; lower --cached_shifts, 0 keeps none") from error
             raise
     return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -85,22 +87,12 @@ def extend(
     if shutil.disk_usage(path.parent).free < size + (256 << 20):
         raise OSError(errno.ENOSPC, "not enough space", str(path))
     print(f"token cache: {len(missing)} of {needed.size} pictures, {size / 1e9:.1f} GB in {path.parent}")
-    fill(
-        np.lib.format.open_memmap(path, mode="r+"),
-        missing,
-        computed,
-        marks,
-        clip,
-        episodes,
-        frames,
-        augmenter,
-        accelerator,
-    )
+    fill(path, missing, computed, marks, clip, episodes, frames, augmenter, accelerator)
 
 
 @torch.inference_mode()
 def fill(
-    store: np.ndarray,
+    path: Path,
     missing: np.ndarray,
     computed: np.ndarray,
     marks: Path,
@@ -113,7 +105,9 @@ def fill(
     """Compute the (m, 2) missing copies and rows and mark them; augmentation depends on the row and copy alone."""
     clip.eval()
     partial = marks.with_suffix(".partial")
-    with tqdm(total=len(missing), desc="token cache", unit="picture", mininterval=1.0) as bar:
+    store = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Written as a file: a full disk is an error then, and not the death of the process as in mapped memory.
+    with path.open("r+b") as file, tqdm(total=len(missing), desc="token cache", unit="picture", mininterval=1.0) as bar:
         for first in range(0, len(missing), BATCH):
             copies, rows = missing[first : first + BATCH].T
             images = episodes.gather_frames(frames, rows)
@@ -122,13 +116,16 @@ def fill(
                 images[place] = augmenter(images[place][None], rng)[0]
             with accelerator.autocast():
                 tokens = patch_tokens(clip, pixel_values(torch.from_numpy(images).to(accelerator.device)))
-            store[copies, rows] = tokens.to(torch.float16).cpu().numpy()
+            for copy, row, picture in zip(copies, rows, tokens.to(torch.float16).cpu().numpy(), strict=True):
+                file.seek(store.offset + (copy * store.shape[1] + row) * picture.nbytes)
+                file.write(picture.tobytes())
             computed[copies, rows] = True
             bar.update(len(rows))
             if first // BATCH % 40 == 39 or first + BATCH >= len(missing):
-                store.flush()
-                with partial.open("wb") as file:
-                    np.save(file, computed)
+                file.flush()
+                os.fsync(file.fileno())
+                with partial.open("wb") as marked:
+                    np.save(marked, computed)
                 partial.rename(marks)
 
 

@@ -1,0 +1,29 @@
+"""Files that neither a crash nor a full disk can ruin."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or somebody's share of it, is full; safetensors says so in words alone."""
+    said = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return (int(said[1]) if said else getattr(error, "errno", None)) in FULL
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write or replace a text file; whatever happens meanwhile leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
