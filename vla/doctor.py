@@ -141,7 +141,11 @@ def damaged_videos(episodes) -> list[str]:
     from vla.data.decoding import is_video, open_video, videos_of
 
     problems = []
-    for file in videos_of(episodes)[0] if is_video(episodes) else []:
+    try:
+        files = videos_of(episodes)[0] if is_video(episodes) else []
+    except UserError as error:
+        return [str(error)]
+    for file in files:
         try:
             with open_video(file) as container:
                 next(container.decode(video=0))

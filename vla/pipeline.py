@@ -12,6 +12,7 @@ import torch
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.precision import multiplies_bf16
+from vla.types import UserError
 from vla.versions import versions
 
 SLOWER = "\nThis machine only emulates products in bfloat16, so new runs compute in float32: training takes some four times as long as docs/results.md says."
@@ -32,6 +33,8 @@ def pipeline(config: PipelineConfig) -> Path:
     align = replace(of_stage(AlignConfig, "align"), threads=config.threads, resume=True)
     policy = replace(of_stage(PolicyTrainConfig, "policy"), threads=config.threads, resume=True)
     evaluation = replace(of_stage(EvalConfig, "eval"), workers=config.threads)
+    if evaluation.output is None:
+        raise UserError(f"configs/eval/{config.name}.yaml: names no output; the report of the pipeline goes there")
     folders = [Path(stage.output) for stage in (data, align, policy, evaluation)]
     if config.fresh:
         for folder in [*folders, parts_folder(folders[0])]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from vla.data.episodes import (
     data_files,
     limit_per_task,
+    named_goals,
     read_episodes,
     rows_of,
     select,
@@ -147,6 +149,11 @@ def unknown_task(table: pa.Table) -> pa.Table:
         (lambda r: rewrite(r, unknown_task), r"episode 0 has no task in meta/tasks\.parquet"),
         (lambda r: rewrite(r, lambda t: t.slice(0, len(t) - 5)), r"meta/info\.json says \d+ frames, data/ has \d+"),
         (lambda r: rewrite(r, lambda t: t.drop_columns([ACTION_KEY])), r"file-000\.parquet.*action"),
+        (
+            lambda r: rewrite(r, lambda t: t.drop_columns([IMAGE_KEY])),
+            r"file-000\.parquet: no column 'observation\.image'",
+        ),
+        (lambda r: rewrite(r, lambda t: t.drop_columns([GOAL_KEY])), r"file-000\.parquet: no column 'goal_id'"),
         (lambda r: data_files(r)[0].write_bytes(data_files(r)[0].read_bytes()[:-20]), r"no parquet footer"),
         (lambda r: (r / "meta" / "stats.json").unlink(), r"missing statistics"),
         (lambda r: (r / "meta" / "tasks.parquet").unlink(), r"tasks\.parquet: missing"),
@@ -164,3 +171,14 @@ def test_damage_is_named(copy, damage, message):
 def test_an_unknown_camera_lists_the_cameras(data_root):
     with pytest.raises(UserError, match=r"'observation\.images\.top' is not one of its cameras \(observation\.image\)"):
         read_episodes(data_root, "observation.images.top")
+
+
+def test_goals_without_names_may_be_numbers_of_any_size():
+    goal_id, goals = named_goals(Path("data"), np.array([2**40, -1, 7, 2**40]), None)
+    assert goal_id.tolist() == [1, -1, 0, 1]
+    assert goals == ("7", str(2**40))
+
+
+def test_a_goal_beyond_the_names_is_refused():
+    with pytest.raises(UserError, match=r"data: goal_id 2 is beyond the 2 goals of meta/concord\.json"):
+        named_goals(Path("data"), np.array([0, 2]), ["a", "b"])

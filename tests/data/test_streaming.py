@@ -4,6 +4,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -152,6 +153,50 @@ def test_a_damaged_video_is_named(video_root, tmp_path, way, damage, message):
     episodes = read_episodes(root)
     with pytest.raises(UserError, match=rf"file-000\.mp4: {message}"):
         open_frames(episodes, 32) if way == "stored" else StreamedFrames(episodes, 32)[np.arange(3)]
+
+
+def changed_parquet(path: Path, change) -> None:
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+@pytest.mark.parametrize("way", [open_frames, StreamedFrames])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.slice(0, 2), "meta/episodes does not list the episodes of 31 frames"),
+        (
+            lambda table: table.set_column(table.column_names.index("length"), "length", pa.array([23, 8, 31])),
+            "episode 1 has 9 frames in data/ and 8 in meta/episodes",
+        ),
+    ],
+    ids=["unlisted", "length"],
+)
+def test_episodes_that_are_not_listed_as_they_are_do_not_become_black(video_root, tmp_path, way, change, message):
+    root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    (path,) = root.glob("meta/episodes/*/*.parquet")
+    changed_parquet(path, change)
+    with pytest.raises(UserError, match=message):
+        way(read_episodes(root), 32)
+
+
+def test_rows_that_were_taken_out_leave_the_others_their_pictures(video_root, tmp_path):
+    """As when steps without motion are dropped: frames are numbered anew, and timestamps tell where they were."""
+    root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    whole = open_frames(read_episodes(video_root), 32, str(tmp_path / "whole"))
+    kept = np.setdiff1d(np.arange(63), [1, 2, 30])
+    (data,), (meta,) = root.glob("data/*/*.parquet"), root.glob("meta/episodes/*/*.parquet")
+
+    def without(table: pa.Table) -> pa.Table:
+        table = table.take(pa.array(kept))
+        episode = table["episode_index"].to_numpy()
+        frame = np.concatenate([np.arange((episode == number).sum()) for number in range(3)])
+        return table.set_column(table.column_names.index("frame_index"), "frame_index", pa.array(frame))
+
+    changed_parquet(data, without)
+    changed_parquet(meta, lambda t: t.set_column(t.column_names.index("length"), "length", pa.array([21, 8, 31])))
+    info = root / "meta" / "info.json"
+    info.write_text(info.read_text().replace('"total_frames": 63', '"total_frames": 60'))
+    np.testing.assert_array_equal(open_frames(read_episodes(root), 32, str(tmp_path / "store")), whole[kept])
 
 
 def test_the_doctor_names_a_damaged_video(video_root, tmp_path, capsys):

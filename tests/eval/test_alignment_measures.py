@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from vla.data.episodes import read_episodes
-from vla.eval.alignment import Embedded, class_probe, embed_rows, retrieval_measures, spread_rows, zero_shot_measures
+from vla.eval.alignment import (
+    Embedded,
+    class_probe,
+    embed_rows,
+    of_another_goal,
+    retrieval_measures,
+    spread_rows,
+    zero_shot_measures,
+)
 from vla.eval.retrieval import alignment
 from vla.models.clip import pixel_values, tokenize
 from vla.training.align import train_align
@@ -109,8 +117,8 @@ def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode
     ids, mask = tokenize(tokenizer, episodes.texts)
     found = embed_rows(model, source, spread_rows(source, np.arange(5), 3), ids, mask)
     rows, batch = np.arange(15), found.batch
-    other = np.roll(rows, 7)
-    assert (batch.episode_id != batch.episode_id[other]).all()
+    other = of_another_goal(batch.goal_id)
+    assert (batch.goal_id != batch.goal_id[other]).all()
 
     @torch.no_grad()
     def context(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -123,6 +131,12 @@ def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode
     np.testing.assert_allclose(found.context, context(rows, rows), atol=1e-5)
     np.testing.assert_allclose(found.context_of_other_text, context(rows, other), atol=1e-5)
     np.testing.assert_allclose(found.context_of_other_image, context(other, rows), atol=1e-5)
+
+
+def test_the_other_row_is_of_another_goal_where_there_is_one():
+    assert of_another_goal(np.array([0, 1, 0, 1, 0, 1])).tolist() == [3, 4, 5, 0, 1, 2]
+    assert of_another_goal(np.array([0, 1, 0, 1])).tolist() == [3, 0, 1, 2]  # half of all rows away is the same goal
+    assert of_another_goal(np.array([5, 5])).tolist() == [1, 0]
 
 
 def test_the_goal_is_read_from_pictures_that_tell_it():

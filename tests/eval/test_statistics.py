@@ -65,6 +65,7 @@ def test_rank_me_counts_the_directions_in_use():
     rng = np.random.default_rng(0)
     assert rank_me(rng.normal(size=(2000, 8))) == pytest.approx(8, abs=0.1)
     assert rank_me(np.outer(rng.normal(size=100), np.ones(8))) == pytest.approx(1, abs=0.01)
+    assert rank_me(1 + 1e-6 * rng.normal(size=(2000, 8))) == pytest.approx(1, abs=0.01)  # one point and noise
 
 
 @pytest.mark.parametrize("n", [3, 6, 100])

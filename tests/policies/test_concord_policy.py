@@ -1,16 +1,19 @@
 """The policy folder: self-contained, strict, and deaf to nothing it is told."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.factory import get_policy_class
+from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from safetensors.torch import load_file, save_file
 
 from vla.policies.concord import ConcordPolicy
-from vla.policies.loading import load_chunk_policy
+from vla.policies.loading import load_chunk_policy, refuse_memory
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 
 TEXTS = ["push the red star to the left", "pick up the blue cross"]
@@ -126,3 +129,17 @@ def test_attention_is_a_distribution_over_the_picture_that_follows_the_words(pol
     assert looks.shape == (2, 4, 4)
     torch.testing.assert_close(looks.sum((1, 2)), torch.ones(2))
     assert not torch.equal(policy.attention(observation | {TASK_KEY: TEXTS[::-1]}), looks)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ACTConfig(temporal_ensemble_coeff=0.01, n_action_steps=1), r"temporal_ensemble_coeff is 0\.01"),
+        (VQBeTConfig(), "vqbet policy with n_obs_steps 5"),
+    ],
+    ids=["ensembled", "several observations"],
+)
+def test_a_policy_whose_chunk_depends_on_the_steps_before_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        refuse_memory(Path("policy"), config)
+    refuse_memory(Path("policy"), ACTConfig())

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 
-from vla.data.episodes import Episodes
+from vla.data.episodes import Episodes, data_files
 from vla.types import UserError
 
 
@@ -36,21 +36,37 @@ def decode_picture(picture: dict | None, camera: str, file: Path, group: int, of
 
 
 def videos_of(episodes: Episodes) -> tuple[list[Path], np.ndarray, np.ndarray]:
-    """The camera's video files; for each row (r,) of the data set which of them it is in, and as which frame."""
+    """The camera's video files; for each row (r,) of the data set which of them it is in, and as which frame.
+
+    A frame is found by its row's timestamp, as LeRobot does.
+
+    Raises:
+        UserError: meta/episodes does not list the episodes that data/ has, or other lengths.
+    """
     info, prefix = _info(episodes), f"videos/{episodes.camera}/"
     names = ["episode_index", "length", f"{prefix}chunk_index", f"{prefix}file_index", f"{prefix}from_timestamp"]
     tables = sorted((episodes.root / "meta" / "episodes").glob("*/*.parquet"))
     position = {int(index): i for i, index in enumerate(episodes.episode_index)}
-    file_of_row, number_of_row = (np.zeros(len(episodes.frame_row), np.int64) for _ in range(2))
+    stamps = [pq.read_table(path, columns=["timestamp"])["timestamp"] for path in data_files(episodes.root)]
+    timestamp = np.concatenate([column.to_numpy() for column in stamps]).astype(np.float64)
+    file_of_row, number_of_row = (np.full(len(episodes.frame_row), -1, np.int64) for _ in range(2))
     files: dict[Path, int] = {}
     for row in (row for table in tables for row in pq.read_table(table, columns=names).to_pylist()):
         name = info["video_path"].format(
             video_key=episodes.camera, chunk_index=row[f"{prefix}chunk_index"], file_index=row[f"{prefix}file_index"]
         )
-        first = episodes.start[position[row["episode_index"]]]
-        rows = episodes.frame_row[first : first + row["length"]]
+        index = row["episode_index"]
+        rows = episodes.frame_row[slice(*episodes.start[position[index] :][:2])] if index in position else ()
+        if len(rows) != row["length"]:
+            raise UserError(
+                f"{episodes.root}: episode {index} has {len(rows)} frames in data/ and {row['length']} in meta/episodes; copy both anew"
+            )
         file_of_row[rows] = files.setdefault(episodes.root / name, len(files))
-        number_of_row[rows] = round(row[f"{prefix}from_timestamp"] * info["fps"]) + np.arange(row["length"])
+        number_of_row[rows] = np.rint((row[f"{prefix}from_timestamp"] + timestamp[rows]) * info["fps"])
+    if len(unlisted := episodes.frame_row[file_of_row[episodes.frame_row] < 0]):
+        raise UserError(
+            f"{episodes.root}: meta/episodes does not list the episodes of {len(unlisted)} frames; copy it anew"
+        )
     return list(files), file_of_row, number_of_row
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla.data.validation import validate
+from vla.data.validation import OPTIONAL, validate
 from vla.types import (
     ACTION_KEY,
     GOAL_KEY,
@@ -75,9 +75,9 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
         raise UserError(problems[0] + (more if len(problems) > 1 else ""))
     info = json.loads((root / "meta" / "info.json").read_text())
     camera = choose_camera(root, info["features"], camera)
-    optional = [k for k in (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY, TARGET_KEY) if k in info["features"]]
+    optional = [key for key in OPTIONAL if key in info["features"]]
     numeric = [key for key in (STATE_KEY, ACTION_KEY) if key in info["features"]]
-    columns = [*numeric, "episode_index", "frame_index", "task_index", "index", *optional]
+    columns = [*numeric, "episode_index", "frame_index", "task_index", *optional]
     table = pa.concat_tables(pq.read_table(p, columns=columns) for p in data_files(root))
     extra_path = root / "meta" / "concord.json"
     extra = json.loads(extra_path.read_text()) if extra_path.is_file() else None
@@ -97,11 +97,10 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
 
     tasks = pq.read_table(root / "meta" / "tasks.parquet").to_pylist()
     text_of_task = {row["task_index"]: row.get("task", row.get("__index_level_0__")) for row in tasks}
-    episode_texts = [str(text_of_task[t]) for t in table["task_index"].to_numpy()[order][first]]
+    episode_texts = [str(text_of_task[t] or "") for t in table["task_index"].to_numpy()[order][first]]
     texts, text_id = np.unique(episode_texts, return_inverse=True)
     if GOAL_KEY in optional:
-        goal_id = of_episode(GOAL_KEY, 0)
-        goals = tuple((extra or {}).get("goals", [str(g) for g in range(int(goal_id.max()) + 1)]))
+        goal_id, goals = named_goals(root, of_episode(GOAL_KEY, 0), (extra or {}).get("goals"))
     else:
         goal_id, goals = text_id.astype(np.int64), tuple(texts.tolist())
     goal_id = np.where([bool(text.strip()) for text in episode_texts], goal_id, -1)
@@ -127,6 +126,22 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
         target=vectors(TARGET_KEY) if TARGET_KEY in optional else None,
         extra=extra,
     )
+
+
+def named_goals(root: Path, goal_id: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(e,) goals as indices of their names; ids that have no names become these, however large they are. -1 is none.
+
+    Raises:
+        UserError: an id beyond the names.
+    """
+    if names is not None:
+        if (largest := int(goal_id.max())) >= len(names):
+            raise UserError(f"{root}: goal_id {largest} is beyond the {len(names)} goals of meta/concord.json")
+        return goal_id, tuple(names)
+    values, dense = np.unique(goal_id[goal_id >= 0], return_inverse=True)
+    found = np.full_like(goal_id, -1)
+    found[goal_id >= 0] = dense
+    return found, tuple(str(value) for value in values)
 
 
 def select(episodes: Episodes, positions: np.ndarray) -> Episodes:

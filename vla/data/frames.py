@@ -49,7 +49,7 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
     store = _open_if_whole(path, shape)
     if store is not None:
         return store
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache(folder)
     partial_path = path.with_suffix(f".{platform.node()}.{os.getpid()}.partial")  # machines may share the disk
     try:
         _need_space(folder, int(np.prod(shape)))
@@ -87,6 +87,24 @@ def _open_if_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def _need_space(folder: Path, size: int) -> None:
     if shutil.disk_usage(folder).free < size + (64 << 20):
         raise OSError(errno.ENOSPC, "not enough space", str(folder))
+
+
+def make_cache(folder: Path) -> None:
+    """Make the folder of pictures or tokens that are computed once.
+
+    Raises:
+        UserError: it cannot be made, as beside data that is shared read-only.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"{folder}: cannot be written into ({error.strerror}); name another folder with --data.cache"
+        ) from error
 
 
 def _take_space(path: Path) -> None:
@@ -143,12 +161,15 @@ def _build_from_video(episodes: Episodes, path: Path) -> None:
     with tqdm(total=len(store), desc="frame store", unit="frame", mininterval=1.0) as bar:
         for position, file in enumerate(files):
             rows = np.flatnonzero(file_of_row == position)
-            wanted = dict(zip(number_of_row[rows].tolist(), rows.tolist(), strict=True))
+            wanted: dict[int, list[int]] = {}  # rows may share a frame
+            for row in rows.tolist():
+                wanted.setdefault(int(number_of_row[row]), []).append(row)
             with open_video(file) as container:
                 for number, frame in enumerate(container.decode(video=0)):
                     if number in wanted:
-                        store[wanted.pop(number)] = resize(frame.to_ndarray(format="rgb24"), store.shape[1])
-                        bar.update()
+                        same = wanted.pop(number)
+                        store[same] = resize(frame.to_ndarray(format="rgb24"), store.shape[1])
+                        bar.update(len(same))
             if wanted:
                 raise UserError(f"{file}: {len(wanted)} frames are missing; the video is truncated")
     store.flush()

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla.types import ACTION_KEY, STATE_KEY
+from vla.types import ACTION_KEY, GOAL_KEY, SCENE_KEY, SEED_KEY, STATE_KEY, SUCCESS_KEY, TARGET_KEY
 
 NUMERIC = (STATE_KEY, ACTION_KEY)
+OPTIONAL = (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY, TARGET_KEY)
 INDICES = ("episode_index", "frame_index", "task_index")
 
 
@@ -59,12 +60,16 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
         else:
             tables.append(table)
             problems += problems_of_rows(path, table, info["features"])
+            problems += absent_columns(path, info["features"])
     tasks, problem = read_columns(root / "meta" / "tasks.parquet", ["task_index"])
     if problem:
         problems.append(problem)
     if problems:
         return problems
-    rows = pa.concat_tables(tables)
+    try:
+        rows = pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        return [f"{root / 'data'}: files whose columns differ in type ({str(error).splitlines()[0]}); write them alike"]
     if len(rows) != info["total_frames"]:
         problems.append(f"{root}: meta/info.json says {info['total_frames']} frames, data/ has {len(rows)}")
     episodes = len(np.unique(rows["episode_index"].to_numpy()))
@@ -75,6 +80,13 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
         episode = int(rows["episode_index"].to_numpy()[without][0])
         problems.append(f"{root}: episode {episode} has no task in meta/tasks.parquet")
     return problems
+
+
+def absent_columns(path: Path, features: dict) -> list[str]:
+    """Pictures and columns of this project that are declared and not there."""
+    there = pq.read_schema(path).names
+    wanted = [key for key, feature in features.items() if feature["dtype"] == "image" or key in OPTIONAL]
+    return [f"{path}: no column {key!r}, which meta/info.json declares" for key in wanted if key not in there]
 
 
 def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:

@@ -99,14 +99,22 @@ def spread_rows(source: TripletSource, positions: np.ndarray, most: int) -> np.n
     )
 
 
+def of_another_goal(goal_id: np.ndarray) -> np.ndarray:
+    """(b,) for each row the first one of another goal from half of all rows away on; that row itself where all have one goal."""
+    other = np.roll(np.arange(len(goal_id)), len(goal_id) // 2)
+    if len(np.unique(goal_id)) > 1:
+        while (same := goal_id[other] == goal_id).any():
+            other[same] = (other[same] + 1) % len(goal_id)
+    return other
+
+
 @torch.no_grad()
 def embed_rows(
     model: AlignmentModel, source: TripletSource, rows: np.ndarray, input_ids: Tensor, attention_mask: Tensor
 ) -> Embedded:
     """Embed (b,) rows, not augmented, in evaluation mode's float32.
 
-    The other row, whose text or picture the counterfactual contexts get, is half of all rows away: rows are grouped by
-    episode, so it is of another episode unless one has half of the rows.
+    The other row, whose text or picture the counterfactual contexts get, is of another goal, unless there is one alone.
     """
     device = input_ids.device
     language = language_embeds(model.clip, input_ids, attention_mask)
@@ -117,7 +125,7 @@ def embed_rows(
     named = word_embeds(model.clip, words)
     columns: dict[str, list[Tensor]] = {}
     every = np.arange(len(rows))
-    other = np.roll(every, len(rows) // 2)
+    other = of_another_goal(batch.goal_id)
 
     def seen(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         """The patch tokens and pooled outputs of some rows' pictures."""
@@ -168,7 +176,7 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
     np.fill_diagonal(near, True)
     measures = picture_text_measures(held_out.vision, held_out.language, batch)
     measures |= recalls("context_to_action", held_out.context @ held_out.action.T, near)
-    for other in ("text", "image"):
+    for other in ("text", "image") if len(np.unique(batch.goal_id)) > 1 else ():
         context = getattr(held_out, f"context_of_other_{other}")
         name = f"context_to_action_r1_of_other_{other}"
         measures[name] = recall_at_k(context @ held_out.action.T, near, 1)

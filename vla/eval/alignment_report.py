@@ -71,7 +71,8 @@ def answers(metrics: dict[str, float]) -> list[str]:
     sentences = []
     if "zero_shot" in metrics:
         sentences.append(
-            f"Shown a held-out picture, the encoder picks the right instruction among those of the scene "
+            f"Shown a held-out picture, the encoder picks the right instruction among those of the scene (of all held-out goals where the "
+            f"scene is unknown or has one) "
             f"{percent(metrics['zero_shot'])} of the time; chance is {percent(metrics['zero_shot/chance'])}."
         )
     if "zero_shot_reworded" in metrics:

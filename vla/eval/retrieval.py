@@ -29,8 +29,11 @@ def recall_at_k_chance(positives: np.ndarray, k: int) -> float:
 
 
 def rank_me(embeds: np.ndarray) -> float:
-    """Effective rank of (b, d) embeddings: exp of the entropy of the singular values (arXiv:2210.02885)."""
-    singular = np.linalg.svd(embeds - embeds.mean(0), compute_uv=False)
+    """Effective rank of (b, d) embeddings: exp of the entropy of the singular values (arXiv:2210.02885).
+
+    They are not centred: of embeddings that are all one point but for noise, the noise alone has full rank.
+    """
+    singular = np.linalg.svd(embeds, compute_uv=False)
     p = singular / max(singular.sum(), 1e-12)
     p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum()))

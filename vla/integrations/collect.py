@@ -75,7 +75,7 @@ def collect(config: CollectConfig) -> Path:
             raise UserError(f"{root}: holds a data set with another {', '.join(differ)}; choose another --output")
         print(f"{root}: already complete")
         return root
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: exists and is not a data set of this program; choose another --output")
 
     shards = plan_shards(config, tasks)

@@ -1,11 +1,13 @@
-"""Any LeRobot policy folder as something that rollouts can drive."""
+"""A LeRobot policy folder as something that rollouts can drive."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from draccus.utils import DecodingError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from safetensors import SafetensorError
 
 import vla.policies.concord  # noqa: F401 - registers the policy type
 from vla.types import STATE_KEY, TASK_KEY, UserError
@@ -44,7 +46,7 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
     """Load a policy folder that `save_pretrained` wrote, with its processors, onto a device such as "cpu" or "cuda".
 
     Raises:
-        UserError: no such folder or device, files missing or damaged, or a policy that reads several cameras.
+        UserError: no such folder or device, files missing or damaged, or a policy that reads several cameras or past observations.
     """
     folder = Path(folder)
     if (folder / "policy" / "config.json").is_file():
@@ -62,10 +64,26 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         preprocess, postprocess = make_pre_post_processors(
             config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, DecodingError) as error:
         raise UserError(f"{folder}: cannot load the policy: {str(error).splitlines()[0]}") from error
+    refuse_memory(folder, config)
     cameras = list(config.image_features)
     if len(cameras) != 1:
         raise UserError(f"{folder}: the policy reads cameras {cameras}; the environments have one")
     policy.eval()
     return LeRobotChunkPolicy(policy, preprocess, postprocess, cameras[0])
+
+
+def refuse_memory(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse policies whose next chunk depends on the steps before: rollouts show the present observation alone.
+
+    Raises:
+        UserError: names the field.
+    """
+    observed, ensembled = config.n_obs_steps, getattr(config, "temporal_ensemble_coeff", None)
+    if observed > 1:
+        raise UserError(
+            f"{folder}: a {config.type} policy with n_obs_steps {observed}; only those of 1 can be evaluated"
+        )
+    if ensembled is not None:
+        raise UserError(f"{folder}: temporal_ensemble_coeff is {ensembled}; only policies without can be evaluated")

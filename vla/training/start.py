@@ -32,6 +32,11 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     else:
         clip, tokenizer = load_clip(config.encoder)
+        own = clip.config.vision_config.image_size
+        if own != config.data.image_size:
+            print(
+                f"{config.encoder}: trained on pictures of {own} px, adapted to {config.data.image_size}; --data.image_size={own} keeps them"
+            )
         clip = resize_positions(clip, config.data.image_size)
     policy = ConcordPolicy(policy_config(config, episodes), clip=clip, tokenizer=tokenizer)
     if starts_trained(config):
@@ -119,6 +124,6 @@ def load_pooler(policy: ConcordPolicy, path: Path) -> None:
         policy.network.pooler.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise UserError(
-            f"{path}: its pooler does not fit; use the same queries and width in both stages "
-            "(loss.queries = head.queries, loss.pooler_width = head.width)"
+            f"{path}: its pooler does not fit; use the same queries, width and picture size in both stages "
+            "(loss.queries = head.queries, loss.pooler_width = head.width, data.image_size)"
         ) from error

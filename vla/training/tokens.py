@@ -15,6 +15,7 @@ from transformers import CLIPModel
 
 from vla.data.augmentation import Augmenter
 from vla.data.episodes import Episodes
+from vla.data.frames import make_cache
 from vla.files import is_disk_full
 from vla.models.clip import patch_tokens, pixel_values
 from vla.types import UserError
@@ -50,7 +51,7 @@ def open_tokens(
         :16
     ]
     path, marks = folder / f"tokens_{key}.npy", folder / f"computed_{key}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache(folder)
     with (folder / f"tokens_{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run of the same encoder waits, then adds what else it needs
         try:
