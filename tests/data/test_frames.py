@@ -53,6 +53,14 @@ def test_a_picture_that_is_none_is_named(data_root, tmp_path):
     assert not list((root / ".concord").glob("*.npy"))
 
 
+def test_a_cache_that_cannot_be_made_says_where_to_put_it(data_root, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"file/cache: cannot be written into .*; name another folder with --data\.cache"
+    ):
+        open_frames(read_episodes(data_root), 32, str(tmp_path / "file" / "cache"), workers=1)
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
 def test_the_frame_store_takes_its_space_before_pictures_are_written(data_root, tmp_path, monkeypatch):
     def full(descriptor, first, size):

@@ -158,15 +158,14 @@ def in_turn[T](accelerator: Accelerator, action: Callable[[], T], *, mine_first:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     failed = processes.numbers(int(error is not None), accelerator.device)
     if any(failed):
-        if processes.count > 1:
-            distributed.destroy_process_group()
-        raise error or UserError(f"process {failed.index(1)} has stopped; its message says why")
+        raise refusal(str(error or f"process {failed.index(1)} has stopped; its message says why")) from error
     return result
 
 
 def refusal(text: str) -> UserError:
     """The error that all processes stop with; they part first, as one that is left alone would crash."""
-    distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     return UserError(text)
 
 
