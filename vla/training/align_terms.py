@@ -79,13 +79,12 @@ def batch_terms(
                 invalid,
                 weights,
             )
-    if rows.pooled is not None and (loss.transition_action or loss.transition_language):
-        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap)
     idle = idle[acted] if len(acted) else idle
     health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], idle)
-    if rows.pooled is not None:
-        held, _ = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
-        health["transitions"] = torch.tensor(len(held))
+    if rows.pooled is not None and (loss.transition_action or loss.transition_language):
+        found = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
+        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found)
+        health["transitions"] = torch.tensor(len(found[0]))
     return terms, health
 
 
@@ -119,6 +118,7 @@ def transition_terms(
     rest: Tensor,
     loss: LossConfig,
     gap: int,
+    found: tuple[Tensor, Tensor],
 ) -> dict[str, Term]:
     """The change between two pictures of an episode against the actions between them, and against the instructions.
 
@@ -127,9 +127,10 @@ def transition_terms(
     Args:
         language: (u, d) embeddings of the distinct texts. pooled: (f, q * width) of the images.
         rest: (a,) the resting action, normalised; what is missing of a chunk that ends early.
+        found: (p,) and (p,) rows, see `transitions`.
     """
     episode, timestep = batch.ids["episode_id"], batch.ids["timestep"]
-    first, second = transitions(episode, timestep, gap, batch.action_chunk.shape[1])
+    first, second = found
     terms: dict[str, Term] = {}
     if not len(first):
         return terms

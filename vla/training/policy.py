@@ -105,7 +105,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         return np.concatenate(drawn), rng
 
     policy = make_policy(config, episodes)
-    begun_on = weights_digest(policy.clip)
+    encoder_digest = weights_digest(policy.clip)
     policy.to(accelerator.device)
     stats = (
         policy_stats(Path(config.start))
@@ -142,7 +142,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
     first, before = (
-        restore(run, unwrapped, optimizer, averaged, others, episodes, begun_on) if config.resume else (0, 0.0)
+        restore(run, unwrapped, optimizer, averaged, others, episodes, encoder_digest) if config.resume else (0, 0.0)
     )
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
@@ -197,18 +197,18 @@ def train_policy(config: PolicyTrainConfig) -> Path:
                 run.log(done, validate(config, unwrapped, episodes, frames, tokens, words, stats, validation_rows))
         if config.rollouts_every and done % config.rollouts_every == 0:
             with averaged_weights(unwrapped, averaged):
-                folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes, begun_on)
+                folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes, encoder_digest)
             random = rng_tensors()
             run.log(done, rollouts(config, episodes, folder))
             restore_rng(random)  # training goes on as if nobody had looked
         if saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, begun_on, elapsed)
+            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, encoder_digest, elapsed)
     bar.close()
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     with averaged_weights(unwrapped, averaged):
-        folder = export(run.folder / "policy", config, unwrapped, stats, episodes, begun_on)
+        folder = export(run.folder / "policy", config, unwrapped, stats, episodes, encoder_digest)
     run.close()
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
@@ -433,14 +433,20 @@ def checkpoint(
     averaged: dict[str, Tensor],
     others: dict[str, Tensor],
     episodes: Episodes,
-    begun_on: str,
+    encoder_digest: str,
     seconds: float,
 ) -> None:
-    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `begun_on`."""
+    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `encoder_digest`."""
     tensors, meta = optimizer.tensors()
     groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
     groups |= {"auxiliary": others} if others else {}
-    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "encoder": begun_on, "seconds": seconds}
+    state = {
+        "step": step,
+        "optimizer": meta,
+        "data": episodes.fingerprint,
+        "encoder": encoder_digest,
+        "seconds": seconds,
+    }
     save_checkpoint(run.folder, step, groups, state)
 
 
@@ -451,7 +457,7 @@ def restore(
     averaged: dict[str, Tensor],
     others: dict[str, Tensor],
     episodes: Episodes,
-    begun_on: str,
+    encoder_digest: str,
 ) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
@@ -464,7 +470,7 @@ def restore(
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
-    if state.get("encoder", begun_on) != begun_on:  # an older version does not say
+    if state.get("encoder", encoder_digest) != encoder_digest:  # an older version does not say
         raise UserError(
             f"{path}: was trained on an encoder that has changed since; restore that, or choose another --output"
         )
@@ -486,7 +492,7 @@ def export(
     policy: ConcordPolicy,
     stats: dict[str, NormStats],
     episodes: Episodes,
-    begun_on: str,
+    encoder_digest: str,
 ) -> Path:
     """Write a LeRobot policy folder with its processors; it appears whole or not at all."""
     partial_folder = folder.with_name(folder.name + ".partial")
@@ -505,7 +511,7 @@ def export(
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,
         "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
-        "encoder_weights": begun_on,
+        "encoder_weights": encoder_digest,
         "start": config.start,
         "tune": config.tune,
         "steps": config.steps,
