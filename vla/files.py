@@ -1,6 +1,7 @@
 """Files that neither a crash nor a full disk can ruin."""
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -27,3 +28,9 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=1, default=float) + "\n")

@@ -18,9 +18,10 @@ from transformers import Dinov2Config, Dinov2Model
 from tests.conftest import debug
 from vla.comparison.begun import check_same
 from vla.comparison.compare import compare
-from vla.comparison.jobs import Job, refuse_failed, run_jobs
+from vla.comparison.data import aligned_beside, make_data
+from vla.comparison.jobs import Job, needed, refuse_failed, run_jobs
 from vla.comparison.page import comparison_page
-from vla.comparison.plan import aligned_beside
+from vla.comparison.plan import plan_jobs
 from vla.config import (
     AlignConfig,
     CollectConfig,
@@ -483,3 +484,30 @@ def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
     (tmp_path / "second").unlink()
     run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
     assert ran == ["weights", "second"]
+
+
+def of_new_data(folder: Path) -> CompareConfig:
+    """A comparison whose demonstrations were collected and then lost, as where its records alone are unpacked."""
+    config = debug(CompareConfig, "compare", output=str(folder / "run"))
+    config.align.data.root = str(folder / "data")
+    make_data(config)
+    shutil.rmtree(folder / "data")
+    return config
+
+
+def test_demonstrations_that_are_not_here_are_collected_again_for_further_results(tmp_path):
+    config = of_new_data(tmp_path)
+    before = (tmp_path / "run" / "data.json").read_text()
+    assert "data" in [job.name for job in needed(plan_jobs(config))]
+    make_data(config)
+    assert (tmp_path / "run" / "data.json").read_text() == before
+    assert "data" not in [job.name for job in needed(plan_jobs(config))]
+
+
+def test_demonstrations_collected_again_that_came_out_differently_are_refused(tmp_path):
+    config = of_new_data(tmp_path)
+    path = tmp_path / "run" / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0123456789abcdef"}))
+    with pytest.raises(UserError, match=r"data: has changed since .* \(fingerprints 0123456789abcdef and "):
+        make_data(config)
+    assert json.loads(path.read_text())["fingerprint"] == "0123456789abcdef"

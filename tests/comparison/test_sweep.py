@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from vla.comparison import sweep as sweeping
+from vla.comparison.data import env_name
 from vla.comparison.page import comparison_page
-from vla.comparison.plan import env_name
 from vla.comparison.sweep import at_point, folder_name, label, points, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags

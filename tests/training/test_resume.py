@@ -226,3 +226,15 @@ def test_a_checkpoint_that_another_version_wrote_is_named(align_config, tmp_path
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"step_000001: does not fit \(.*\); go on with the version that wrote it"):
         train_align(replace(config, resume=True))
+
+
+def test_a_run_of_which_records_alone_are_left_begins_anew(align_config, tmp_path):
+    """As that of an unfinished arm in a comparison whose records were unpacked elsewhere."""
+    whole = replace(align_config, steps=2, eval_every=0, output=str(tmp_path / "whole"))
+    train_align(whole)
+    left = tmp_path / "left"
+    left.mkdir()
+    for name in ("metrics.jsonl", "versions.json"):
+        shutil.copy(tmp_path / "whole" / name, left / name)
+    train_align(replace(whole, output=str(left), resume=True))
+    assert metrics(left) == metrics(tmp_path / "whole")

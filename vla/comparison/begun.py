@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from vla.comparison.plan import write_json
+from vla.comparison.data import check_data_there
 from vla.config import CompareConfig, SweepConfig
 from vla.config_io import filled, to_dict
-from vla.data.episodes import fingerprint
+from vla.files import write_json
 from vla.precision import chosen_precision
 from vla.types import UserError
 
@@ -67,24 +67,6 @@ def flat(tree: dict, path: str = "") -> dict:
     for key, value in tree.items():
         found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return found
-
-
-def check_data_there(folder: Path) -> None:
-    """Refuse demonstrations that are not those that the folder was begun with; absent ones are of another machine.
-
-    Raises:
-        UserError: names the data set and both fingerprints.
-    """
-    path = folder / "data.json"
-    made = json.loads(path.read_text()) if path.is_file() else {}
-    fingerprints = {made["root"]: made["fingerprint"]} if made else {}
-    fingerprints |= {root: record["fingerprint"] for root, record in made.get("cloned", {}).items()}
-    fingerprints |= {record["root"]: record["fingerprint"] for record in [made.get("play")] if record}
-    for root, before in fingerprints.items():
-        if (Path(root) / "meta" / "info.json").is_file() and (now := fingerprint(Path(root))) != before:
-            raise UserError(
-                f"{root}: has changed since {path} was written (fingerprints {before} and {now}); restore it, or choose another --output"
-            )
 
 
 def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> C:

@@ -11,9 +11,11 @@ import torch
 
 from vla.comparison.arms import CONTRASTS
 from vla.comparison.begun import check_same, check_same_data, comparable, records, with_precision
+from vla.comparison.chosen import chosen_arms
+from vla.comparison.data import env_name
 from vla.comparison.estimates import with_estimates
 from vla.comparison.jobs import in_short, print_left, refuse_failed, run_jobs
-from vla.comparison.plan import chosen_arms, env_name, plan_jobs, write_json
+from vla.comparison.plan import plan_jobs
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
 from vla.config import CompareConfig
@@ -21,6 +23,7 @@ from vla.config_io import to_dict
 from vla.eval.evaluate import checked
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
+from vla.files import write_json
 from vla.locks import waiting_lock
 from vla.versions import versions
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vla.comparison.chosen import chosen_arms
+from vla.comparison.data import env_name
 from vla.comparison.jobs import Job
-from vla.comparison.plan import chosen_arms, env_name
 from vla.config import CompareConfig, SweepConfig, TowerConfig
 from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks

@@ -1,6 +1,6 @@
 """The jobs of a comparison: what each needs, what it makes, and several processes working through them.
 
-A job is done when the path it makes exists, and is run only if a missing result depends on it. A process takes the first job whose needs are met and that no other process
+A job is done when what it makes exists, and is run only if a missing result depends on it. A process takes the first job whose needs are met and that no other process
 holds; so the same command, started several times or by `accelerate launch`, shares the work, and started again it goes
 on. What a job prints goes into its log.txt, what its result depends on into its settings.json.
 """
@@ -21,13 +21,19 @@ POLL = 2.0  # s between looks for a job while other processes hold the rest
 
 @dataclass(frozen=True)
 class Job:
-    """`run` makes `makes`, which appears whole or not at all; every job named in `needs` comes first."""
+    """`run` makes `makes`, which appears whole or not at all, after all `beside` it; every job named in `needs` comes first."""
 
     name: str
     makes: Path
     run: Callable[[], object]
     needs: tuple[str, ...] = ()
     seconds: float = 0.0  # estimate
+    beside: tuple[Path, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether all that it makes is there."""
+        return all(path.exists() for path in (self.makes, *self.beside))
 
 
 def needed(jobs: Sequence[Job]) -> list[Job]:
@@ -37,7 +43,7 @@ def needed(jobs: Sequence[Job]) -> list[Job]:
     wanted, stack = set(), [job for job in jobs if job.name not in inner]
     while stack:
         job = stack.pop()
-        if job.name not in wanted and not job.makes.exists():
+        if job.name not in wanted and not job.done:
             wanted.add(job.name)
             stack += [by_name[name] for name in job.needs]
     return [job for job in jobs if job.name in wanted]
@@ -114,7 +120,7 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
     except UserError:
         return False
     with lock:
-        if job.makes.exists():
+        if job.done:
             return False
         left = needed(jobs)
         seconds = sum(other.seconds for other in left)
@@ -123,7 +129,7 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
         (folder / job.name / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
         with (folder / job.name / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             job.run()
-        if not job.makes.exists():
+        if not job.done:
             raise RuntimeError(f"{job.name} did not make {job.makes}")
         say(f"  {job.name}: {duration(time.monotonic() - started)}")
     return True

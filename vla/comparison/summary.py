@@ -11,7 +11,8 @@ import numpy as np
 from scipy import stats
 
 from vla.comparison.arms import CONTRASTS, Arm
-from vla.comparison.plan import chosen_arms, encoder_folder, named, numbers_of
+from vla.comparison.chosen import chosen_arms, named, numbers_of
+from vla.comparison.work import encoder_folder
 from vla.config import CompareConfig
 from vla.eval.statistics import Estimate, crossed_interval, holm, paired_p_value
 from vla.types import UserError

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from vla.comparison.begun import check_same, comparable, with_precision
+from vla.comparison.chosen import SET_HERE, check_episodes, check_set_here
 from vla.comparison.compare import leave_the_launcher
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
-from vla.comparison.plan import SET_HERE, check_episodes, check_set_here, write_json
 from vla.comparison.report import interval
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
 from vla.config import SweepConfig
@@ -33,6 +33,7 @@ from vla.data.frames import open_pictures
 from vla.eval.evaluate import evaluate
 from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with_interval, write_report
 from vla.eval.statistics import holm
+from vla.files import write_json
 from vla.integrations.collect import collect
 from vla.locks import waiting_lock
 from vla.training.align import train_align

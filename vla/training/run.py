@@ -92,10 +92,12 @@ class RunFolder:
             self._tensorboard.close()
 
     def _refuse_other_config(self, config: Any) -> None:
+        if latest_checkpoint(self.folder) is None:  # nothing to go on from: begins anew
+            return
         old = yaml.safe_load((self.folder / "config.yaml").read_text())
         old = filled(old, to_dict(type(config)()))  # fields that an older version did not know had their defaults
         differing = [k for k in differences(old, to_dict(config)) if k.split(".")[-1] not in FREE_FIELDS]
-        if differing and latest_checkpoint(self.folder) is not None:
+        if differing:
             raise UserError(
                 f"{self.folder}: cannot resume with another {', '.join(differing)}; choose another --output"
             )

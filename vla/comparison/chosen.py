@@ -1,0 +1,152 @@
+"""Which arms a comparison trains, and what it refuses before anything runs."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_args
+
+from transformers import AutoConfig, CLIPConfig, VisionTextDualEncoderConfig
+
+from vla.comparison.arms import ARMS, Arm, Source
+from vla.comparison.data import play_root
+from vla.config import CompareConfig, DataConfig, EvalConfig, SweepConfig
+from vla.integrations.collect import checked_tasks
+from vla.training.align_setup import check_snapshots
+from vla.training.policy import check_head
+from vla.types import UserError
+
+NAME = re.compile(r"[A-Za-z0-9._-]+")  # of folders
+SET_HERE = {  # fields that every run gets from elsewhere
+    "align.output": "output",
+    "align.seed": "seeds",
+    "policy.output": "output",
+    "policy.seed": "seeds",
+    "policy.encoder": "encoders",
+    "eval.output": "output",
+    "eval.policy": "policies",
+}
+SET_BY_ARMS = dict.fromkeys(
+    ("align.shuffle", "policy.start", "policy.tune", "policy.tuned_part", "policy.hide"), "arms"
+)
+
+
+def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
+    """The arms that are trained, by name.
+
+    Raises:
+        UserError: unknown or repeated names, or several training seeds or numbers of demonstrations that are equal.
+    """
+    check_numbers(config)
+    arms = {}
+    for name in config.arms:
+        if name not in ARMS:
+            raise UserError(f"config error: arms: {name!r} is not an arm; known: {', '.join(ARMS)}")
+        arms[name] = ARMS[name]
+        if arms[name].after not in ("", *config.arms):
+            raise UserError(f"config error: arms: {name} goes on from {arms[name].after}; name that, too")
+    for name, folder in named(config.encoders, "encoders").items():
+        alone = vision_alone(folder)
+        what = "the vision model" if alone else "the encoder"
+        arms[name] = Arm("vision" if alone else "named", f"{what} {folder}, frozen", name=name)
+    if "aligned-frozen" in arms:
+        for step in config.align.snapshots:
+            arms[f"aligned-frozen@{step}"] = Arm("none", f"aligned for the first {step} steps, frozen", snapshot=step)
+    policies = named(config.policies, "policies")
+    for field, values in (
+        ("arms", [*config.arms, *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
+        ("demonstrations", config.demonstrations),
+        ("seeds", config.seeds),
+    ):
+        if len(set(values)) < len(values):
+            raise UserError(f"config error: {field}: {list(values)} repeats a value")
+    if config.transfer:
+        known = checked_tasks(config.collect)
+        rest = [task for task in known if task not in config.transfer]
+        unknown = [task for task in config.transfer if task not in known]
+        if unknown or not rest:
+            what = f"{unknown[0]!r} is not a task" if unknown else "no task is left for the encoders"
+            raise UserError(f"config error: transfer: {what}; known: {', '.join(known)}")
+    if config.play_scenes and not Path(play_root(config)).is_dir():
+        checked_tasks(replace(config.collect, kind="play"))
+    if not (arms or policies):
+        raise UserError("config error: arms: name at least one arm, encoder or policy")
+    return arms
+
+
+def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
+    """The numbers of demonstrations an arm is trained on: all, or the middle one for a snapshot of the alignment."""
+    return config.demonstrations if not arm.snapshot else (config.demonstrations[len(config.demonstrations) // 2],)
+
+
+def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
+    """NAME=FOLDER texts as a mapping; UserError if one is not of that form, its name is another thing's, or its folder is absent."""
+    folders = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (equals and name and Path(folder).is_dir()):
+            raise UserError(f"config error: {field}: {pair!r} is not NAME=FOLDER of an existing folder")
+        if not NAME.fullmatch(name) or set(name) == {"."}:
+            raise UserError(f"config error: {field}: {name!r} names a folder; take letters, digits, '.', '_' and '-'")
+        if name in ARMS or name in (*get_args(Source), "cloning"):
+            raise UserError(f"config error: {field}: {name!r} is taken; choose another name")
+        folders[name] = Path(folder)
+    return folders
+
+
+def vision_alone(folder: Path) -> bool:
+    """Whether a model folder holds a vision model that knows no text; UserError if it holds none."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"config error: encoders: {folder}: {str(error).strip().splitlines()[0]}") from error
+    return not isinstance(config, CLIPConfig | VisionTextDualEncoderConfig)
+
+
+def check_numbers(config: CompareConfig) -> None:
+    """Refuse numbers that nothing can be trained or estimated with.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field, values in (("seeds", config.seeds), ("demonstrations", config.demonstrations)):
+        if not values or min(values) < 0:
+            raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
+    check_snapshots(config.align, "align.")
+    check_episodes(config.eval)
+    check_set_here(config, SET_HERE | SET_BY_ARMS)
+    check_head(config.policy)
+
+
+def check_set_here(config: CompareConfig | SweepConfig, fields: Mapping[str, str]) -> None:
+    """Refuse values that would be passed over: of `fields`, each with what decides instead, and of stage two's data.
+
+    Raises:
+        UserError: names the field.
+    """
+    usual = type(config)()
+    for name, instead in fields.items():
+        stage, _, field = name.partition(".")
+        if getattr(getattr(config, stage), field) != getattr(getattr(usual, stage), field):
+            raise UserError(f"config error: {name}: is set for every run; {instead} decides here")
+    surplus = config_differences(config.policy.data, DataConfig())
+    if surplus:
+        raise UserError(
+            f"config error: policy.data.{surplus[0]}: stage two gets align.data; set align.data.{surplus[0]}"
+        )
+
+
+def check_episodes(config: EvalConfig) -> None:
+    """Refuse a single episode: it has no interval.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field in ("episodes", "split_episodes", "grounding_episodes"):
+        if getattr(config, field) == 1:
+            raise UserError(f"config error: eval.{field}: 1 episode has no interval; give more")
+
+
+def config_differences(config: DataConfig, other: DataConfig) -> list[str]:
+    """Fields that differ."""
+    return [field.name for field in fields(config) if getattr(config, field.name) != getattr(other, field.name)]

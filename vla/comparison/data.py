@@ -1,0 +1,130 @@
+"""The data sets of a comparison: what encoders are trained on, what policies clone, and play beside them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from vla.config import CompareConfig, EnvConfig, SweepConfig
+from vla.data.episodes import fingerprint, read_episodes, task_of_episode
+from vla.data.frames import open_pictures
+from vla.files import write_json
+from vla.integrations.collect import checked_tasks, collect
+from vla.types import UserError
+
+
+def make_data(config: CompareConfig) -> None:
+    """Collect the demonstrations, unless the data sets are there, and decode their pictures once.
+
+    Raises:
+        UserError: of a comparison that was begun with them, other demonstrations came out.
+    """
+    known = checked_tasks(config.collect)
+    roots = {cloned_root(config): config.transfer or known}
+    roots[config.align.data.root] = tuple(task for task in known if task not in config.transfer)
+    record = {}
+    for root, tasks in roots.items():
+        if not (Path(root) / "meta" / "info.json").is_file():
+            scenes = config.collect.scenes if root == config.align.data.root else max(4, config.collect.scenes // 10)
+            collect(replace(config.collect, output=root, env=env_of(config, tasks), scenes=scenes))
+        episodes = read_episodes(root, config.align.data.camera)
+        there = set(task_of_episode(episodes))
+        if config.transfer and not there <= set(tasks):
+            raise UserError(
+                f"{root}: has episodes of {sorted(there - set(tasks))[0]}, which transfer keeps apart; choose another root"
+            )
+        cache = config.align.data.cache if root == config.align.data.root else None
+        open_pictures(episodes, replace(config.align.data, cache=cache))
+        record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
+        record[root] |= {"collected with": (episodes.extra or {}).get("config")}
+    own = record.pop(config.align.data.root)
+    own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})
+    if config.play_scenes:
+        own |= {"play": make_play(config, roots[config.align.data.root])}
+    check_data_there(Path(config.output))
+    write_json(Path(config.output) / "data.json", own)
+
+
+def check_data_there(folder: Path) -> None:
+    """Refuse demonstrations that are not those that the folder was begun with; absent ones are of another machine.
+
+    Raises:
+        UserError: names the data set and both fingerprints.
+    """
+    path = folder / "data.json"
+    made = json.loads(path.read_text()) if path.is_file() else {}
+    fingerprints = {made["root"]: made["fingerprint"]} if made else {}
+    fingerprints |= {root: record["fingerprint"] for root, record in made.get("cloned", {}).items()}
+    fingerprints |= {record["root"]: record["fingerprint"] for record in [made.get("play")] if record}
+    for root, before in fingerprints.items():
+        if (Path(root) / "meta" / "info.json").is_file() and (now := fingerprint(Path(root))) != before:
+            raise UserError(
+                f"{root}: has changed since {path} was written (fingerprints {before} and {now}); restore it, or choose another --output"
+            )
+
+
+def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
+    """Collect play of some tasks, unless it is there, in scenes that no demonstration shows; returns what is recorded of it.
+
+    Raises:
+        UserError: the play that is there is of other tasks or of another number of scenes.
+    """
+    root, collected = play_root(config), config.collect
+    shown = record_of(config.align.data.root).get("config", {"seed": collected.seed, "scenes": collected.scenes})
+    if not (Path(root) / "meta" / "info.json").is_file():
+        scenes = {"scenes": config.play_scenes, "seed": shown["seed"] + shown["scenes"]}
+        collect(replace(collected, output=root, kind="play", env=env_of(config, tasks), **scenes))
+    episodes = read_episodes(root, partial=True)
+    other = sorted(set((episodes.extra or {}).get("tasks", ())) - set(tasks))
+    if other:
+        raise UserError(f"{root}: has play of {other[0]}, which transfer keeps apart; choose another root")
+    made_with = (episodes.extra or {}).get("config")
+    if made_with and made_with["scenes"] != config.play_scenes:
+        raise UserError(
+            f"{root}: has play of {made_with['scenes']} scenes, not play_scenes={config.play_scenes}; choose another root"
+        )
+    open_pictures(episodes, config.align.data)
+    return {"root": root, "fingerprint": episodes.fingerprint, **counts(episodes), "collected with": made_with}
+
+
+def data_sets(config: CompareConfig) -> tuple[Path, ...]:
+    """A file of every data set that `make_data` collects or finds."""
+    roots = {config.align.data.root, cloned_root(config), *((play_root(config),) if config.play_scenes else ())}
+    return tuple(Path(root) / "meta" / "info.json" for root in sorted(roots))
+
+
+def cloned_root(config: CompareConfig) -> str:
+    """The data set that policies clone: that of the encoders, or one of the tasks that these never see."""
+    return config.align.data.root + ("_transfer" if config.transfer else "")
+
+
+def play_root(config: CompareConfig) -> str:
+    """The data set of play."""
+    return config.align.data.root + "_play"
+
+
+def aligned_beside(config: CompareConfig) -> tuple[str, ...]:
+    """What alignments see beside the demonstrations: play with the weight of its scenes."""
+    weight = config.play_scenes / config.collect.scenes
+    return (*config.align.more, *((f"{play_root(config)}={weight:g}",) if config.play_scenes else ()))
+
+
+def env_of(config: CompareConfig, tasks: tuple[str, ...]) -> EnvConfig:
+    """The environment to collect some of the tasks in."""
+    env = config.collect.env
+    return env if tasks == checked_tasks(config.collect) else replace(env, tasks=tasks)
+
+
+def counts(episodes) -> dict[str, int]:
+    """How large a data set is."""
+    return {"episodes": len(episodes.goal_id), "frames": len(episodes.frame_row), "goals": len(episodes.goals)}
+
+
+def record_of(root: str) -> dict:
+    """How a data set was collected; nothing of one that is not there, or not from here."""
+    path = Path(root) / "meta" / "concord.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def env_name(config: CompareConfig | SweepConfig) -> str:
+    """The environment that is evaluated in: the one that is named, else that of the demonstrations."""
+    return config.eval.env or record_of(config.align.data.root).get("env", config.collect.env.name)

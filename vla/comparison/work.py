@@ -1,0 +1,211 @@
+"""What the jobs of a comparison do: make and measure encoders, train policies and evaluate them."""
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
+
+from vla.comparison.arms import Arm
+from vla.comparison.chosen import chosen_arms, named, numbers_of
+from vla.comparison.data import aligned_beside, cloned_root, env_name, record_of
+from vla.config import CompareConfig
+from vla.data.batches import TripletSource
+from vla.data.episodes import limit_per_task, rows_of
+from vla.data.mixture import open_mixture, root_and_weight
+from vla.eval.alignment import measure_alignment
+from vla.eval.evaluate import evaluate
+from vla.files import write_json
+from vla.integrations.collect import checked_tasks
+from vla.models.clip import (
+    load_clip,
+    resize_positions,
+    save_clip,
+    tokenize,
+    untrained,
+    with_text_of,
+    with_vision_of,
+)
+from vla.policies.concord import ConcordPolicy
+from vla.training.align_setup import make_encoders, make_model, make_stats
+from vla.training.policy import train_policy
+from vla.types import UserError
+
+ALIGNED = (
+    "none",
+    "language",
+    "action",
+    "all",
+)  # sources that are alignments, named by what of the triplets is shuffled
+OWN_POOLER = ("none", "cloned")  # sources whose pooler was trained on the text features that all arms have
+
+
+def encoder_folder(config: CompareConfig, encoder: str, seed: int) -> Path:
+    """Where an encoder that arms start from is."""
+    return Path(config.output) / "encoders" / encoder / str(seed) / "clip"
+
+
+def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
+    """Write an encoder with the aligned text tower, and its pooler beside it if it has one."""
+    clip_folder = encoder_folder(config, encoder, seed)
+    source, _, snapshot = encoder.partition("@")
+    image_size = config.align.data.image_size
+    aligned = Path(config.output) / "align" / "none" / str(seed)
+    text_clip, tokenizer = load_clip(aligned / "clip")
+    extra = {}
+    if source in ALIGNED:
+        run = Path(config.output) / "align" / source / str(seed)
+        run = run / "snapshots" / snapshot if snapshot else run
+        clip, _ = load_clip(run / "clip")
+        extra = load_file(run / "alignment.safetensors")
+    elif source == "cloned":
+        policy = ConcordPolicy.from_pretrained(Path(config.output) / "policy" / "cloning" / str(seed) / "policy")
+        clip = policy.clip
+        pooler = policy.network.pooler.state_dict()
+        extra = {f"pooler.{name}": value.contiguous() for name, value in pooler.items()}
+    elif source == "random":
+        torch.manual_seed(seed)
+        texts = open_mixture(config.align.data, aligned_beside(config), seed).episodes.texts
+        clip, _ = make_encoders(replace(config.align.tower, lexicon=None), image_size, texts)  # gets the aligned words
+        if config.align.tower.pretrained:
+            clip = untrained(clip)
+    else:
+        torch.manual_seed(seed)
+        clip = with_vision_of(named(config.encoders, "encoders")[encoder], text_clip, image_size)
+    if isinstance(clip, CLIPModel):
+        clip = with_text_of(clip, text_clip)
+    clip_folder.parent.mkdir(parents=True, exist_ok=True)
+    if extra:
+        save_file(extra, clip_folder.parent / "alignment.safetensors")
+    partial_folder = clip_folder.with_name("clip.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    save_clip(partial_folder, clip, tokenizer)
+    partial_folder.rename(clip_folder)
+
+
+def measure(config: CompareConfig, encoder: str, seed: int) -> None:
+    """The alignment measures of an encoder; what it has no weights for (a pooler, an action encoder) is untrained."""
+    align = config.align
+    torch.set_num_threads(align.threads)
+    torch.manual_seed(seed)
+    folder = encoder_folder(config, encoder, seed)
+    clip, tokenizer = load_clip(folder)
+    clip = resize_positions(clip, align.data.image_size)
+    mixture = open_mixture(replace(align.data, episodes_per_task=None), aligned_beside(config), seed)
+    episodes, own = mixture.episodes, mixture.train[0]
+    limited = limit_per_task(episodes, own, align.data.episodes_per_task, seed)
+    stats = make_stats(episodes, rows_of(episodes, np.concatenate([limited, *mixture.train[1:]])))  # the alignment's
+    model = make_model(align, clip, episodes)
+    extra = folder.parent / "alignment.safetensors"
+    if extra.is_file():
+        surplus = model.load_state_dict(load_file(extra), strict=False).unexpected_keys
+        if surplus:
+            raise UserError(f"{extra}: unexpected keys {surplus[:3]}; delete {folder.parent} and run again")
+    model.eval()
+    measures, _ = measure_alignment(
+        model,
+        TripletSource(episodes, mixture.frames, stats, align.horizon),
+        own[episodes.goal_id[own] >= 0],
+        mixture.validation,
+        *tokenize(tokenizer, episodes.texts),
+    )
+    write_json(folder.parent / "measures.json", measures)
+
+
+def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: int) -> None:
+    """Train the policy of one arm, number of demonstrations and seed; its token cache goes when nobody needs it."""
+    folder = Path(config.output)
+    if arm.source == "named":
+        encoder, cache = str(named(config.encoders, "encoders")[name]), folder / "cache" / f"{name}-{seed}"
+    else:
+        encoder = str(encoder_folder(config, arm.encoder, seed))
+        cache = folder / "cache" / f"{arm.encoder}-{seed}"
+    tune = arm.tuned_part != "nothing"
+    steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
+    broad = config.align.data.root
+    more = (f"{broad}={config.transfer_weight}",) if config.transfer and config.transfer_weight else ()
+    more += config.policy.more
+    for root in (cloned_root(config), *(root_and_weight(text)[0] for text in more)):
+        link_frames(config, root, cache)
+    data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
+    optimizer = config.policy.optimizer
+    if arm.after:
+        optimizer = replace(optimizer, lr=optimizer.lr * config.tuned_lr_scale)
+    train_policy(
+        replace(
+            config.policy,
+            output=str(folder / "policy" / name / str(count) / str(seed)),
+            encoder=encoder,
+            start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
+            data=data,
+            more=more,
+            optimizer=optimizer,
+            aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
+            tune=tune,
+            tuned_part=arm.tuned_part if tune else "all",
+            pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
+            encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
+            auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
+            hide=arm.hide,
+            steps=steps,
+            seed=seed,
+            resume=True,
+        )
+    )
+    arms = chosen_arms(config)
+    siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].encoder == arm.encoder]
+    runs = [(other, number) for other in siblings for number in numbers_of(config, arms[other])]
+    paths = [folder / "policy" / other / str(number) / str(seed) / "policy" for other, number in runs]
+    if all(path.exists() for path in paths):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def clone_everything(config: CompareConfig, seed: int) -> None:
+    """Train an untrained tower by cloning on all demonstrations: the encoder that the cloning-pretrained arm freezes."""
+    cache = Path(config.output) / "cache" / f"cloning-{seed}"
+    link_frames(config, config.align.data.root, cache)
+    train_policy(
+        replace(
+            config.policy,
+            output=str(Path(config.output) / "policy" / "cloning" / str(seed)),
+            encoder=str(encoder_folder(config, "random", seed)),
+            data=replace(config.align.data, cache=str(cache)),
+            aligned_pooler=False,
+            auxiliary=0.0,
+            tune=True,
+            tuned_part="vision",
+            encoder_lr_scale=1.0,
+            steps=config.cloning_steps,
+            seed=seed,
+            resume=True,
+        )
+    )
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
+    """Let a cache folder of its own share the decoded pictures of a data set."""
+    cache.mkdir(parents=True, exist_ok=True)
+    data = config.align.data
+    shared = Path(data.cache) if data.cache and root == data.root else Path(root) / ".concord"
+    for store in shared.glob("frames_*.npy"):
+        if not (cache / store.name).exists():
+            try:
+                os.link(store, cache / store.name)
+            except FileExistsError:  # another process was first
+                continue
+            except OSError:  # another file system, or a file system without links
+                with suppress(FileExistsError):
+                    (cache / store.name).symlink_to(store.resolve())
+
+
+def evaluate_policy(config: CompareConfig, policy: Path, output: Path) -> None:
+    """Evaluate a policy on the tasks of the demonstrations, whatever it was trained on, unless transfer or `eval.tasks` names others."""
+    made_with = tuple(record_of(config.align.data.root).get("tasks", ()))
+    tasks = config.transfer or config.eval.tasks or made_with or checked_tasks(config.collect)
+    evaluate(replace(config.eval, policy=str(policy), output=str(output), env=env_name(config), tasks=tasks, workers=1))
