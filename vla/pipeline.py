@@ -15,7 +15,7 @@ from vla.precision import multiplies_bf16
 from vla.types import UserError
 from vla.versions import versions
 
-SLOWER = "\nThis machine only emulates products in bfloat16, so new runs compute in float32: training takes some four times as long as docs/results.md says."
+SLOWER = "\nThis machine has no fast products in bfloat16, so new runs compute in float32: training takes up to four times as long as docs/results.md says."
 
 
 def pipeline(config: PipelineConfig) -> Path:
