@@ -20,7 +20,8 @@ from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training import policy
-from vla.training.policy import cloned_episodes, train_policy
+from vla.training.policy import train_policy
+from vla.training.policy_data import cloned_episodes
 from vla.types import UserError
 
 

@@ -4,69 +4,54 @@
 reads cached patch tokens and never runs the vision tower, unless it is told to keep no cache.
 """
 
-import hashlib
-import json
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
-from vla.data.episodes import Episodes, limit_per_task, rows_of, select
-from vla.data.mixture import Mixture, open_mixture, root_and_weight
-from vla.data.normalization import Normalizers, NormStats, compute_norm_stats, normalize_quantile
+from vla.data.episodes import Episodes, rows_of
+from vla.data.mixture import open_mixture
+from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import shares
-from vla.data.triplets import gather_chunks
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
-from vla.models.clip import load_clip, patch_tokens, pixel_values, resize_positions
+from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
-from vla.training.auxiliary import Auxiliary, started_encoder
+from vla.training.auxiliary import Auxiliary
 from vla.training.checkpoint import (
-    check_trained_on,
     how_to_replay,
-    latest_checkpoint,
-    load_checkpoint,
     restore_rng,
-    restoring,
     rng_tensors,
-    save_checkpoint,
 )
 from vla.training.optim import Optimizers, make_optimizers, schedule
+from vla.training.policy_data import CloningBatch, cloned_episodes, digest, gather, needed_tokens, spread
+from vla.training.policy_export import (
+    averaged_weights,
+    check_finished_on,
+    checkpoint,
+    export,
+    restore,
+    trained_parameters,
+    update_average,
+)
 from vla.training.prefetch import prefetch
 from vla.training.processes import make_accelerator
 from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.training.start import make_policy, policy_stats, starts_trained
 from vla.training.tokens import open_tokens, weights_digest
 from vla.training.words import Words
-from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
-from vla.versions import versions
+from vla.types import ACTION_KEY, STATE_KEY, UserError
 
 VALIDATED = 4096  # held-out rows that are measured, at most
-
-
-@dataclass(frozen=True)
-class CloningBatch:
-    """One step's samples. `inputs` is (b, n, w) fp16 tokens of the cache, or (b, H, W, 3) uint8 frames."""
-
-    rows: np.ndarray
-    inputs: np.ndarray
-    state: np.ndarray  # (b, s) normalised
-    text_id: np.ndarray  # (b,)
-    action_chunk: np.ndarray  # (b, h, a) normalised
-    action_is_pad: np.ndarray  # (b, h)
-    triplets: TripletBatch | None = None  # of the auxiliary loss
 
 
 def train_policy(config: PolicyTrainConfig) -> Path:
@@ -215,23 +200,6 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     return folder
 
 
-def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
-    """Refuse to take a finished policy for one on the encoder that is there now, where that can be told.
-
-    Raises:
-        UserError: it was trained on other weights.
-    """
-    path = policy / "concord.json"
-    before = json.loads(path.read_text()).get("encoder_weights") if path.is_file() else None
-    if before is None or config.start or not Path(config.encoder).is_dir():
-        return
-    clip, _ = load_clip(config.encoder)
-    if weights_digest(resize_positions(clip, config.data.image_size)) != before:
-        raise UserError(
-            f"{policy}: was trained on an encoder that {config.encoder} no longer holds; choose another --output, or delete it to train anew"
-        )
-
-
 def check_head(config: PolicyTrainConfig) -> None:
     """Refuse a head that executes more than it predicts.
 
@@ -243,85 +211,6 @@ def check_head(config: PolicyTrainConfig) -> None:
             f"config error: head.n_action_steps must be at most head.horizon, got {config.head.n_action_steps} "
             f"and {config.head.horizon}"
         )
-
-
-def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episodes, list[np.ndarray], np.ndarray]:
-    """The episodes to clone, and the positions among them of each data set's training episodes and of the held-out ones.
-
-    Scenes are held out before failures are left out, so that stage one, which trains on failures as well, holds out the same.
-
-    Raises:
-        UserError: a data set without a success to train on, none held out, or one without actions or states.
-    """
-    everything = mixture.episodes
-    cloned = np.flatnonzero(everything.success | config.failures)
-    (*parts, validation) = (np.flatnonzero(np.isin(cloned, part)) for part in (*mixture.train, mixture.validation))
-    roots = [config.data.root, *(root_and_weight(text)[0] for text in config.more)]
-    for root, part in zip(roots, parts, strict=True):
-        if not len(part):
-            raise UserError(f"{root}: no training episode succeeded; clone failures with --failures=true")
-    if not len(validation):
-        raise UserError(f"{config.data.root}: no held-out episode succeeded; change --data.holdout")
-    episodes = select(everything, cloned)
-    for root, part in zip(roots[1:], parts[1:], strict=True):
-        rows = rows_of(episodes, part)
-        if not (np.isfinite(episodes.action[rows]).all() and np.isfinite(episodes.state[rows]).all()):
-            raise UserError(f"{root}: lacks actions or states; only stage one can use it")
-    parts[0] = limit_per_task(episodes, parts[0], config.data.episodes_per_task, config.seed)
-    return episodes, parts, validation
-
-
-def needed_tokens(
-    config: PolicyTrainConfig,
-    count: int,
-    draw: Callable[[int], tuple[np.ndarray, np.random.Generator]],
-    validation_rows: np.ndarray,
-) -> np.ndarray:
-    """(copies, count) bool: which copies of which of `count` rows the steps `draw`, or the validation reads."""
-    needed = np.zeros((config.cached_shifts, count), bool)
-    needed[0, validation_rows] = True
-    for step in range(config.steps):
-        rows, rng = draw(step)
-        needed[draw_copies(rng, config.cached_shifts, len(rows)), rows] = True
-    return needed
-
-
-def draw_copies(rng: np.random.Generator, copies: int, count: int) -> np.ndarray:
-    """(count,) which copy of the token cache each sample of a step reads; the first numbers after its rows."""
-    return rng.integers(copies, size=count)
-
-
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, evenly."""
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
-
-
-def gather(
-    config: PolicyTrainConfig,
-    episodes: Episodes,
-    frames: np.ndarray,
-    tokens: np.ndarray | None,
-    stats: dict[str, NormStats],
-    rows: np.ndarray,
-    rng: np.random.Generator | None,
-) -> CloningBatch:
-    """Samples of (b,) rows; without `rng` nothing is augmented."""
-    chunk, pad = gather_chunks(episodes, rows, config.head.horizon)
-    if tokens is not None:
-        copies = np.zeros(len(rows), int) if rng is None else draw_copies(rng, len(tokens), len(rows))
-        inputs = tokens[copies, rows]
-    else:
-        inputs = episodes.gather_frames(frames, rows)
-        if rng is not None:
-            inputs = augmenter(config.data)(inputs, rng)
-    return CloningBatch(
-        rows=rows,
-        inputs=inputs,
-        state=normalize_quantile(episodes.state[rows], stats[STATE_KEY]),
-        text_id=episodes.text_id[episodes.episode_of_row[rows]],
-        action_chunk=normalize_quantile(chunk, stats[ACTION_KEY]),
-        action_is_pad=pad,
-    )
 
 
 def embed(
@@ -393,140 +282,6 @@ def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dic
     successes = sum(record.success for record in records)
     low, high = wilson(successes, len(records))
     return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}
-
-
-def trained_parameters(policy: ConcordPolicy) -> dict[str, Tensor]:
-    """What the optimiser changes, by name."""
-    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def update_average(averaged: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
-    """averaged <- decay * averaged + (1 - decay) * current."""
-    torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
-
-
-class averaged_weights:
-    """Swap the averaged weights in, and out again."""
-
-    def __init__(self, policy: ConcordPolicy, averaged: dict[str, Tensor]) -> None:
-        self.parameters, self.averaged = trained_parameters(policy), averaged
-
-    def __enter__(self) -> None:
-        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._write(self.averaged)
-
-    def __exit__(self, *_: object) -> None:
-        self._write(self.kept)
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            p.copy_(values[name])
-
-
-def checkpoint(
-    run: RunFolder,
-    step: int,
-    policy: ConcordPolicy,
-    optimizer: Optimizers,
-    averaged: dict[str, Tensor],
-    others: dict[str, Tensor],
-    episodes: Episodes,
-    encoder_digest: str,
-    seconds: float,
-) -> None:
-    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `encoder_digest`."""
-    tensors, meta = optimizer.tensors()
-    groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
-    groups |= {"auxiliary": others} if others else {}
-    state = {
-        "step": step,
-        "optimizer": meta,
-        "data": episodes.fingerprint,
-        "encoder": encoder_digest,
-        "seconds": seconds,
-    }
-    save_checkpoint(run.folder, step, groups, state)
-
-
-def restore(
-    run: RunFolder,
-    policy: ConcordPolicy,
-    optimizer: Optimizers,
-    averaged: dict[str, Tensor],
-    others: dict[str, Tensor],
-    episodes: Episodes,
-    encoder_digest: str,
-) -> tuple[int, float]:
-    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of other data, another encoder or another version.
-    """
-    path = latest_checkpoint(run.folder)
-    if path is None:
-        run.truncate(0)
-        return 0, 0.0
-    tensors, state = load_checkpoint(path)
-    check_trained_on(path, state, episodes)
-    if state.get("encoder", encoder_digest) != encoder_digest:  # an older version does not say
-        raise UserError(
-            f"{path}: was trained on an encoder that has changed since; restore that, or choose another --output"
-        )
-    with torch.no_grad(), restoring(path):
-        for name, p in trained_parameters(policy).items():
-            p.copy_(tensors["model"][name])
-            averaged[name].copy_(tensors["averaged"][name])
-        for name, p in others.items():
-            p.copy_(tensors["auxiliary"][name])
-        optimizer.restore(tensors["optimizer"], state["optimizer"])
-    restore_rng(tensors["rng"])
-    run.truncate(state["step"])
-    return state["step"], state["seconds"]
-
-
-def export(
-    folder: Path,
-    config: PolicyTrainConfig,
-    policy: ConcordPolicy,
-    stats: dict[str, NormStats],
-    episodes: Episodes,
-    encoder_digest: str,
-) -> Path:
-    """Write a LeRobot policy folder with its processors; it appears whole or not at all."""
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    policy.save_pretrained(partial_folder)
-    dataset_stats = {
-        key: {name: torch.from_numpy(value) for name, value in values.as_dict().items()}
-        for key, values in stats.items()
-    }
-    for processor in make_pre_post_processors(policy.config, dataset_stats=dataset_stats):
-        processor.save_pretrained(partial_folder)
-    extra = episodes.extra or {}
-    record = {
-        "env": extra.get("env"),
-        "tasks": extra.get("tasks", []),
-        "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
-        "more": config.more,
-        "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
-        "encoder_weights": encoder_digest,
-        "start": config.start,
-        "tune": config.tune,
-        "steps": config.steps,
-        "seed": config.seed,
-        "versions": versions(),
-    }
-    (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
-    return folder
-
-
-def digest(batch: CloningBatch) -> str:
-    """A fingerprint of the sampled rows, so that a resumed run can be compared."""
-    return hashlib.sha256(batch.rows.tobytes()).hexdigest()[:16]
 
 
 def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:

@@ -1,0 +1,176 @@
+"""What stage two leaves behind: averaged weights, checkpoints and the policy folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from torch import Tensor
+
+from vla.config import PolicyTrainConfig
+from vla.data.episodes import Episodes
+from vla.data.normalization import NormStats
+from vla.models.clip import load_clip, resize_positions
+from vla.policies.concord import ConcordPolicy
+from vla.training.auxiliary import started_encoder
+from vla.training.checkpoint import (
+    check_trained_on,
+    latest_checkpoint,
+    load_checkpoint,
+    restore_rng,
+    restoring,
+    rng_tensors,
+    save_checkpoint,
+)
+from vla.training.optim import Optimizers
+from vla.training.run import RunFolder
+from vla.training.tokens import weights_digest
+from vla.types import UserError
+from vla.versions import versions
+
+
+def trained_parameters(policy: ConcordPolicy) -> dict[str, Tensor]:
+    """What the optimiser changes, by name."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def update_average(averaged: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
+    """averaged <- decay * averaged + (1 - decay) * current."""
+    torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
+
+
+class averaged_weights:
+    """Swap the averaged weights in, and out again."""
+
+    def __init__(self, policy: ConcordPolicy, averaged: dict[str, Tensor]) -> None:
+        self.parameters, self.averaged = trained_parameters(policy), averaged
+
+    def __enter__(self) -> None:
+        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.averaged)
+
+    def __exit__(self, *_: object) -> None:
+        self._write(self.kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+
+def checkpoint(
+    run: RunFolder,
+    step: int,
+    policy: ConcordPolicy,
+    optimizer: Optimizers,
+    averaged: dict[str, Tensor],
+    others: dict[str, Tensor],
+    episodes: Episodes,
+    encoder_digest: str,
+    seconds: float,
+) -> None:
+    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `encoder_digest`."""
+    tensors, meta = optimizer.tensors()
+    groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
+    groups |= {"auxiliary": others} if others else {}
+    state = {
+        "step": step,
+        "optimizer": meta,
+        "data": episodes.fingerprint,
+        "encoder": encoder_digest,
+        "seconds": seconds,
+    }
+    save_checkpoint(run.folder, step, groups, state)
+
+
+def restore(
+    run: RunFolder,
+    policy: ConcordPolicy,
+    optimizer: Optimizers,
+    averaged: dict[str, Tensor],
+    others: dict[str, Tensor],
+    episodes: Episodes,
+    encoder_digest: str,
+) -> tuple[int, float]:
+    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of other data, another encoder or another version.
+    """
+    path = latest_checkpoint(run.folder)
+    if path is None:
+        run.truncate(0)
+        return 0, 0.0
+    tensors, state = load_checkpoint(path)
+    check_trained_on(path, state, episodes)
+    if state.get("encoder", encoder_digest) != encoder_digest:  # an older version does not say
+        raise UserError(
+            f"{path}: was trained on an encoder that has changed since; restore that, or choose another --output"
+        )
+    with torch.no_grad(), restoring(path):
+        for name, p in trained_parameters(policy).items():
+            p.copy_(tensors["model"][name])
+            averaged[name].copy_(tensors["averaged"][name])
+        for name, p in others.items():
+            p.copy_(tensors["auxiliary"][name])
+        optimizer.restore(tensors["optimizer"], state["optimizer"])
+    restore_rng(tensors["rng"])
+    run.truncate(state["step"])
+    return state["step"], state["seconds"]
+
+
+def export(
+    folder: Path,
+    config: PolicyTrainConfig,
+    policy: ConcordPolicy,
+    stats: dict[str, NormStats],
+    episodes: Episodes,
+    encoder_digest: str,
+) -> Path:
+    """Write a LeRobot policy folder with its processors; it appears whole or not at all."""
+    partial_folder = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    policy.save_pretrained(partial_folder)
+    dataset_stats = {
+        key: {name: torch.from_numpy(value) for name, value in values.as_dict().items()}
+        for key, values in stats.items()
+    }
+    for processor in make_pre_post_processors(policy.config, dataset_stats=dataset_stats):
+        processor.save_pretrained(partial_folder)
+    extra = episodes.extra or {}
+    record = {
+        "env": extra.get("env"),
+        "tasks": extra.get("tasks", []),
+        "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
+        "more": config.more,
+        "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
+        "encoder_weights": encoder_digest,
+        "start": config.start,
+        "tune": config.tune,
+        "steps": config.steps,
+        "seed": config.seed,
+        "versions": versions(),
+    }
+    (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+    return folder
+
+
+def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
+    """Refuse to take a finished policy for one on the encoder that is there now, where that can be told.
+
+    Raises:
+        UserError: it was trained on other weights.
+    """
+    path = policy / "concord.json"
+    before = json.loads(path.read_text()).get("encoder_weights") if path.is_file() else None
+    if before is None or config.start or not Path(config.encoder).is_dir():
+        return
+    clip, _ = load_clip(config.encoder)
+    if weights_digest(resize_positions(clip, config.data.image_size)) != before:
+        raise UserError(
+            f"{policy}: was trained on an encoder that {config.encoder} no longer holds; choose another --output, or delete it to train anew"
+        )
