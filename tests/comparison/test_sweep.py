@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,20 @@ def test_a_finished_sweep_runs_nothing_again(finished, config):
     before = {path: path.stat().st_mtime_ns for path in finished.glob("eval/*/0/eval.json")}
     sweep(config, {"align.loss.temperature": ("0.05", "0.2"), "policy.steps": ("1", "2")})
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_records_that_the_page_links_make_the_same_result(finished, config, tmp_path, capsys):
+    (tmp_path / "outputs" / "sweep").mkdir(parents=True)
+    (tmp_path / "outputs" / "sweep" / "mine").symlink_to(finished)
+    page = comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=str(tmp_path / "docs" / "results")))
+    moved = tmp_path / "moved"
+    with zipfile.ZipFile(page.parent / "results" / "sweep" / "mine.zip") as records:
+        records.extractall(moved)
+    (moved / "sweep.json").unlink()
+    sweep(replace(config, output=str(moved)), {"align.loss.temperature": ("0.05", "0.2"), "policy.steps": ("1", "2")})
+    assert "0 left" in capsys.readouterr().out
+    there, here = (json.loads((folder / "sweep.json").read_text())["rows"] for folder in (finished, moved))
+    assert here == there
 
 
 def test_shares_of_one_alignment_are_carried_down_to_success(config, encoder, tmp_path):

@@ -215,6 +215,16 @@ def test_transitions_have_terms_whose_gradient_reaches_the_tower():
     assert got["logit_scales.transition_language"] != 0
 
 
+def test_the_number_of_transitions_of_a_batch_is_told():
+    model, (input_ids, mask) = make_model()
+    batch = make_batch(input_ids, mask)
+    texts = embed_texts(model, batch, slice(None))
+    rows = embed_rows(model, batch, texts, TRANSITIONS, slice(0, len(batch.shown)))
+    health = batch_terms(model, batch, texts.language, rows, torch.zeros(3), TRANSITIONS, 2)[1]
+    first, _ = transitions(batch.ids["episode_id"], batch.ids["timestep"], 2, batch.action_chunk.shape[1])
+    assert health["transitions"] == len(first) > 0
+
+
 def terms_of(batch: DeviceBatch, loss: LossConfig):
     model, _ = make_model()
     texts = embed_texts(model, batch, slice(None))

@@ -22,6 +22,7 @@ import torch
 from vla.comparison.begun import check_same, comparable, with_precision
 from vla.comparison.chosen import SET_HERE, check_episodes, check_set_here
 from vla.comparison.compare import leave_the_launcher
+from vla.comparison.data import check_data_there
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
 from vla.comparison.report import interval
@@ -240,7 +241,8 @@ def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[
         config.policy, output=str(run), encoder=str(encoder), data=config.align.data, seed=seed, resume=True
     )
     evaluation = replace(config.eval, policy=str(run / "policy"), output=str(result), workers=1)
-    data = Job("data", folder / "data.json", partial(make_data, config))
+    there = (Path(config.align.data.root) / "meta" / "info.json",)
+    data = Job("data", folder / "data.json", partial(make_data, config), beside=there)
     first = Job(f"align-{alignment_of(point)}-{seed}", aligned / "report.html", partial(train_align, align), ("data",))
     taken = first
     if share is not None:
@@ -254,12 +256,17 @@ def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[
 
 
 def make_data(config: SweepConfig) -> None:
-    """Collect the demonstrations, unless they are there, and decode their pictures once."""
+    """Collect the demonstrations, unless they are there, and decode their pictures once.
+
+    Raises:
+        UserError: of a sweep that was begun with them, other demonstrations came out.
+    """
     data = config.align.data
     if not (Path(data.root) / "meta" / "info.json").is_file():
         collect(replace(config.collect, output=data.root))
     episodes = read_episodes(data.root, data.camera)
     open_pictures(episodes, data)
+    check_data_there(Path(config.output))
     write_json(Path(config.output) / "data.json", {"root": data.root, "fingerprint": episodes.fingerprint})
 
 
