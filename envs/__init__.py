@@ -3,6 +3,7 @@
 Both environments share one interface, described in `docs/environments.md`.
 """
 
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -31,10 +32,12 @@ def env_class(name: str) -> type[gym.Env]:
     """The class behind a name of `ENVIRONMENTS`.
 
     Raises:
-        ValueError: no such environment; the names are listed.
+        ValueError: no such environment, where the names are listed, or one whose packages are not installed.
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"env {name!r} is not one of {', '.join(sorted(ENVIRONMENTS))}")
+    if name == "metaworld" and not all(find_spec(package) for package in ("metaworld", "mujoco")):
+        raise ValueError("env 'metaworld' is not installed; pip install 'lerobot_policy_concord[metaworld]'")
     return gym.envs.registration.load_env_creator(_ENTRY_POINTS[ENVIRONMENTS[name]])
 
 

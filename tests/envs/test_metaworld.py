@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
+import envs
 from envs import make_env, make_expert
+from vla.config import CollectConfig, EnvConfig
+from vla.integrations.collect import checked_tasks
+from vla.types import UserError
 
 BUTTON, DRAWER = "button-press-topdown-v3", "drawer-open-v3"
 
@@ -66,3 +70,9 @@ def test_an_instruction_replaces_the_tasks_own(env):
 def test_unknown_tasks_are_refused():
     with pytest.raises(ValueError, match="'fly-v3' is not one of"):
         make_env("metaworld", tasks=("fly-v3",))
+
+
+def test_an_environment_that_is_not_installed_says_how_to(monkeypatch):
+    monkeypatch.setattr(envs, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"env\.name: env 'metaworld' is not installed; pip install .*\[metaworld\]"):
+        checked_tasks(CollectConfig(env=EnvConfig(name="metaworld")))
