@@ -1,6 +1,7 @@
 """Streamed pictures are those of the frame store and of LeRobot, from images and from videos."""
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -40,6 +41,9 @@ def video_root(tmp_path_factory):
             dataset.add_frame({"observation.state": values, "action": values, IMAGE_KEY: image, "task": "go"})
         dataset.save_episode()
     dataset.finalize()
+    # As root, SVT-AV1 takes the highest real-time priority for the thread that calls it, and whatever that starts starves others.
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return root
 
 
