@@ -85,7 +85,7 @@ def torch_found() -> str:
     from vla.precision import chosen_precision
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU, the CPU is used"
-    products = "" if chosen_precision("auto") == "bf16" else "; no bfloat16 here: towers compute in float32"
+    products = "" if chosen_precision("auto") == "bf16" else "; no fast bfloat16 here: towers compute in float32"
     return f"{torch.__version__}, {torch.get_num_threads()} threads, {device}{products}"
 
 

@@ -19,7 +19,7 @@ from tests.conftest import debug
 from vla.comparison.begun import check_same
 from vla.comparison.compare import compare
 from vla.comparison.data import aligned_beside, make_data
-from vla.comparison.jobs import Job, needed, refuse_failed, run_jobs
+from vla.comparison.jobs import needed
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import plan_jobs
 from vla.config import (
@@ -414,40 +414,6 @@ def test_a_dry_run_says_cost_and_power_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_job_waits_for_what_it_needs(tmp_path):
-    order = []
-
-    def make(name: str):
-        def run() -> None:
-            order.append(name)
-            (tmp_path / name).write_text("")
-
-        return run
-
-    jobs = [
-        Job("second", tmp_path / "second", make("second"), ("first",)),
-        Job("first", tmp_path / "first", make("first")),
-    ]
-    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
-    assert order == ["first", "second"]
-
-
-def test_what_does_not_need_a_failed_job_is_run_all_the_same(tmp_path):
-    def fail() -> None:
-        raise UserError("loss is not finite")
-
-    jobs = [
-        Job("of the failed", tmp_path / "b", (tmp_path / "b").touch, ("failed",)),
-        Job("failed", tmp_path / "a", fail),
-        Job("other", tmp_path / "c", (tmp_path / "c").touch),
-    ]
-    failed = run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
-    assert failed == {"failed": "loss is not finite"}
-    assert [(tmp_path / name).exists() for name in "abc"] == [False, False, True]
-    with pytest.raises(UserError, match=r"failed failed, everything that does not need it is done: loss is not finite"):
-        refuse_failed(failed, tmp_path)
-
-
 def test_results_of_other_settings_that_were_gathered_are_refused(finished, data_root, tmp_path):
     config = gathered(finished, data_root, tmp_path / "moved")
     path = tmp_path / "moved" / "jobs" / "eval-aligned-frozen-1-0" / "settings.json"
@@ -464,26 +430,6 @@ def test_demonstrations_that_changed_since_are_refused_before_anything_runs(fini
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0123456789abcdef"}))
     with pytest.raises(UserError, match=r"/debug: has changed since .* \(fingerprints 0123456789abcdef and "):
         compare(config)
-
-
-def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
-    ran = []
-
-    def make(name: str):
-        return lambda: (ran.append(name), (tmp_path / name).touch())
-
-    jobs = [
-        Job("weights", tmp_path / "weights", make("weights")),
-        Job("first result", tmp_path / "first", make("first"), ("weights",)),
-        Job("second result", tmp_path / "second", make("second"), ("weights",)),
-    ]
-    (tmp_path / "first").touch()
-    (tmp_path / "second").touch()
-    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
-    assert ran == []
-    (tmp_path / "second").unlink()
-    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
-    assert ran == ["weights", "second"]
 
 
 def of_new_data(folder: Path) -> CompareConfig:

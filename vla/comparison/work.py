@@ -36,12 +36,8 @@ from vla.training.align_setup import make_encoders, make_model, make_stats
 from vla.training.policy import train_policy
 from vla.types import UserError
 
-ALIGNED = (
-    "none",
-    "language",
-    "action",
-    "all",
-)  # sources that are alignments, named by what of the triplets is shuffled
+# Sources that are alignments, named by what of the triplets is shuffled.
+ALIGNED = ("none", "language", "action", "all")
 OWN_POOLER = ("none", "cloned")  # sources whose pooler was trained on the text features that all arms have
 
 

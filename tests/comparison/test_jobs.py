@@ -1,0 +1,75 @@
+"""Jobs: their order, what is passed over, and what is run again."""
+
+import pytest
+
+from vla.comparison.jobs import Job, refuse_failed, run_jobs
+from vla.types import UserError
+
+
+def test_a_job_waits_for_what_it_needs(tmp_path):
+    order = []
+
+    def make(name: str):
+        def run() -> None:
+            order.append(name)
+            (tmp_path / name).write_text("")
+
+        return run
+
+    jobs = [
+        Job("second", tmp_path / "second", make("second"), ("first",)),
+        Job("first", tmp_path / "first", make("first")),
+    ]
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
+    assert order == ["first", "second"]
+
+
+def test_what_does_not_need_a_failed_job_is_run_all_the_same(tmp_path):
+    def fail() -> None:
+        raise UserError("loss is not finite")
+
+    jobs = [
+        Job("of the failed", tmp_path / "b", (tmp_path / "b").touch, ("failed",)),
+        Job("failed", tmp_path / "a", fail),
+        Job("other", tmp_path / "c", (tmp_path / "c").touch),
+    ]
+    failed = run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
+    assert failed == {"failed": "loss is not finite"}
+    assert [(tmp_path / name).exists() for name in "abc"] == [False, False, True]
+    with pytest.raises(UserError, match=r"failed failed, everything that does not need it is done: loss is not finite"):
+        refuse_failed(failed, tmp_path)
+
+
+def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
+    ran = []
+
+    def make(name: str):
+        return lambda: (ran.append(name), (tmp_path / name).touch())
+
+    jobs = [
+        Job("weights", tmp_path / "weights", make("weights")),
+        Job("first result", tmp_path / "first", make("first"), ("weights",)),
+        Job("second result", tmp_path / "second", make("second"), ("weights",)),
+    ]
+    (tmp_path / "first").touch()
+    (tmp_path / "second").touch()
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
+    assert ran == []
+    (tmp_path / "second").unlink()
+    run_jobs(jobs, tmp_path / "jobs", lambda text: None, {})
+    assert ran == ["weights", "second"]
+
+
+def test_a_job_is_run_again_if_something_beside_its_result_is_gone(tmp_path):
+    ran = []
+
+    def make() -> None:
+        ran.append("made")
+        (tmp_path / "record").touch()
+        (tmp_path / "beside").touch()
+
+    job = Job("data", tmp_path / "record", make, beside=(tmp_path / "beside",))
+    (tmp_path / "record").touch()
+    run_jobs([job], tmp_path / "jobs", lambda text: None, {})
+    run_jobs([job], tmp_path / "jobs", lambda text: None, {})
+    assert ran == ["made"]
