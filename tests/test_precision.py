@@ -24,22 +24,26 @@ CPU = torch.device("cpu")
 def processor(monkeypatch):
     """A machine without a GPU whose processor can only what is said."""
 
-    def can(**names: bool) -> None:
+    def can(**names: bool | str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: names)
 
     return can
 
 
-@pytest.mark.parametrize("name", ["amx_bf16", "bf16"])
-def test_a_processor_with_products_in_bfloat16_uses_them(processor, name):
-    processor(avx2=True, **{name: True})
+@pytest.mark.parametrize(
+    "has", [{"amx_bf16": True}, {"bf16": True}, {"avx512_bf16": True, "cpu_name": "AMD EPYC 9755"}]
+)
+def test_a_processor_with_fast_products_in_bfloat16_uses_them(processor, has):
+    processor(avx2=True, **has)
     assert chosen_precision("auto") == "bf16"
 
 
-@pytest.mark.parametrize("name", ["avx512_bf16", "avx512"])  # the first has them, but they are slower than float32's
-def test_a_processor_without_fast_ones_computes_in_float32(processor, name):
-    processor(avx2=True, amx_bf16=False, **{name: True})
+@pytest.mark.parametrize(
+    "has", [{"avx512_bf16": True, "cpu_name": "Intel Xeon Processor"}, {"avx512_f": True, "cpu_name": "AMD EPYC"}]
+)
+def test_a_processor_without_fast_ones_computes_in_float32(processor, has):
+    processor(avx2=True, amx_bf16=False, **has)
     assert chosen_precision("auto") == "no"
     assert not multiplies_bf16(CPU)
 
