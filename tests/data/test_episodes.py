@@ -141,6 +141,17 @@ def unknown_task(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index("task_index"), "task_index", column)
 
 
+def second_row(name: str, value: int):
+    """Writes a value into one column of the second row."""
+
+    def change(table: pa.Table) -> pa.Table:
+        values = table[name].to_numpy().copy()
+        values[1] = value
+        return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -155,6 +166,9 @@ def unknown_task(table: pa.Table) -> pa.Table:
         ),
         (lambda r: rewrite(r, lambda t: t.drop_columns([GOAL_KEY])), r"file-000\.parquet: no column 'goal_id'"),
         (lambda r: data_files(r)[0].write_bytes(data_files(r)[0].read_bytes()[:-20]), r"no parquet footer"),
+        (lambda r: rewrite(r, second_row("frame_index", 0)), r"episode 0 has frame_index 0 where 1 is expected"),
+        (lambda r: rewrite(r, second_row("frame_index", 999)), r"episode 0 has frame_index 2 where 1 is expected"),
+        (lambda r: rewrite(r, second_row(SUCCESS_KEY, 0)), r"success changes within episode 0"),
         (lambda r: (r / "meta" / "stats.json").unlink(), r"missing statistics"),
         (lambda r: (r / "meta" / "tasks.parquet").unlink(), r"tasks\.parquet: missing"),
         (lambda r: (r / "meta" / "info.json").write_text("{"), r"not valid JSON"),

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from vla.types import ACTION_KEY, GOAL_KEY, SCENE_KEY, SEED_KEY, STATE_KEY, SUCCESS_KEY, TARGET_KEY
 
 NUMERIC = (STATE_KEY, ACTION_KEY)
-OPTIONAL = (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY, TARGET_KEY)
+CONSTANT = (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY)  # within an episode
+OPTIONAL = (*CONSTANT, TARGET_KEY)
 INDICES = ("episode_index", "frame_index", "task_index")
 
 
@@ -46,7 +47,7 @@ def validate(root: Path | str, *, partial: bool = False) -> list[str]:
 
 
 def problems_of_tables(root: Path, info: dict) -> list[str]:
-    """Problems of the parquet files: unreadable, wrong sizes, not finite, counts that disagree, episodes without task."""
+    """Problems of the parquet files: unreadable, wrong sizes, not finite, counts that disagree, episodes that are not sound."""
     data_files = sorted(root.glob("data/*/*.parquet"))
     if not data_files:
         return [f"{root / 'data'}: no parquet files"]
@@ -79,6 +80,32 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
     if without.any():
         episode = int(rows["episode_index"].to_numpy()[without][0])
         problems.append(f"{root}: episode {episode} has no task in meta/tasks.parquet")
+    return problems + problems_of_episodes(root, data_files, [key for key in CONSTANT if key in info["features"]])
+
+
+def problems_of_episodes(root: Path, data_files: list[Path], constant: list[str]) -> list[str]:
+    """Episodes whose frames are not 0, 1, 2 and so on, and the first in which a `constant` column is not."""
+    columns = ["episode_index", "frame_index", *constant]
+    table = pa.concat_tables(pq.read_table(path, columns=columns) for path in data_files)
+    episode, frame = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
+    order = np.lexsort((frame, episode))
+    episode, frame = episode[order], frame[order]
+    _, first, position = np.unique(episode, return_index=True, return_inverse=True)
+    start = first[position]  # (r,) the first row of each row's episode
+    problems = []
+    wrong = np.flatnonzero(frame != np.arange(len(frame)) - start)
+    if len(wrong):
+        row = wrong[0]
+        problems.append(
+            f"{root}: episode {episode[row]} has frame_index {frame[row]} where {row - start[row]} is expected; rows are missing or there twice"
+        )
+    for key in constant:
+        values = table[key].to_numpy()[order]
+        changed = np.flatnonzero(values != values[start])
+        if len(changed):
+            problems.append(
+                f"{root}: {key} changes within episode {episode[changed[0]]}; write one value to all rows of an episode"
+            )
     return problems
 
 
