@@ -53,7 +53,7 @@ def checks(config: DoctorConfig) -> Iterator[Check]:
     if config.encoder:
         yield attempt("encoder", lambda: encoder_found(Path(config.encoder)))
     if config.policy:
-        yield attempt("policy", lambda: policy_found(Path(config.policy)))
+        yield from policy_checks(Path(config.policy))
 
 
 def attempt(name: str, look: Callable[[], str], remedy: str = "", *, optional: bool = False) -> Check:
@@ -186,7 +186,17 @@ def encoder_found(folder: Path) -> str:
     return f"{folder}: {vision.image_size} px, patch {vision.patch_size}, width {vision.hidden_size}"
 
 
-def policy_found(folder: Path) -> str:
+def policy_checks(folder: Path) -> Iterator[Check]:
+    """Whether a policy loads, and whether it and its environment still are what they were in training."""
+    from vla.eval.evaluate import trained_on
+    from vla.eval.golden import check_golden
     from vla.policies.loading import load_chunk_policy
 
-    return f"{folder}: {type(load_chunk_policy(folder).policy).__name__} loads"
+    try:
+        policy = load_chunk_policy(folder)
+        golden = check_golden(folder, policy, trained_on(folder).get("env"))
+    except (UserError, ValueError) as error:
+        yield Check("policy", "does not work", str(error))
+        return
+    found = f"{folder}: {type(policy.policy).__name__} loads"
+    yield Check("policy", f"{found}, {golden}" if golden else found, golden.problem if golden else "")

@@ -17,6 +17,7 @@ from envs import env_class, make_env
 from vla.config import EvalConfig
 from vla.config_io import to_dict
 from vla.eval.evaluation_report import evaluation_report, failures_report
+from vla.eval.golden import check_golden
 from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_workers, run_rollouts
@@ -47,6 +48,9 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     config = replace(config, env=config.env or trained.get("env") or "tabletop")
     tasks, splits = checked(config, trained)
     check_sizes(config.env, tasks, policy)
+    golden = check_golden(policy_folder, policy, config.env)
+    if golden and golden.problem:
+        print(f"warning: {policy_folder}: {golden.problem}")
     output = Path(config.output) if config.output else default_output(config, policy_folder)
     lock = lock_folder(output)
     if not begin(output, config):
@@ -77,6 +81,7 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
         "command": " ".join(["python", *sys.argv]),
         "config": to_dict(config),
         "policy": trained,
+        "golden": golden.as_dict() if golden else None,
         "versions": versions(),
     }
     write(output, result, records)

@@ -95,6 +95,8 @@ def answers(result: dict[str, Any]) -> list[str]:
     sentences = [
         f"The policy succeeds in {with_interval(result['success_rate'], result['interval'])} of {result['n']} episodes{at_end}."
     ]
+    if problem := (result.get("golden") or {}).get("problem"):
+        sentences.append(f"Warning: {problem}.")
     grounding = result["grounding"]
     if "swap" in grounding:
         follows = grounding["swap"]["follows_new"]

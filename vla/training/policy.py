@@ -182,7 +182,16 @@ def train_policy(config: PolicyTrainConfig) -> Path:
                 run.log(done, validate(config, unwrapped, episodes, frames, tokens, words, stats, validation_rows))
         if config.rollouts_every and done % config.rollouts_every == 0:
             with averaged_weights(unwrapped, averaged):
-                folder = export(run.folder / "rollouts" / "policy", config, unwrapped, stats, episodes, encoder_digest)
+                folder = export(
+                    run.folder / "rollouts" / "policy",
+                    config,
+                    unwrapped,
+                    stats,
+                    episodes,
+                    frames,
+                    parts[0],
+                    encoder_digest,
+                )
             random = rng_tensors()
             run.log(done, rollouts(config, episodes, folder))
             restore_rng(random)  # training goes on as if nobody had looked
@@ -193,7 +202,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     with averaged_weights(unwrapped, averaged):
-        folder = export(run.folder / "policy", config, unwrapped, stats, episodes, encoder_digest)
+        folder = export(run.folder / "policy", config, unwrapped, stats, episodes, frames, parts[0], encoder_digest)
     run.close()
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")

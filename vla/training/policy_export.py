@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
+from vla.eval.golden import write_golden
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordPolicy
+from vla.policies.loading import load_chunk_policy
 from vla.training.auxiliary import started_encoder
 from vla.training.checkpoint import (
     check_trained_on,
@@ -26,7 +29,7 @@ from vla.training.checkpoint import (
 from vla.training.optim import Optimizers
 from vla.training.run import RunFolder
 from vla.training.tokens import weights_digest
-from vla.types import UserError
+from vla.types import ACTION_KEY, Indexed, UserError
 from vla.versions import versions
 
 
@@ -127,9 +130,14 @@ def export(
     policy: ConcordPolicy,
     stats: dict[str, NormStats],
     episodes: Episodes,
+    frames: Indexed,
+    positions: np.ndarray,
     encoder_digest: str,
 ) -> Path:
-    """Write a LeRobot policy folder with its processors; it appears whole or not at all."""
+    """Write a LeRobot policy folder with its processors and golden observations; it appears whole or not at all.
+
+    `positions` (n,) are the training episodes of the first data set, with pictures in `frames`.
+    """
     partial_folder = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     policy.save_pretrained(partial_folder)
@@ -154,6 +162,7 @@ def export(
         "versions": versions(),
     }
     (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_golden(partial_folder, load_chunk_policy(partial_folder), episodes, frames, positions, stats[ACTION_KEY])
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
     return folder

@@ -1,0 +1,102 @@
+"""A policy folder notices that it is loaded, or used, otherwise than where it was trained."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from envs.tabletop.render import Camera
+from vla.config import DoctorConfig, EvalConfig
+from vla.doctor import doctor
+from vla.eval.evaluate import evaluate
+from vla.eval.golden import GOLDEN, GoldenCheck, check_golden
+from vla.policies.loading import load_chunk_policy
+from vla.types import UserError
+
+
+@pytest.fixture
+def copy(policy_folder, tmp_path):
+    """A copy of the policy that a test may change."""
+    return shutil.copytree(policy_folder, tmp_path / "policy")
+
+
+@pytest.fixture
+def darker(monkeypatch):
+    """A simulator that draws darker pictures than it did."""
+    picture = Camera.picture
+    monkeypatch.setattr(Camera, "picture", lambda self, world: picture(self, world) // 2)
+
+
+def checked(folder) -> GoldenCheck:
+    return check_golden(folder, load_chunk_policy(folder), "tabletop")
+
+
+def test_where_it_was_trained_nothing_differs(policy_folder):
+    check = checked(policy_folder)
+    assert check.action_difference < 1e-3
+    assert check.picture_difference == 0
+    assert not check.problem
+
+
+def test_other_statistics_of_actions_are_noticed(copy):
+    (path,) = copy.glob("policy_postprocessor_step_*unnormalizer*.safetensors")
+    tensors = load_file(path)
+    save_file({name: 3 * value for name, value in tensors.items()}, path)
+    assert "the policy acts otherwise than where it was trained" in checked(copy).problem
+
+
+def test_an_answer_that_is_no_number_is_noticed():
+    assert "acts otherwise" in GoldenCheck(float("nan"), 0.0).problem
+
+
+def test_another_simulator_is_noticed(policy_folder, darker):
+    check = checked(policy_folder)
+    assert not check.action_difference > 1e-3
+    assert "the environment's pictures are not those of training" in check.problem
+
+
+def test_pictures_of_another_environment_are_not_compared(policy_folder):
+    assert check_golden(policy_folder, load_chunk_policy(policy_folder), "metaworld").picture_difference is None
+
+
+def test_a_policy_of_another_program_has_none(copy):
+    (copy / GOLDEN).unlink()
+    assert checked(copy) is None
+
+
+def test_a_truncated_file_is_named(copy):
+    (copy / GOLDEN).write_bytes((copy / GOLDEN).read_bytes()[:100])
+    with pytest.raises(UserError, match=r"golden\.safetensors: damaged .*copy the folder anew"):
+        checked(copy)
+
+
+def test_an_evaluation_says_so(policy_folder, tmp_path, darker, capsys):
+    config = EvalConfig(
+        policy=str(policy_folder),
+        output=str(tmp_path),
+        episodes=1,
+        splits=("none",),
+        grounding_episodes=0,
+        workers=1,
+        videos=0,
+        failures=0,
+    )
+    evaluate(config)
+    problem = json.loads((tmp_path / "eval.json").read_text())["golden"]["problem"]
+    assert "pictures are not those of training" in problem
+    assert "pictures are not those of training" in (tmp_path / "report.html").read_text()
+    assert f"warning: {policy_folder}: {problem}" in capsys.readouterr().out
+
+
+def test_the_doctor_says_so(policy_folder, darker, capsys):
+    with pytest.raises(UserError, match="doctor: policy need attention"):
+        doctor(DoctorConfig(policy=str(policy_folder)))
+    assert "pictures are not those of training" in capsys.readouterr().out
+
+
+def test_the_doctor_repeats_the_golden_observations(policy_folder, capsys):
+    doctor(DoctorConfig(policy=str(policy_folder)))
+    assert "ConcordPolicy loads, repeats its actions within 0 % of their range, pictures within 0 of 255" in (
+        capsys.readouterr().out
+    )
