@@ -1,11 +1,27 @@
-"""Doctor on data sets that lack something stage one can do without."""
+"""Doctor on data sets: what they lack, and whether their environment still is the same."""
 
+import shutil
+
+import numpy as np
 import pytest
 
+from envs.tabletop.render import Camera
 from tests.conftest import without
 from vla.config import DoctorConfig
 from vla.doctor import doctor
 from vla.types import ACTION_KEY, STATE_KEY, UserError
+
+PICTURE = Camera.picture
+
+
+def darker(camera: Camera, world) -> np.ndarray:
+    """What a camera drew, at half the light."""
+    return PICTURE(camera, world) // 2
+
+
+def absent(name: str) -> type:
+    """What `env_class` does if an environment is not installed."""
+    raise ValueError(f"env {name!r} is not installed")
 
 
 def lines_of(root, capsys) -> str:
@@ -29,6 +45,37 @@ def test_play_is_noted_with_what_it_feeds(data_root, tmp_path, capsys):
     assert (
         "no instructions: for --more of stage one only, where it feeds context_action, transition_action, state" in out
     )
+
+
+def test_collected_episodes_come_out_the_same_again(data_root, capsys):
+    assert "ok    replay         3 episodes recorded again: pictures within 0 of 255, states and actions within 0" in (
+        lines_of(data_root, capsys)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.setattr("envs.tabletop.env.MAX_SPEED", 0.1), "timesteps, recorded again"),
+        (lambda m: m.setattr(Camera, "picture", darker), "recorded again, episodes come out otherwise"),
+    ],
+)
+def test_a_simulator_that_has_changed_is_noticed(data_root, monkeypatch, capsys, change, message):
+    change(monkeypatch)
+    with pytest.raises(UserError, match="doctor: replay need attention"):
+        lines_of(data_root, capsys)
+    assert message in capsys.readouterr().out
+
+
+def test_data_of_an_environment_that_is_not_there_is_noted(data_root, monkeypatch, capsys):
+    monkeypatch.setattr("vla.integrations.collect.env_class", absent)
+    assert "note  replay         not possible here" in lines_of(data_root, capsys)
+
+
+def test_data_of_others_is_not_recorded_again(data_root, tmp_path, capsys):
+    copy = shutil.copytree(data_root, tmp_path / "data")
+    (copy / "meta" / "concord.json").unlink()
+    assert "replay" not in lines_of(copy, capsys)
 
 
 def test_damage_is_no_note(data_root, tmp_path, capsys):

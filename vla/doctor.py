@@ -134,6 +134,23 @@ def data_checks(root: Path, camera: str | None) -> Iterator[Check]:
         yield Check("data", str(root), problem)
     if not damaged:
         yield Check("data", described(episodes), lacking(episodes), optional=True)
+        yield from replay_checks(episodes)
+
+
+def replay_checks(episodes) -> Iterator[Check]:
+    """Whether episodes that this project collected come out the same again."""
+    from vla.integrations.replay import replay
+
+    try:
+        replayed = replay(episodes)
+    except (
+        UserError,
+        ValueError,
+    ) as error:  # of an environment that is not installed, or of options that no longer exist
+        yield Check("replay", "not possible here", str(error), optional=True)
+        return
+    if replayed:
+        yield Check("replay", str(replayed), replayed.problem)
 
 
 def damaged_videos(episodes) -> list[str]:

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -147,10 +148,7 @@ def check_same_plan(parts: Path, wanted: dict) -> None:
 def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tuple[str, int, int]]) -> int:
     """Simulate the jobs and write their episodes as one file; the marker comes last. Returns the episodes."""
     cv2.setNumThreads(1)
-    longer = {"max_episode_steps": PATIENCE * config.goals_per_scene} if config.kind == "play" else {}
-    env = make_env(
-        config.env.name, tasks=config.env.tasks, image_size=config.env.image_size, end_on_success=False, **longer
-    )
+    env = environment_of(config)
     features = features_of(config, env)
     tables, records = [], []
     for task, seed, goal_number in jobs:
@@ -184,6 +182,14 @@ def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tupl
     temporary.write_text(json.dumps({"fps": env.metadata["render_fps"], "features": features, "episodes": records}))
     os.replace(temporary, marker)
     return len(jobs)
+
+
+def environment_of(config: CollectConfig) -> gym.Env:
+    """What the expert acts in."""
+    longer = {"max_episode_steps": PATIENCE * config.goals_per_scene} if config.kind == "play" else {}
+    return make_env(
+        config.env.name, tasks=config.env.tasks, image_size=config.env.image_size, end_on_success=False, **longer
+    )
 
 
 def parts_folder(root: Path) -> Path:
