@@ -95,6 +95,25 @@ def test_a_rare_command_stays_reachable():
     np.testing.assert_allclose(normalize_quantile(np.array([[1.0], [-1.0]]), stats), [[1.0], [-1.0]], atol=1e-6)
 
 
+def test_a_rare_command_stays_reachable_among_noise():
+    commands = np.random.default_rng(0).normal(scale=0.01, size=(10_000, 1))
+    commands[:8] = 1.0
+    assert np.isclose(compute_norm_stats(commands).q99, 1.0)
+
+
+def test_a_glitch_does_not_squeeze_the_rest():
+    values = np.random.default_rng(0).uniform(-1, 1, (10_000, 1))
+    values[17] = 1000.0
+    stats = compute_norm_stats(values)
+    assert 0.9 < stats.q99 < 1.1
+
+
+def test_a_bell_shape_is_cut_at_its_quantiles():
+    values = np.random.default_rng(0).normal(size=(100_000, 1))
+    stats = compute_norm_stats(values)
+    np.testing.assert_allclose([stats.q01[0], stats.q99[0]], [-2.33, 2.33], atol=0.05)
+
+
 def test_augmentation_shifts_by_at_most_the_given_pixels_and_never_flips():
     picture = np.zeros((1, 32, 32, 3), np.uint8)
     picture[0, 10:14, 4:6] = 255

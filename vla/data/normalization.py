@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+RECURS = (5, 2e-4)  # rows near an extreme, and their share, from which on it is a command and not a glitch or a tail
 RANGE_FLOOR = 1e-2  # of q99 - q01, and of the standard deviation, in data units: a constant dimension stays finite
 
 
@@ -34,14 +35,18 @@ class Normalizers:
 def compute_norm_stats(values: np.ndarray) -> NormStats:
     """Statistics of (r, n) values with q99 - q01 and std floored symmetrically.
 
-    A quantile that cuts off a rare but legal value, such as a gripper command, would make it unreachable: where q01 or
-    q99 leave more than 20 % of the full range outside, the extremes are used.
+    A quantile that cuts off a rare but legal value, such as a gripper command, would make it unreachable: where q01 and
+    q99 leave more than 20 % of the full range outside, an extreme that recurs, or one of a
+    dimension that hardly varies otherwise, takes the place of its quantile. Tails and glitches do not.
     """
     values = np.asarray(values, dtype=np.float64)
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
     smallest, largest = values.min(axis=0), values.max(axis=0)
     cut = (high - low) < 0.8 * (largest - smallest)
-    low, high = np.where(cut, smallest, low), np.where(cut, largest, high)
+    near, often, still = 0.01 * (largest - smallest), max(RECURS[0], RECURS[1] * len(values)), high - low < RANGE_FLOOR
+    at_smallest, at_largest = (values <= smallest + near).sum(axis=0), (values >= largest - near).sum(axis=0)
+    low = np.where(cut & (still | (at_smallest >= often)), smallest, low)
+    high = np.where(cut & (still | (at_largest >= often)), largest, high)
     centre, half = (low + high) / 2, np.maximum(high - low, RANGE_FLOOR) / 2
     arrays = {
         "mean": values.mean(axis=0),
