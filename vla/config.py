@@ -32,7 +32,9 @@ class CollectConfig:
     goals_per_scene: int = number(
         4, 1
     )  # different valid goals attempted from the same initial state; in play, one after the other in one episode
-    noise: float = number(0.3, 0)  # std of the Gaussian noise on the executed action (DART); labels stay the expert's
+    noise: float = number(
+        0.3, 0
+    )  # std of the Gaussian noise on the executed action but its last dimension, the gripper (DART); labels stay the expert's
     noisy_share: float = number(0.5, 0, 1)  # share of the episodes collected with noise
     seed: int = number(0, 0, 400_000)  # seed of the first scene; scene i uses seed + i, far below those of evaluations
     workers: int = number(2, 1)  # processes
@@ -46,9 +48,13 @@ class DataConfig:
     cache: str | None = None  # folder of the frame store; default: ROOT/.concord
     stream: bool = False  # decode pictures whenever they are read, store none: for data that does not fit on the disk
     holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
-    episodes_per_task: int | None = number(None, 1)  # use at most this many training episodes of each task
+    episodes_per_task: int | None = number(
+        None, 1
+    )  # use at most this many training episodes of each task (without meta/concord.json: goal)
     shift_px: int = number(4, 0)  # augmentation: random shift of up to this many px
-    color_jitter: float = number(0.2, 0, 1)  # augmentation: brightness, contrast and saturation factors in 1 +- this
+    color_jitter: float = number(
+        0.2, 0, 1
+    )  # augmentation: brightness and contrast factors in 1 +- this, each colour channel's in 1 +- a quarter of it
     pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them
     word_dropout: float = number(0.0, 0, 1)  # augmentation: share of the instructions' tokens that are hidden
     workers: int = number(2, 1)  # processes that build the frame store, or threads that decode a stream
@@ -104,8 +110,10 @@ class LossConfig:
 
 @dataclass
 class BatchConfig:
-    goals: int = number(96, 2)  # P: goals (or scenes' goals) in a batch
-    episodes: int = number(1, 1)  # K: episodes of each goal
+    goals: int = number(96, 2)  # P: different goals in a batch
+    episodes: int = number(
+        1, 1
+    )  # K: episodes of each goal; more where there are fewer than P goals, so that the batch stays as large
     frames: int = number(2, 1)  # M: frames of each episode
     gap: int = number(3, 1)  # frames of one episode are at least this many timesteps apart
     same_scene: float = number(
@@ -119,7 +127,7 @@ class OptimizerConfig:
     pretrained_lr: float = number(1e-5, 0)  # learning rate of pretrained towers in stage one
     layer_decay: float = number(1.0, 0.01, 1)  # factor on stage one's learning rate for each layer below a tower's last
     weight_decay: float = number(0.05, 0)  # decoupled weight decay on matrices
-    warmup: int = number(200, 0)  # steps of linear warm-up
+    warmup: int = number(200, 0)  # steps of linear warm-up, at most a fifth of the run
     clip_norm: float = number(1.0, 1e-6)  # gradient norm is clipped to this
 
 
@@ -138,7 +146,7 @@ class AlignConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     wise_ft: tuple[float, ...] = ()  # shares of the way from a pretrained start at which it is exported, too (WiSE-FT)
     forgetting: str | None = (
-        None  # data set of the pretrained start, whose held-out goals are measured before and after
+        None  # data set of the pretrained start, whose held-out episodes are measured before, along the way and after
     )
     horizon: int = number(16, 1)  # timesteps of an action chunk
     chunk: int = number(0, 0)  # images embedded at a time: less memory, the same gradients, more time; 0: all at once
@@ -235,7 +243,7 @@ class EvalConfig:
     batch_size: int = number(32, 1)  # environments stepped together in one process
     workers: int = number(2, 1)  # processes
     videos: int = number(6, 0)  # videos of successes and of failures of the plain episodes, each
-    failures: int = number(60, 0)  # failed episodes of all splits filmed for failures.html
+    failures: int = number(60, 0)  # failed episodes of all splits and of swapped instructions, filmed for failures.html
 
 
 def _compared_policy() -> PolicyTrainConfig:
@@ -266,7 +274,7 @@ class CompareConfig:
     play_scenes: int = number(
         0, 0, 100_000
     )  # scenes of play, without words, that alignments see beside the demonstrations
-    tuned_steps: int = number(1500, 1)  # steps of aligned-tuned and aligned-last-block
+    tuned_steps: int = number(1500, 1)  # steps of aligned-tuned, aligned-last-block and aligned-head-tuned
     tuned_lr_scale: float = number(0.1, 0)  # learning rate of aligned-head-tuned relative to policy.optimizer.lr
     scratch_steps: int = number(
         3000, 1
@@ -331,7 +339,7 @@ class PipelineConfig:
     """The four stages one after the other, by configs/*/NAME.yaml. Run again, it goes on where it stopped."""
 
     name: str = "demo"  # name of the configurations
-    fresh: bool = False  # delete what an earlier run left, and begin anew
+    fresh: bool = False  # first delete what an earlier run left, its data set too, and begin anew
     threads: int = number(2, 1)  # CPU threads and processes
 
 
@@ -340,4 +348,4 @@ class ResultsConfig:
     """Write the tables of the documentation from result files; copies their summaries to docs/results first."""
 
     runs: str = "outputs"  # folder with align/, eval/, compare/ and sweep/, whose results are taken up
-    docs: str = "docs/results"  # folder of the summaries; the tables are written to FOLDER.md
+    docs: str = "docs/results"  # folder of the summaries; the tables are written to FOLDER.md and comparison_results.md beside it

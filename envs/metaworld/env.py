@@ -1,6 +1,6 @@
 """Meta-World v3 behind the interface of the tabletop: a thin adapter, one simulated task at a time.
 
-Pictures are drawn without shadows, reflections and multisampling, which is eight times faster and looks different from
+Pictures are drawn without shadows, reflections and multisampling, which is about eight times faster and looks different from
 other people's: `metadata["rendering"]` says so. Camera as in LeRobot: corner2, moved, flipped on both axes.
 """
 
