@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from envs.tabletop.env import TabletopEnv
 from envs.tabletop.render import Camera
 from tests.conftest import without
 from vla.config import DoctorConfig
@@ -56,8 +57,8 @@ def test_collected_episodes_come_out_the_same_again(data_root, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.setattr("envs.tabletop.env.MAX_SPEED", 0.1), "timesteps, recorded again"),
-        (lambda m: m.setattr(Camera, "picture", darker), "recorded again, episodes come out otherwise"),
+        (lambda m: m.setattr("envs.tabletop.env.MAX_SPEED", 0.1), "episode 0 had "),
+        (lambda m: m.setattr(Camera, "picture", darker), "in a picture and by 0 in states and actions"),
     ],
 )
 def test_a_simulator_that_has_changed_is_noticed(data_root, monkeypatch, capsys, change, message):
@@ -65,6 +66,13 @@ def test_a_simulator_that_has_changed_is_noticed(data_root, monkeypatch, capsys,
     with pytest.raises(UserError, match="doctor: replay need attention"):
         lines_of(data_root, capsys)
     assert message in capsys.readouterr().out
+
+
+def test_instructions_that_read_otherwise_are_noted(data_root, monkeypatch, capsys):
+    monkeypatch.setattr(TabletopEnv, "_wording", lambda env, goal: "please")
+    out = lines_of(data_root, capsys)
+    assert "note  replay" in out
+    assert "the environment says 'please' now" in out
 
 
 def test_data_of_an_environment_that_is_not_there_is_noted(data_root, monkeypatch, capsys):

@@ -22,7 +22,17 @@ ALLOWED = {
     "vla/models": TYPES | {"vla.losses"},
     "vla/policies": TYPES | {"vla.models", "vla.losses", "vla.precision"},
     "vla/eval": TYPES
-    | {"vla.config_io", "vla.versions", "vla.locks", "vla.workers", "vla.data", "vla.models", "vla.policies", "envs"},
+    | {
+        "vla.files",
+        "vla.config_io",
+        "vla.versions",
+        "vla.locks",
+        "vla.workers",
+        "vla.data",
+        "vla.models",
+        "vla.policies",
+        "envs",
+    },
     "vla/training": TYPES
     | {
         "vla.files",

@@ -75,7 +75,9 @@ class TowerConfig:
     text_layers: int = number(3, 1)  # text transformer layers
     text_heads: int = number(4, 1)  # text transformer attention heads
     embed_dim: int = number(128, 1)  # joint embedding width
-    vocab_size: int = number(1024, 514)  # byte-level BPE vocabulary, trained on the instructions
+    vocab_size: int = number(
+        1024, 514
+    )  # byte-level BPE vocabulary, trained on the instructions; start and end of text come on top
     vocabulary: str | None = (
         None  # general vocabulary instead: open_clip's bpe_simple_vocab_16e6.txt.gz, or a tokenizer
     )

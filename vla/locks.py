@@ -10,18 +10,23 @@ from vla.types import UserError
 LOCK_NAME = "lock"
 
 
+class FolderHeldError(UserError):
+    """Another process writes into the folder."""
+
+
 def lock_folder(folder: Path) -> IO[str]:
     """Take the folder, made if absent, while the returned file is referenced; the system frees it on any exit.
 
     Raises:
-        UserError: another process writes into it, or it cannot be made or locked.
+        FolderHeldError: another process writes into it.
+        UserError: it cannot be made or locked.
     """
     file = lock_file(folder)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.close()
-        raise UserError(
+        raise FolderHeldError(
             f"{folder}: another process is writing into it; wait for it or choose another --output"
         ) from error
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
+from vla.files import write_json
 from vla.precision import multiplies_bf16
 from vla.types import UserError
 from vla.versions import versions
@@ -51,10 +52,7 @@ def pipeline(config: PipelineConfig) -> Path:
             run()
         finally:  # an interrupted stage took its time, too
             seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(
-                json.dumps({"name": config.name, "seconds": seconds, "versions": versions()}, indent=1) + "\n"
-            )
+            write_json(record, {"name": config.name, "seconds": seconds, "versions": versions()})
 
     stage(1, "collect", lambda: collect(data))
     stage(2, "align", lambda: train_align(align))

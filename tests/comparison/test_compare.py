@@ -392,6 +392,9 @@ def test_without_play_alignments_see_what_they_are_given(tmp_path):
         ("align", AlignConfig(shuffle="all"), r"align\.shuffle: is set for every run; arms decides here"),
         ("policy", PolicyTrainConfig(encoder="mine"), r"policy\.encoder: is set for every run; encoders decides here"),
         ("eval", EvalConfig(policy="mine"), r"eval\.policy: is set for every run; policies decides here"),
+        ("eval", EvalConfig(workers=4), r"eval\.workers: is set for every run; the number of processes decides here"),
+        ("collect", CollectConfig(output="mine"), r"collect\.output: .*align\.data\.root decides here"),
+        ("collect", CollectConfig(kind="play"), r"collect\.kind: play cannot be cloned"),
         (
             "policy",
             PolicyTrainConfig(head=HeadConfig(n_action_steps=20)),
@@ -403,6 +406,14 @@ def test_without_play_alignments_see_what_they_are_given(tmp_path):
 def test_what_cannot_be_compared_is_named(field, value, message, tmp_path):
     with pytest.raises(UserError, match=message):
         compare(replace(debug(CompareConfig, "compare", output=str(tmp_path)), **{field: value}))
+
+
+def test_tasks_beside_those_of_transfer_are_refused(tmp_path):
+    config = debug(
+        CompareConfig, "compare", output=str(tmp_path), transfer=("reach",), eval=EvalConfig(tasks=("push",))
+    )
+    with pytest.raises(UserError, match=r"eval\.tasks: policies are evaluated on the tasks of `transfer`"):
+        compare(config)
 
 
 def test_a_dry_run_says_cost_and_power_and_writes_nothing(tmp_path, capsys):

@@ -40,6 +40,16 @@ def test_what_does_not_need_a_failed_job_is_run_all_the_same(tmp_path):
         refuse_failed(failed, tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_into_is_said_and_not_waited_for(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "first").write_text("not a folder")
+    job = Job("first", tmp_path / "first", lambda: None)
+    said = []
+    failed = run_jobs([job], tmp_path / "jobs", said.append, {})
+    assert "cannot be written into" in failed["first"]
+    assert "first failed" in said[-1]
+
+
 def test_what_only_finished_results_needed_may_be_deleted(tmp_path):
     ran = []
 

@@ -35,6 +35,20 @@ def test_more_levels_of_the_same_scenes_are_not_more_observations():
     assert twelve_times.episodes == 30
 
 
+def test_a_scene_whose_task_a_perturbation_changes_is_still_one():
+    success = np.random.default_rng(0).random(30) < 0.5
+    plain = {("light", 1, "push", seed): bool(success[seed]) for seed in range(30)}
+    changed = {("light", 2, "place" if seed < 5 else "push", seed): bool(success[seed]) for seed in range(30)}
+    once, twice = estimate([plain]), estimate([plain | changed])
+    assert (twice.low, twice.high, twice.episodes) == (once.low, once.high, 30)
+
+
+def test_levels_of_held_out_combinations_show_scenes_of_their_own():
+    success = np.random.default_rng(0).random((3, 30)) < 0.5
+    rows = {("combination", level, "push", seed): bool(success[level, seed]) for level in (1, 2) for seed in range(30)}
+    assert estimate([rows]).episodes == 60
+
+
 def test_mcnemar_is_of_each_seed_and_silent_about_scenes_shown_twice():
     rng = np.random.default_rng(0)
     runs = [outcomes(rng.random((1, 40)) < rate) for rate in (0.9, 0.9, 0.1, 0.1)]

@@ -141,15 +141,26 @@ def unknown_task(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index("task_index"), "task_index", column)
 
 
-def second_row(name: str, value: int):
+def second_row(name: str, value: int | None):
     """Writes a value into one column of the second row."""
 
     def change(table: pa.Table) -> pa.Table:
-        values = table[name].to_numpy().copy()
+        values = table[name].to_pylist()
         values[1] = value
         return table.set_column(table.column_names.index(name), name, pa.array(values))
 
     return change
+
+
+def two_types(root: Path) -> None:
+    """Half of the rows in a further file, whose success is a boolean."""
+    (path,) = data_files(root)
+    table = pq.read_table(path)
+    half, column = len(table) // 2, table.column_names.index(SUCCESS_KEY)
+    pq.write_table(table.slice(0, half), path)
+    rest = table.slice(half)
+    boolean = pa.array(rest[SUCCESS_KEY].to_numpy().astype(bool))
+    pq.write_table(rest.set_column(column, SUCCESS_KEY, boolean), path.with_name("file-001.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,8 @@ def second_row(name: str, value: int):
         (lambda r: rewrite(r, second_row("frame_index", 0)), r"episode 0 has frame_index 0 where 1 is expected"),
         (lambda r: rewrite(r, second_row("frame_index", 999)), r"episode 0 has frame_index 2 where 1 is expected"),
         (lambda r: rewrite(r, second_row(SUCCESS_KEY, 0)), r"success changes within episode 0"),
+        (lambda r: rewrite(r, second_row(SCENE_KEY, None)), r"file-000\.parquet: scene_id is empty in 1 rows"),
+        (two_types, r"files whose columns differ in type"),
         (lambda r: (r / "meta" / "stats.json").unlink(), r"missing statistics"),
         (lambda r: (r / "meta" / "tasks.parquet").unlink(), r"tasks\.parquet: missing"),
         (lambda r: (r / "meta" / "info.json").write_text("{"), r"not valid JSON"),

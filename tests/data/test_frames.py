@@ -108,6 +108,14 @@ def test_a_glitch_does_not_squeeze_the_rest():
     assert 0.9 < stats.q99 < 1.1
 
 
+def test_a_glitch_on_one_side_leaves_the_other_where_it_was():
+    values = np.random.default_rng(0).normal(size=(20_000, 1))
+    plain = compute_norm_stats(values)
+    values[[17, 18]] = [[10_000.0], [-50.0]]
+    stats = compute_norm_stats(values)
+    np.testing.assert_allclose([stats.q01, stats.q99], [plain.q01, plain.q99], atol=0.05)
+
+
 def test_a_bell_shape_is_cut_at_its_quantiles():
     values = np.random.default_rng(0).normal(size=(100_000, 1))
     stats = compute_norm_stats(values)

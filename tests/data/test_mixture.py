@@ -66,6 +66,24 @@ def test_numbered_goals_mean_nothing_outside_their_data_set(data_root, tmp_path)
     assert not set(both.goal_id[: len(own.goal_id)]) & set(both.goal_id[len(own.goal_id) :])
 
 
+def test_a_data_set_that_names_no_goal_has_none(data_root):
+    own = read_episodes(data_root)
+    silent = replace(own, goal_id=np.full_like(own.goal_id, -1), goals=(), extra=None)
+    assert (joined([own, silent]).goal_id[len(own.goal_id) :] == -1).all()
+
+
+def test_a_data_set_beside_itself_is_refused(data_root):
+    with pytest.raises(UserError, match=r"more: .* is data\.root itself"):
+        open_mixture(DataConfig(root=str(data_root), image_size=48, holdout=0.3), [f"{data_root}/../debug=2"], 0)
+
+
+def test_a_damaged_further_data_set_is_named(data_root, tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{")
+    with pytest.raises(UserError, match=r"info\.json: not valid JSON"):
+        open_mixture(DataConfig(root=str(data_root), image_size=48, holdout=0.3), [str(tmp_path)], 0)
+
+
 def test_data_sets_that_do_not_fit_are_refused(data_root):
     own = read_episodes(data_root)
     with pytest.raises(UserError, match="action has 2 dimensions"):

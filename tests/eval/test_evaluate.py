@@ -86,6 +86,14 @@ def test_grounding_is_refused_where_episodes_end_at_success(config):
     assert json.loads((output / "eval.json").read_text())["success_final"] is None
 
 
+@pytest.mark.parametrize(
+    ("splits", "message"), [(("train",), "train is evaluated in any case"), (("light", "light"), "repeats a split")]
+)
+def test_episodes_are_not_counted_twice(config, splits, message):
+    with pytest.raises(UserError, match=f"splits: .*{message}"):
+        evaluate(replace(config, splits=splits))
+
+
 def test_a_policy_of_another_robot_is_refused(config):
     with pytest.raises(UserError, match="metaworld has 4 action dimensions, the policy 3"):
         evaluate(replace(config, env="metaworld", tasks=("reach-v3",)))
@@ -152,6 +160,8 @@ def test_the_suite_runs_on_a_policy_of_lerobots_own(tmp_path):
         n_action_steps=8,
     )
     ACTPolicy(config).save_pretrained(folder)
+    usual = {"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"}  # not downloaded: the folder has its own
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | usual))
     shapes = {IMAGE_KEY: (3, 1, 1), STATE_KEY: (4,), ACTION_KEY: (3,)}
     stats = {key: {"mean": torch.zeros(shape), "std": torch.ones(shape)} for key, shape in shapes.items()}
     for processor in make_pre_post_processors(config, dataset_stats=stats):

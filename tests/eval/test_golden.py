@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from envs.tabletop.env import TabletopEnv
 from envs.tabletop.render import Camera
 from vla.config import DoctorConfig, EvalConfig
 from vla.doctor import doctor
 from vla.eval.evaluate import evaluate
 from vla.eval.golden import GOLDEN, GoldenCheck, check_golden
 from vla.policies.loading import load_chunk_policy
+from vla.training.policy import train_policy
 from vla.types import UserError
 
 
@@ -26,6 +29,11 @@ def darker(monkeypatch):
     """A simulator that draws darker pictures than it did."""
     picture = Camera.picture
     monkeypatch.setattr(Camera, "picture", lambda self, world: picture(self, world) // 2)
+
+
+def cannot_draw(*_: object, **__: object) -> None:
+    """What a simulator does without a display."""
+    raise RuntimeError("no OpenGL")
 
 
 def checked(folder) -> GoldenCheck:
@@ -54,6 +62,26 @@ def test_another_simulator_is_noticed(policy_folder, darker):
     check = checked(policy_folder)
     assert not check.action_difference > 1e-3
     assert "the environment's pictures are not those of training" in check.problem
+
+
+def test_another_wording_is_noticed(policy_folder, monkeypatch):
+    monkeypatch.setattr(TabletopEnv, "_wording", lambda env, goal: "please")
+    assert "words its instructions otherwise than in training, 'please' for " in checked(policy_folder).problem
+
+
+def test_pictures_of_another_size_than_collected_are_resized_as_in_training(policy_config, tmp_path):
+    data = replace(policy_config.data, image_size=36)
+    folder = train_policy(replace(policy_config, data=data, aligned_pooler=False, steps=1, output=str(tmp_path)))
+    assert checked(folder).picture_difference == 0
+
+
+def test_a_simulator_that_cannot_draw_is_no_fault_of_the_policy(policy_folder, monkeypatch, capsys):
+    monkeypatch.setattr("vla.eval.golden.make_env", cannot_draw)
+    check = checked(policy_folder)
+    assert not check.problem
+    assert check.why_not == "pictures not compared: no OpenGL"
+    doctor(DoctorConfig(policy=str(policy_folder)))
+    assert "note  policy" in capsys.readouterr().out
 
 
 def test_pictures_of_another_environment_are_not_compared(policy_folder):

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from vla.losses import rowwise
 from vla.losses.alignment import (
+    batch_health,
     grouped_late_interaction,
     groups_of,
     idle_chunks,
@@ -246,3 +247,9 @@ def test_late_interaction_in_blocks_computed_anew_has_the_same_value_and_gradien
     monkeypatch.setattr("vla.losses.alignment.KEPT_COSINES", 0)
     for got, expected in zip(value_and_gradients(), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_episode_of_no_known_scene_is_one_by_itself():
+    ids = torch.tensor([0, 1, 2, 3])
+    health = batch_health(ids, ids, torch.tensor([5, 5, -1, -1]), torch.tensor([0, 1, 2, 3]), torch.zeros(4))
+    assert health["distinct_scenes"] == 3

@@ -134,6 +134,13 @@ def test_a_folder_with_missing_weights_is_refused(saved):
         load_clip(folder)
 
 
+def test_a_folder_without_its_tokenizer_is_refused(saved):
+    folder, _, _ = saved
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer in it \(tokenizer\.json\)"):
+        load_clip(folder)
+
+
 def published(folder, frames):
     """The patch tokens that transformers' own processor and model give pictures of the model's size."""
     model = CLIPModel.from_pretrained(folder).eval().vision_model

@@ -98,6 +98,12 @@ def test_missing_weights_are_named(copy):
         ConcordPolicy.from_pretrained(copy)
 
 
+def test_a_policy_without_its_tokenizer_is_refused(copy):
+    (copy / "clip" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"not a complete concord policy: no tokenizer in it"):
+        ConcordPolicy.from_pretrained(copy)
+
+
 def test_a_truncated_file_is_named(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

@@ -143,6 +143,24 @@ def test_a_term_that_stays_at_its_chance_level_is_named():
     assert at_chance(metrics) == ["a"]
 
 
+def test_a_term_that_has_nothing_to_tell_apart_is_named():
+    assert at_chance({"a/loss": 0.0, "a/chance": 0.0, "a/excess": 0.0}) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minimal_pairs": True, "word_patch": 0.0}, r"loss\.minimal_pairs changes the term loss\.word_patch"),
+        ({"state_within_goal": True, "state": 0.0}, r"loss\.state_within_goal changes the term loss\.state"),
+        ({"vision_language_kind": "sigmoid", "vision_language": 0.0}, r"loss\.vision_language_kind changes"),
+    ],
+)
+def test_an_option_of_a_term_that_is_off_is_refused(align_config, tmp_path, changes, message):
+    loss = replace(align_config.loss, **changes)
+    with pytest.raises(UserError, match=message):
+        train_align(replace(align_config, loss=loss, output=str(tmp_path / "run")))
+
+
 @pytest.fixture
 def stuck(align_config, tmp_path, monkeypatch) -> AlignConfig:
     """A run that cannot learn."""

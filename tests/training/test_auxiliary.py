@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import small_alignment_model
 from vla.config import BatchConfig, LossConfig
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import Normalizers, compute_norm_stats
-from vla.training.auxiliary import Auxiliary
+from vla.training.auxiliary import Auxiliary, load_rest
 from vla.training.policy import train_policy
 from vla.training.start import make_policy
 from vla.types import UserError
@@ -89,6 +90,16 @@ def test_a_started_policy_brings_the_alignment_it_was_trained_on(config, tmp_pat
     auxiliary = Auxiliary(changed, episodes, [everything], [1.0], frames, stats, make_policy(changed, episodes))
     saved = load_file(Path(config.encoder).parent / "alignment.safetensors")
     assert all(torch.equal(parameter, saved[name]) for name, parameter in auxiliary.own_parameters().items())
+
+
+def test_scales_that_are_configured_or_fixed_stay_as_they_are(tmp_path):
+    model, _ = small_alignment_model(("a",), 1, temperatures={"state": (0.05, True), "word_patch": (0.1, False)})
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("logit_scales.")}
+    beside = {n: v for n, v in model.state_dict().items() if not n.startswith(("clip.", "pooler."))}
+    save_file(beside | {name: torch.full_like(value, 4.0) for name, value in before.items()}, tmp_path / "file")
+    load_rest(model, tmp_path / "file", ["state"])
+    changed = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
+    assert changed == {"logit_scales.context_action", "logit_scales.vision_language"}
 
 
 def test_a_control_that_hides_something_is_refused(config):

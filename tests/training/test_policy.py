@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import without
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes, read_episodes, split_episodes, task_of_episode
 from vla.data.frames import open_frames
@@ -22,7 +23,7 @@ from vla.policies.loading import load_chunk_policy
 from vla.training import policy
 from vla.training.policy import train_policy
 from vla.training.policy_data import cloned_episodes
-from vla.types import UserError
+from vla.types import ACTION_KEY, STATE_KEY, UserError
 
 
 def test_more_executed_than_predicted_is_refused_before_anything_is_written(policy_config, tmp_path):
@@ -165,15 +166,10 @@ def test_further_data_sets_are_cloned_by_their_weights(policy_config, tmp_path, 
     assert all(len(set(few[tasks[few] == task])) <= 1 for task in tasks)
 
 
-def test_a_further_data_set_without_actions_is_refused(policy_config):
-    mixture = open_mixture(policy_config.data, (f"{policy_config.data.root}=1",), 0)
-    action = mixture.episodes.action.copy()
-    action[-1] = np.nan
-    with pytest.raises(UserError, match="lacks actions or states; only stage one can use it"):
-        cloned_episodes(
-            replace(policy_config, more=("elsewhere",)),
-            replace(mixture, episodes=replace(mixture.episodes, action=action)),
-        )
+def test_a_further_data_set_without_actions_is_refused(policy_config, tmp_path):
+    pictures = without(policy_config.data.root, tmp_path / "pictures", ACTION_KEY, STATE_KEY)
+    with pytest.raises(UserError, match="pictures: lacks actions or states; only stage one can use it"):
+        train_policy(replace(policy_config, more=(str(pictures),), output=str(tmp_path / "run")))
 
 
 def test_a_run_of_an_older_version_goes_on(policy_config, tmp_path):
@@ -216,3 +212,9 @@ def test_a_start_that_does_not_fit_is_refused(policy_config, policy_folder, tmp_
     config = replace(policy_config, **{"start": str(policy_folder)} | changes, output=str(tmp_path / "run"))
     with pytest.raises(UserError, match=message):
         train_policy(config)
+
+
+def test_options_of_a_trained_encoder_are_refused_with_an_untrained_one(policy_config, tmp_path):
+    tower = replace(policy_config.tower, pretrained="somewhere")
+    with pytest.raises(UserError, match="encoder=random is untrained, --encoder=FOLDER names a trained one"):
+        train_policy(replace(policy_config, encoder="random", tower=tower, output=str(tmp_path / "run")))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config, ViTConfig
 
 from tests.conftest import debug, small_alignment_model
@@ -87,6 +87,19 @@ def test_a_run_with_low_rank_updates_exports_a_clip_whose_weights_moved_by_that_
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-2) == 2
     norm = "vision_model.post_layernorm.weight"
     assert torch.equal(before[norm], after[norm])
+
+
+def test_a_run_whose_start_has_changed_is_not_resumed(align_config, encoder, tmp_path):
+    start = shutil.copytree(encoder, tmp_path / "clip")
+    config = replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run"))
+    config = replace(config, tower=replace(align_config.tower, pretrained=str(start)))
+    train_align(config)
+    (tmp_path / "run" / "report.html").unlink()  # what says that a run has finished
+    weights = load_file(start / "model.safetensors")
+    weights["visual_projection.weight"] += 1
+    save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"step_000001: began from another encoder than tower\.pretrained holds now"):
+        train_align(replace(config, resume=True))
 
 
 def test_encoders_on_the_way_are_exported(encoder, continued):

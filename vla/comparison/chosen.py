@@ -18,6 +18,7 @@ from vla.types import UserError
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of folders
 SET_HERE = {  # fields that every run gets from elsewhere
+    "collect.output": "align.data.root",
     "align.output": "output",
     "align.seed": "seeds",
     "policy.output": "output",
@@ -25,6 +26,7 @@ SET_HERE = {  # fields that every run gets from elsewhere
     "policy.encoder": "encoders",
     "eval.output": "output",
     "eval.policy": "policies",
+    "eval.workers": "the number of processes",
 }
 SET_BY_ARMS = dict.fromkeys(
     ("align.shuffle", "policy.start", "policy.tune", "policy.tuned_part", "policy.hide"), "arms"
@@ -64,6 +66,10 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
         known = checked_tasks(config.collect)
         rest = [task for task in known if task not in config.transfer]
         unknown = [task for task in config.transfer if task not in known]
+        if config.eval.tasks:
+            raise UserError(
+                "config error: eval.tasks: policies are evaluated on the tasks of `transfer`; leave one of the two out"
+            )
         if unknown or not rest:
             what = f"{unknown[0]!r} is not a task" if unknown else "no task is left for the encoders"
             raise UserError(f"config error: transfer: {what}; known: {', '.join(known)}")
@@ -114,6 +120,10 @@ def check_numbers(config: CompareConfig) -> None:
             raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
     check_snapshots(config.align, "align.")
     check_episodes(config.eval)
+    if config.collect.kind != "demonstrations":
+        raise UserError(
+            f"config error: collect.kind: {config.collect.kind} cannot be cloned; play_scenes gives play to the alignments"
+        )
     check_set_here(config, SET_HERE | SET_BY_ARMS)
     check_head(config.policy)
 

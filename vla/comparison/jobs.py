@@ -5,7 +5,6 @@ holds; so the same command, started several times or by `accelerate launch`, sha
 on. What a job prints goes into its log.txt, what its result depends on into its settings.json.
 """
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla.locks import lock_folder
+from vla.files import write_json
+from vla.locks import FolderHeldError, lock_folder
 from vla.types import UserError
 
 POLL = 2.0  # s between looks for a job while other processes hold the rest
@@ -117,7 +117,7 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
     """Run the job unless another process holds it or has just finished it."""
     try:
         lock = lock_folder(folder / job.name)
-    except UserError:
+    except FolderHeldError:
         return False
     with lock:
         if job.done:
@@ -126,7 +126,7 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
         seconds = sum(other.seconds for other in left)
         say(f"[{len(jobs) - len(left) + 1} of {len(jobs)}] {job.name}; about {duration(seconds)} of work left")
         started = time.monotonic()
-        (folder / job.name / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+        write_json(folder / job.name / "settings.json", settings)
         with (folder / job.name / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             job.run()
         if not job.done:

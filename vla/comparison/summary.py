@@ -54,7 +54,7 @@ def read_levels(path: Path) -> dict[str, Outcomes]:
 def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estimate:
     """Mean success over training seeds and scenes, or the mean difference from `minus`, run by run and episode by episode.
 
-    Episodes of one seed show one scene in every split and level, so their mean is what counts as an observation.
+    Episodes of one scene are one observation, their mean; scenes of one task are a stratum.
 
     Raises:
         UserError: the runs do not hold the same episodes.
@@ -66,16 +66,24 @@ def estimate(runs: list[Outcomes], minus: list[Outcomes] | None = None) -> Estim
     matrix = np.array([[run[key] for key in keys] for run in runs], float)
     if minus is not None:
         matrix = matrix - np.array([[run[key] for key in keys] for run in minus], float)
-    scenes = sorted({key[2:] for key in keys})
-    scene = np.array([scenes.index(key[2:]) for key in keys])
+    _, first, scene = np.unique([scene_of(key) for key in keys], axis=0, return_index=True, return_inverse=True)
     means = np.stack([np.bincount(scene, row) for row in matrix]) / np.bincount(scene)
-    _, strata, sizes = np.unique([task for task, _ in scenes], return_inverse=True, return_counts=True)
-    return crossed_interval(means, strata if sizes.min() > 1 else np.zeros(len(scenes)))
+    _, strata, sizes = np.unique([keys[i][2] for i in first], return_inverse=True, return_counts=True)
+    return crossed_interval(means, strata if sizes.min() > 1 else np.zeros(len(first)))
+
+
+def scene_of(key: tuple) -> tuple[int, int]:
+    """What tells scenes apart: the seed, which has scenes of its own in each level of held-out combinations.
+
+    A perturbation may leave another task possible than the scene was chosen for, so an episode's task does not belong to it.
+    """
+    split, level, _, seed = key
+    return (level if split == "combination" else 0), seed
 
 
 def mcnemar_p_values(firsts: list[Outcomes], seconds: list[Outcomes]) -> list[float] | None:
     """McNemar's p-value for each training seed; None where several episodes show one scene and so are not independent."""
-    scenes = [key[2:] for key in firsts[0]]
+    scenes = [scene_of(key) for key in firsts[0]]
     if len(set(scenes)) < len(scenes):
         return None
     return [paired_p_value([a[key] for key in a], [b[key] for key in a]) for a, b in zip(firsts, seconds, strict=True)]

@@ -54,9 +54,14 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = 
     `told`: only episodes with an instruction are held out for validation. The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
 
     Raises:
-        UserError: a weight that is no positive number, data sets that do not fit together, or unusable ones.
+        UserError: a weight that is no positive number, `data.root` again, data sets that do not fit together, or unusable ones.
     """
     named = [root_and_weight(text) for text in more]
+    again = [root for root, _ in named if Path(root).resolve() == Path(data.root).resolve()]
+    if again:
+        raise UserError(
+            f"config error: more: {again[0]} is data.root itself, so what it holds out would be trained on; leave it out"
+        )
     own = read_episodes(data.root, data.camera)
     parts = [own, *(read_episodes(root, camera_in(root, data.camera), partial=True) for root, _ in named)]
     train, validation = split_episodes(own, data.holdout, seed)
@@ -78,8 +83,11 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = 
 
 def camera_in(root: str, camera: str | None) -> str | None:
     """The camera, if a data set has one of that name; else its only one."""
-    info = Path(root) / "meta" / "info.json"
-    return camera if info.is_file() and camera in json.loads(info.read_text()).get("features", {}) else None
+    try:
+        features = json.loads((Path(root) / "meta" / "info.json").read_text()).get("features", {})
+    except (OSError, json.JSONDecodeError):  # the reader says which
+        return None
+    return camera if camera in features else None
 
 
 def root_and_weight(text: str) -> tuple[str, float]:
@@ -117,7 +125,7 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
     columns: dict[str, list[np.ndarray]] = {}
     for part in parts:
         text_of = np.array([text_number[text] for text in part.texts])
-        goal_of = np.array([goal_number[goal] for goal in goal_names(part)])
+        goal_of = np.array([*(goal_number[goal] for goal in goal_names(part)), -1])  # the last of none
         shifted = {
             "state": widened(part.state, first.state.shape[1]),
             "action": widened(part.action, first.action.shape[1]),
@@ -127,7 +135,7 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
             "start": part.start[:-1] + rows,
             "episode_index": part.episode_index,
             "text_id": text_of[part.text_id],
-            "goal_id": np.where(part.goal_id >= 0, goal_of[part.goal_id], -1),
+            "goal_id": goal_of[part.goal_id],
             "scene_id": np.where(part.scene_id >= 0, part.scene_id + scenes, -1),
             "seed": part.seed,
             "success": part.success,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-RECURS = (5, 2e-4)  # rows near an extreme, and their share, from which on it is a command and not a glitch or a tail
+RECURS = (5, 2e-4)  # rows at an extreme, and their share, from which on it is a command and not a glitch or a tail
 RANGE_FLOOR = 1e-2  # of q99 - q01, and of the standard deviation, in data units: a constant dimension stays finite
 
 
@@ -43,8 +43,9 @@ def compute_norm_stats(values: np.ndarray) -> NormStats:
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
     smallest, largest = values.min(axis=0), values.max(axis=0)
     cut = (high - low) < 0.8 * (largest - smallest)
-    near, often, still = 0.01 * (largest - smallest), max(RECURS[0], RECURS[1] * len(values)), high - low < RANGE_FLOOR
-    at_smallest, at_largest = (values <= smallest + near).sum(axis=0), (values >= largest - near).sum(axis=0)
+    often, still = max(RECURS[0], RECURS[1] * len(values)), high - low < RANGE_FLOOR
+    at_smallest = (values <= smallest + 0.01 * (low - smallest)).sum(axis=0)  # in a hundredth of what is cut off
+    at_largest = (values >= largest - 0.01 * (largest - high)).sum(axis=0)
     low = np.where(cut & (still | (at_smallest >= often)), smallest, low)
     high = np.where(cut & (still | (at_largest >= often)), largest, high)
     centre, half = (low + high) / 2, np.maximum(high - low, RANGE_FLOOR) / 2

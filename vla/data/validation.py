@@ -55,7 +55,7 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
     tables = []
     numeric = [key for key in NUMERIC if key in info["features"]]
     for path in data_files:
-        table, problem = read_columns(path, [*numeric, *INDICES])
+        table, problem = read_columns(path, [*numeric, *INDICES], OPTIONAL)
         if problem:
             problems.append(problem)
         else:
@@ -80,13 +80,11 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
     if without.any():
         episode = int(rows["episode_index"].to_numpy()[without][0])
         problems.append(f"{root}: episode {episode} has no task in meta/tasks.parquet")
-    return problems + problems_of_episodes(root, data_files, [key for key in CONSTANT if key in info["features"]])
+    return problems + problems_of_episodes(root, rows)
 
 
-def problems_of_episodes(root: Path, data_files: list[Path], constant: list[str]) -> list[str]:
-    """Episodes whose frames are not 0, 1, 2 and so on, and the first in which a `constant` column is not."""
-    columns = ["episode_index", "frame_index", *constant]
-    table = pa.concat_tables(pq.read_table(path, columns=columns) for path in data_files)
+def problems_of_episodes(root: Path, table: pa.Table) -> list[str]:
+    """Episodes whose frames are not 0, 1, 2 and so on, and the first in which a column that has to be constant is not."""
     episode, frame = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
     order = np.lexsort((frame, episode))
     episode, frame = episode[order], frame[order]
@@ -99,7 +97,7 @@ def problems_of_episodes(root: Path, data_files: list[Path], constant: list[str]
         problems.append(
             f"{root}: episode {episode[row]} has frame_index {frame[row]} where {row - start[row]} is expected; rows are missing or there twice"
         )
-    for key in constant:
+    for key in (key for key in CONSTANT if key in table.column_names):
         values = table[key].to_numpy()[order]
         changed = np.flatnonzero(values != values[start])
         if len(changed):
@@ -117,8 +115,12 @@ def absent_columns(path: Path, features: dict) -> list[str]:
 
 
 def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:
-    """Rows whose vectors have another size than declared, or are not finite."""
-    problems = []
+    """Rows whose vectors have another size than declared, or are not finite, or that have no index or id."""
+    problems = [
+        f"{path}: {key} is empty in {table[key].null_count} rows"
+        for key in (*INDICES, *CONSTANT)
+        if key in table.column_names and table[key].null_count
+    ]
     for key in (key for key in NUMERIC if key in features):
         column = table[key].combine_chunks()
         size = int(np.prod(features[key]["shape"]))
@@ -134,10 +136,11 @@ def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:
     return problems
 
 
-def read_columns(path: Path, columns: list[str]) -> tuple[pa.Table | None, str | None]:
-    """A table, or the one-line problem that prevents reading it."""
+def read_columns(path: Path, columns: list[str], optional: tuple[str, ...] = ()) -> tuple[pa.Table | None, str | None]:
+    """A table of the columns and of the optional ones that are there, or the one-line problem that prevents reading it."""
     try:
-        return pq.read_table(path, columns=columns), None
+        there = pq.read_schema(path).names
+        return pq.read_table(path, columns=[*columns, *(key for key in optional if key in there)]), None
     except FileNotFoundError:
         return None, f"{path}: missing"
     except (pa.ArrowInvalid, OSError) as error:

@@ -22,6 +22,7 @@ from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_workers, run_rollouts
 from vla.eval.statistics import summarise
+from vla.files import write_json
 from vla.locks import lock_folder
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
 from vla.types import UserError
@@ -126,6 +127,9 @@ def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...
     if names == ["all"]:
         names = [name for name in known if name != "train"]
     names = [name for name in names if name != "none"]
+    if "train" in names or len(set(names)) < len(names):
+        what = "train is evaluated in any case" if "train" in names else f"{names} repeats a split"
+        raise UserError(f"config error: splits: {what}; leave it out")
     for name in names:
         if name not in known:
             raise UserError(f"config error: splits: {name!r} is not a split of {config.env}; known: {', '.join(known)}")
@@ -168,7 +172,7 @@ def begin(output: Path, config: EvalConfig) -> bool:
         raise UserError(
             f"{output}: holds an evaluation of another policy or configuration; delete it or choose another --output"
         )
-    path.write_text(json.dumps(stamp))
+    write_json(path, stamp)
     return not (output / "report.html").is_file()
 
 

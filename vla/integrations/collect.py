@@ -24,6 +24,7 @@ from envs import env_class, make_env, make_expert
 from vla.config import CollectConfig
 from vla.config_io import filled
 from vla.data.episodes import read_episodes, task_of_episode
+from vla.files import write_whole
 from vla.integrations.behaviours import PATIENCE, Behaviour, demonstration, mistakes, play, stopped
 from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
 from vla.locks import lock_folder
@@ -142,7 +143,7 @@ def check_same_plan(parts: Path, wanted: dict) -> None:
     text = json.dumps(wanted, indent=2, sort_keys=True)
     if plan.is_file() and filled(json.loads(plan.read_text()), asdict(CollectConfig())) != json.loads(text):
         raise UserError(f"{parts}: was begun with another configuration; delete it or choose another --output")
-    plan.write_text(text)
+    write_whole(plan, text)
 
 
 def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tuple[str, int, int]]) -> int:

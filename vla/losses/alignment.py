@@ -245,11 +245,14 @@ def mean_squared_distances(flat: Tensor, rows: slice = slice(None)) -> Tensor:
     return squared.masked_fill(index[rows, None] == index[None, :], 0.0)
 
 
-def batch_health(goal_id: Tensor, text_id: Tensor, scene_id: Tensor, idle: Tensor) -> dict[str, Tensor]:
+def batch_health(
+    goal_id: Tensor, text_id: Tensor, scene_id: Tensor, episode_id: Tensor, idle: Tensor
+) -> dict[str, Tensor]:
     """Distinct goals, instructions and scenes, collision rate and idle-chunk rate of a batch of (b,) ids.
 
-    Rows without a goal (-1) have no instruction.
+    Rows without a goal (-1) have no instruction; an episode of no known scene (-1) is one by itself.
     """
+    scene_id = torch.where(scene_id >= 0, scene_id, -1 - episode_id)
     goal_id, text_id = goal_id[goal_id >= 0], text_id[goal_id >= 0]
     return {
         "distinct_goals": goal_id.unique().numel() * torch.ones(()),

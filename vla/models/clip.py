@@ -269,7 +269,7 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
         model, report = kind.from_pretrained(
             source, config=config, output_loading_info=True, use_safetensors=True, dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "" if local or os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE=1 forbids the hub)"
         first_line = str(error).strip().splitlines()[0]
@@ -284,6 +284,18 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
     fix_words(model)
     absorb_statistics(model, *image_statistics(source))
     return quick_attention(model), tokenizer
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        OSError, ValueError: there is none, or an incomplete one, of which transformers makes one that knows no word.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if len(tokenizer) < 256:
+        raise ValueError("no tokenizer in it (tokenizer.json); copy the folder anew, whole")
+    return tokenizer
 
 
 def image_statistics(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:

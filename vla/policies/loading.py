@@ -59,14 +59,16 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     try:
         config = PreTrainedConfig.from_pretrained(folder)
+        refuse_memory(folder, config)
         config.device = device
+        if hasattr(config, "pretrained_backbone_weights"):
+            config.pretrained_backbone_weights = None  # a download that the folder's own weights would overwrite
         policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
         preprocess, postprocess = make_pre_post_processors(
             config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, DecodingError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError) as error:
         raise UserError(f"{folder}: cannot load the policy: {str(error).splitlines()[0]}") from error
-    refuse_memory(folder, config)
     cameras = list(config.image_features)
     if len(cameras) != 1:
         raise UserError(f"{folder}: the policy reads cameras {cameras}; the environments have one")

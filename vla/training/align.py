@@ -58,7 +58,7 @@ from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, make_optimizers, schedule
 from vla.training.prefetch import prefetch
-from vla.training.pretrained import HeldOut, along_the_way, check_start, rate_groups, take_up
+from vla.training.pretrained import HeldOut, along_the_way, check_start, rate_groups, start_digest, take_up
 from vla.training.processes import (
     Processes,
     check_same_data,
@@ -129,7 +129,10 @@ def train_align(config: AlignConfig) -> Path:
 
     resumed = config.resume and latest_checkpoint(run.folder) is not None
     clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts, resumed)
-    start = {name: weight.clone() for name, weight in clip.state_dict().items()} if config.tower.pretrained else None
+    start, start_from = None, None
+    if config.tower.pretrained:
+        start = {name: weight.clone() for name, weight in clip.state_dict().items()}
+        start_from = start_digest(clip, tokenizer)
     model = make_model(config, clip, episodes)
     if config.tower.pretrained:
         take_up(model, config.tower.pretrained, pair_temperatures(config.loss), partial(say, accelerator))
@@ -142,7 +145,7 @@ def train_align(config: AlignConfig) -> Path:
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
 
-    first, before = restore(run, model, optimizer, episodes) if config.resume else (0, 0.0)
+    first, before = restore(run, model, optimizer, episodes, start_from) if config.resume else (0, 0.0)
     processes.share(model)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
@@ -215,7 +218,7 @@ def train_align(config: AlignConfig) -> Path:
             export_encoder(run.folder / "snapshots" / str(done), model, tokenizer)
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, model, optimizer, episodes, elapsed)
+            checkpoint(run, done, model, optimizer, episodes, start_from, elapsed)
     bar.close()
 
     if run.writes:
@@ -281,19 +284,27 @@ def seed_of(seed: int, step: int, rank: int) -> int:
 
 
 def checkpoint(
-    run: RunFolder, step: int, model: AlignmentModel, optimizer: Optimizers, episodes: Episodes, seconds: float
+    run: RunFolder,
+    step: int,
+    model: AlignmentModel,
+    optimizer: Optimizers,
+    episodes: Episodes,
+    start: str | None,
+    seconds: float,
 ) -> None:
-    """Everything that step + 1 depends on, the data's fingerprint and the seconds spent so far; random states follow from the step."""
+    """Everything that step + 1 depends on, what tells data and start apart and the seconds spent so far; random states follow from the step."""
     tensors, meta = optimizer.tensors()
-    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "seconds": seconds}
+    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "start": start, "seconds": seconds}
     save_checkpoint(run.folder, step, {"model": model.state_dict(), "optimizer": tensors}, state)
 
 
-def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episodes: Episodes) -> tuple[int, float]:
+def restore(
+    run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episodes: Episodes, start: str | None
+) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
-        UserError: a damaged checkpoint, or one of other data or another version.
+        UserError: a damaged checkpoint, or one of other data, another pretrained start or another version.
     """
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -301,6 +312,10 @@ def restore(run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episod
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
+    if state.get("start", start) != start:  # an older version does not say
+        raise UserError(
+            f"{path}: began from another encoder than tower.pretrained holds now; restore that, or choose another --output"
+        )
     with restoring(path):
         model.load_state_dict(tensors["model"], strict=True)
         optimizer.restore(tensors["optimizer"], state["optimizer"])
@@ -327,7 +342,7 @@ def at_chance(metrics: dict[str, float]) -> list[str]:
 
     def stays(name: str) -> bool:
         loss, chance, excess = (metrics[f"{name}/{key}"] for key in ("loss", "chance", "excess"))
-        return loss > chance - 0.02 * (chance - (loss - excess))
+        return loss >= chance - 0.02 * (chance - (loss - excess))
 
     return [name for name in names if stays(name)]
 

@@ -24,10 +24,25 @@ from vla.types import UserError
 
 
 def check_terms(config: AlignConfig) -> None:
-    """Refuse a loss without terms, transition terms whose batches hold no transition, and temperatures that are none."""
+    """Refuse a loss without terms, options of terms that are off, transition terms whose batches hold no transition, and temperatures that are none."""
     pair_temperatures(config.loss)
     if not any(getattr(config.loss, name) for name in (*PAIRS, *TRANSITIONS)):
         raise UserError("config error: loss: the weight of every term is 0, so nothing would be trained")
+    loss = config.loss
+    idle = [
+        (option, term)
+        for option, is_set, term in (
+            ("minimal_pairs", loss.minimal_pairs, "word_patch"),
+            ("state_within_goal", loss.state_within_goal, "state"),
+            ("vision_language_kind", loss.vision_language_kind != "softmax", "vision_language"),
+        )
+        if is_set and not getattr(loss, term)
+    ]
+    if idle:
+        option, term = idle[0]
+        raise UserError(
+            f"config error: loss.{option} changes the term loss.{term}, whose weight is 0; leave one of the two out"
+        )
     batch = config.batch
     if config.loss.transition_action + config.loss.transition_language and (
         batch.frames < 2 or batch.gap > config.horizon

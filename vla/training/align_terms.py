@@ -80,7 +80,7 @@ def batch_terms(
                 weights,
             )
     idle = idle[acted] if len(acted) else idle
-    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], idle)
+    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], ids["episode_id"], idle)
     if rows.pooled is not None and (loss.transition_action or loss.transition_language):
         found = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
         terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found)

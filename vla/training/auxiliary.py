@@ -1,7 +1,7 @@
 """Stage one's terms beside the cloning loss of stage two, on the encoder that is fine-tuned and the policy's pooler."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from vla.data.normalization import Normalizers, normalize_quantile
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
-from vla.training.align_setup import check_terms, make_model, make_sampler, minimal_pairs
+from vla.training.align_setup import check_terms, make_model, make_sampler, minimal_pairs, pair_temperatures
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import load_tensors
 from vla.training.device_batch import on_device
@@ -67,7 +67,7 @@ class Auxiliary:
         encoder = started_encoder(Path(config.start)) if config.start else config.encoder
         beside = Path(encoder).parent / "alignment.safetensors"
         if encoder != "random" and beside.is_file():
-            load_rest(self.model, beside)
+            load_rest(self.model, beside, pair_temperatures(loss))
         else:
             print(
                 f"auxiliary: its action encoder and projections start untrained; encoder {encoder} has none beside it"
@@ -115,14 +115,18 @@ def started_encoder(policy: Path) -> str:
     return json.loads(record.read_text())["encoder"] if record.is_file() else "random"
 
 
-def load_rest(model: torch.nn.Module, path: Path) -> None:
-    """Load what stage one trains beside the encoder."""
-    weights = {name: value for name, value in load_tensors(path).items() if not name.startswith("pooler.")}
+def load_rest(model: torch.nn.Module, path: Path, configured: Iterable[str]) -> None:
+    """Load what stage one trains beside the encoder; scales that are not learned, and those of `configured` pairs, stay as they are."""
+    scales = {name: p for name, p in model.named_parameters() if name.startswith("logit_scales.")}
+    kept = {f"logit_scales.{pair}" for pair in configured} | {n for n, p in scales.items() if not p.requires_grad}
+    weights = {
+        name: value for name, value in load_tensors(path).items() if not name.startswith("pooler.") and name not in kept
+    }
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit ({reason}); use stage one's horizon for head.horizon") from error
-    absent = [name for name in missing if not name.startswith(("clip.", "pooler."))]
+    absent = [name for name in missing if not name.startswith(("clip.", "pooler.")) and name not in kept]
     if absent or unexpected:
         raise UserError(f"{path}: not what stage one writes for this loss ({', '.join([*absent, *unexpected][:3])})")

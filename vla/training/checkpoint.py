@@ -135,7 +135,7 @@ def restoring(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, RuntimeError) as error:
-        what = str(error).splitlines()[0]
+        what = str(error).strip().splitlines()[-1].strip()
         raise UserError(
             f"{path}: does not fit ({what}); go on with the version that wrote it (versions.json), or choose another --output"
         ) from error
@@ -166,8 +166,9 @@ def rng_tensors() -> dict[str, Tensor]:
 def restore_rng(tensors: dict[str, Tensor]) -> None:
     """Inverse of `rng_tensors`."""
     torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[k] for k in sorted(tensors) if k.startswith("cuda")])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda{i}" in tensors:  # else the machine has more GPUs now
+            torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
 
 
 def fsync(path: Path) -> None:

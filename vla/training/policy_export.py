@@ -162,7 +162,10 @@ def export(
         "versions": versions(),
     }
     (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
-    write_golden(partial_folder, load_chunk_policy(partial_folder), episodes, frames, positions, stats[ACTION_KEY])
+    random = rng_tensors()
+    loaded = load_chunk_policy(partial_folder)
+    restore_rng(random)  # which loading has drawn from
+    write_golden(partial_folder, loaded, episodes, frames, positions, stats[ACTION_KEY])
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
     return folder

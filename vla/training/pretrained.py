@@ -1,5 +1,6 @@
 """A pretrained start of stage one: how much of what it knew stays, and how far on the way to leave it."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from vla.models.clip import Encoder, tokenize
 from vla.models.finetuning import interpolated
 from vla.training.checkpoint import load_tensors
 from vla.training.optim import layer_groups
+from vla.training.tokens import weights_digest
 from vla.types import UserError
 
 
@@ -107,6 +109,11 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
     model.load_state_dict({name: value for name, value in saved.items() if part_of(name) not in unfit}, strict=False)
     if unfit:
         tell(f"{path}: not taken up, as it does not fit this run: {', '.join(sorted(unfit))}")
+
+
+def start_digest(clip: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the weights that a run starts from, and of the words that it reads."""
+    return hashlib.sha256(f"{weights_digest(clip)}{sorted(tokenizer.get_vocab().items())}".encode()).hexdigest()
 
 
 def part_of(name: str) -> str:

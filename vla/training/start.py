@@ -29,6 +29,10 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
     if config.start:
         return started_policy(config, policy_config(config, episodes))
     if config.encoder == "random":
+        if config.tower.pretrained or config.tower.lora_rank or config.tower.locked:
+            raise UserError(
+                "config error: tower: pretrained, locked and lora_rank are stage one's; encoder=random is untrained, --encoder=FOLDER names a trained one"
+            )
         clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     else:
         clip, tokenizer = load_clip(config.encoder)

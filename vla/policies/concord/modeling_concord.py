@@ -10,7 +10,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from vla.models.clip import (
     IMAGE_MEAN,
@@ -19,6 +19,7 @@ from vla.models.clip import (
     build_clip,
     fix_words,
     load_clip,
+    load_tokenizer,
     patch_embeds,
     patch_tokens,
     resize_positions,
@@ -208,7 +209,7 @@ class ConcordPolicy(PreTrainedPolicy):
         try:
             config = config or PreTrainedConfig.from_pretrained(folder)
             clip = untrained_like(folder / CLIP_FOLDER)
-            tokenizer = AutoTokenizer.from_pretrained(folder / CLIP_FOLDER)
+            tokenizer = load_tokenizer(folder / CLIP_FOLDER)
             state = load_file(folder / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{folder}: not a complete concord policy: {str(error).splitlines()[0]}") from error
