@@ -15,7 +15,8 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vla.config import AlignConfig, CollectConfig, PolicyTrainConfig
+from envs.tabletop.render import Camera
+from vla.config import AlignConfig, CollectConfig, EvalConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.integrations.collect import collect
 from vla.models.alignment import AlignmentModel
@@ -131,3 +132,27 @@ def policy_config(data_root, encoder, tmp_path_factory) -> PolicyTrainConfig:
 def policy_folder(policy_config) -> Path:
     """The policy/ folder of a short stage two."""
     return train_policy(policy_config)
+
+
+@pytest.fixture
+def eval_config(policy_folder, tmp_path) -> EvalConfig:
+    """A short evaluation of that policy."""
+    return EvalConfig(
+        policy=str(policy_folder),
+        output=str(tmp_path / "eval"),
+        tasks=("reach",),
+        episodes=2,
+        splits=("none",),
+        grounding_episodes=2,
+        batch_size=2,
+        workers=1,
+        videos=0,
+        failures=0,
+    )
+
+
+@pytest.fixture
+def darker(monkeypatch):
+    """A tabletop that draws darker pictures than it did."""
+    picture = Camera.picture
+    monkeypatch.setattr(Camera, "picture", lambda self, world: picture(self, world) // 2)

@@ -24,33 +24,17 @@ from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.fixture
-def config(policy_folder, tmp_path):
-    return EvalConfig(
-        policy=str(policy_folder),
-        output=str(tmp_path / "eval"),
-        tasks=("reach",),
-        episodes=2,
-        splits=("none",),
-        grounding_episodes=2,
-        batch_size=2,
-        workers=1,
-        videos=0,
-        failures=0,
-    )
-
-
-def test_the_environment_is_the_one_the_policy_was_trained_on(config):
-    result = json.loads((evaluate(config) / "eval.json").read_text())
+def test_the_environment_is_the_one_the_policy_was_trained_on(eval_config):
+    result = json.loads((evaluate(eval_config) / "eval.json").read_text())
     assert {e["env"] for e in result["episodes"]} == {"tabletop"}
     assert result["n"] == 2
     kinds = [e["kind"] for e in result["episodes"]]
     assert kinds.count("success") == kinds.count("swap") == kinds.count("blank") == 2
 
 
-def test_for_machines_standard_output_is_the_result_alone(config):
+def test_for_machines_standard_output_is_the_result_alone(eval_config):
     flags = ["--tasks=[reach]", "--episodes=2", "--splits=[none]", "--grounding_episodes=0", "--workers=1", "--json"]
-    flags += [f"--policy={config.policy}", f"--output={config.output}", "--videos=0", "--failures=0"]
+    flags += [f"--policy={eval_config.policy}", f"--output={eval_config.output}", "--videos=0", "--failures=0"]
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     result = json.loads(done.stdout)
@@ -79,53 +63,53 @@ def test_curves_of_perturbations_start_at_the_plain_episodes():
     assert set(curves_of(result)) == {"light"}
 
 
-def test_grounding_is_refused_where_episodes_end_at_success(config):
+def test_grounding_is_refused_where_episodes_end_at_success(eval_config):
     with pytest.raises(UserError, match="end_on_success: grounding needs episodes that run on"):
-        evaluate(replace(config, end_on_success=True))
-    output = evaluate(replace(config, end_on_success=True, grounding_episodes=0))
+        evaluate(replace(eval_config, end_on_success=True))
+    output = evaluate(replace(eval_config, end_on_success=True, grounding_episodes=0))
     assert json.loads((output / "eval.json").read_text())["success_final"] is None
 
 
 @pytest.mark.parametrize(
     ("splits", "message"), [(("train",), "train is evaluated in any case"), (("light", "light"), "repeats a split")]
 )
-def test_episodes_are_not_counted_twice(config, splits, message):
+def test_episodes_are_not_counted_twice(eval_config, splits, message):
     with pytest.raises(UserError, match=f"splits: .*{message}"):
-        evaluate(replace(config, splits=splits))
+        evaluate(replace(eval_config, splits=splits))
 
 
-def test_a_policy_of_another_robot_is_refused(config):
+def test_a_policy_of_another_robot_is_refused(eval_config):
     with pytest.raises(UserError, match="metaworld has 4 action dimensions, the policy 3"):
-        evaluate(replace(config, env="metaworld", tasks=("reach-v3",)))
+        evaluate(replace(eval_config, env="metaworld", tasks=("reach-v3",)))
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_named(config, device):
+def test_a_device_that_is_not_there_is_named(eval_config, device):
     with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
-        evaluate(replace(config, device=device))
+        evaluate(replace(eval_config, device=device))
 
 
-def test_a_finished_evaluation_is_left_alone(config, capsys):
-    before = (evaluate(config) / "eval.json").stat().st_mtime_ns
-    output = evaluate(config)
+def test_a_finished_evaluation_is_left_alone(eval_config, capsys):
+    before = (evaluate(eval_config) / "eval.json").stat().st_mtime_ns
+    output = evaluate(eval_config)
     assert "already complete" in capsys.readouterr().out
     assert (output / "eval.json").stat().st_mtime_ns == before
 
 
-def test_another_configuration_does_not_replace_an_evaluation(config):
-    output = evaluate(config)
+def test_another_configuration_does_not_replace_an_evaluation(eval_config):
+    output = evaluate(eval_config)
     with pytest.raises(UserError, match="another policy or configuration"):
-        evaluate(replace(config, episodes=1))
+        evaluate(replace(eval_config, episodes=1))
     assert (output / "eval.json").is_file()
 
 
-def test_the_run_folder_is_told_from_the_policy_in_it(config, policy_folder):
+def test_the_run_folder_is_told_from_the_policy_in_it(eval_config, policy_folder):
     with pytest.raises(UserError, match=r"did you mean .*policy\?"):
-        evaluate(replace(config, policy=str(policy_folder.parent)))
+        evaluate(replace(eval_config, policy=str(policy_folder.parent)))
 
 
-def test_failures_of_every_split_are_filmed_with_where_the_policy_looked(config):
-    output = evaluate(replace(config, splits=("light",), split_episodes=2, failures=4))
+def test_failures_of_every_split_are_filmed_with_where_the_policy_looked(eval_config):
+    output = evaluate(replace(eval_config, splits=("light",), split_episodes=2, failures=4))
     page = (output / "failures.html").read_text()
     episodes = json.loads((output / "eval.json").read_text())["episodes"]
     failed = [e for e in episodes if e["kind"] in ("success", "swap") and not e["success"]]
@@ -137,8 +121,8 @@ def test_failures_of_every_split_are_filmed_with_where_the_policy_looked(config)
     assert frames.shape[2] == 2 * 256  # the picture, and beside it the same lit
 
 
-def test_without_asking_no_failure_is_filmed(config):
-    assert not (evaluate(config) / "failures.html").exists()
+def test_without_asking_no_failure_is_filmed(eval_config):
+    assert not (evaluate(eval_config) / "failures.html").exists()
 
 
 def test_the_suite_runs_on_a_policy_of_lerobots_own(tmp_path):

@@ -172,6 +172,18 @@ def test_a_further_data_set_without_actions_is_refused(policy_config, tmp_path):
         train_policy(replace(policy_config, more=(str(pictures),), output=str(tmp_path / "run")))
 
 
+def test_a_single_unknown_action_of_a_further_data_set_is_refused(policy_config, tmp_path):
+    other = shutil.copytree(policy_config.data.root, tmp_path / "other", ignore=shutil.ignore_patterns(".concord"))
+    mixture = open_mixture(policy_config.data, (str(other),), 0)
+    action = mixture.episodes.action.copy()
+    action[-1] = np.nan
+    with pytest.raises(UserError, match="lacks actions or states; only stage one can use it"):
+        cloned_episodes(
+            replace(policy_config, more=("elsewhere",)),
+            replace(mixture, episodes=replace(mixture.episodes, action=action)),
+        )
+
+
 def test_a_run_of_an_older_version_goes_on(policy_config, tmp_path):
     config = replace(policy_config, steps=2, save_every=1, output=str(tmp_path / "run"))
     shutil.rmtree(train_policy(config))

@@ -172,6 +172,11 @@ def rows_of(episodes: Episodes, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(episodes.start[p], episodes.start[p + 1]) for p in positions])
 
 
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of (n,) rows or positions, evenly, the first and the last among them."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
+
+
 def split_episodes(episodes: Episodes, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and of the validation episodes; episodes of one scene stay together.
 

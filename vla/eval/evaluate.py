@@ -49,14 +49,14 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     config = replace(config, env=config.env or trained.get("env") or "tabletop")
     tasks, splits = checked(config, trained)
     check_sizes(config.env, tasks, policy)
-    golden = check_golden(policy_folder, policy, config.env)
-    if golden and golden.problem:
-        print(f"warning: {policy_folder}: {golden.problem}")
     output = Path(config.output) if config.output else default_output(config, policy_folder)
     lock = lock_folder(output)
     if not begin(output, config):
         print(f"{output}: already complete")
         return output
+    golden = check_golden(policy_folder, policy, config.env)
+    if golden and golden.problem:
+        print(f"warning: {policy_folder}: {golden.problem}")
 
     image_size = trained.get("image_size", 96)
     base = plan(config, tasks, "train", 1, config.episodes, image_size)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from envs import make_env
 from vla.data.decoding import resize
-from vla.data.episodes import Episodes
+from vla.data.episodes import Episodes, spread
 from vla.data.normalization import NormStats
 from vla.types import ChunkPolicy, Indexed, UserError
 
@@ -90,7 +90,7 @@ def write_golden(
         positions: (n,) of the episodes to choose from, all collected in the environment that `episodes.extra` names, if it names one.
         action: statistics that the actions are normalised by.
     """
-    chosen = positions[np.linspace(0, len(positions) - 1, min(OBSERVATIONS, len(positions))).round().astype(int)]
+    chosen = spread(positions, OBSERVATIONS)
     rows = episodes.start[chosen]
     images, state = episodes.gather_frames(frames, rows), episodes.state[rows]
     instructions = [episodes.texts[t] for t in episodes.text_id[chosen]]

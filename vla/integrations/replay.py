@@ -6,12 +6,12 @@ import numpy as np
 
 from vla.config import CollectConfig
 from vla.config_io import check, filled, merge_mapping
-from vla.data.episodes import Episodes
+from vla.data.episodes import Episodes, spread
 from vla.data.streaming import StreamedFrames
+from vla.eval.golden import PICTURE_LIMIT
 from vla.integrations.collect import checked_tasks, environment_of, plan_shards, recorded
 
 REPLAYED = 3  # episodes
-PICTURE_LIMIT = 2.0  # grey levels of 255, mean over a picture
 NUMBER_LIMIT = 1e-3  # of states and actions
 ADVICE = (
     "the environment is not the one of this data: install the versions that meta/concord.json names, or collect anew"
@@ -56,7 +56,7 @@ def replay(episodes: Episodes) -> Replay | None:
         return None
     env = environment_of(config)
     pictures = StreamedFrames(episodes, config.env.image_size)
-    chosen = np.unique(np.linspace(0, len(jobs) - 1, REPLAYED).round().astype(int)).tolist()
+    chosen = spread(np.arange(len(jobs)), REPLAYED).tolist()
     worst, numbers, reworded = 0.0, 0.0, ""
     for position in chosen:
         again = recorded(config, env, *jobs[position])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
-from vla.data.episodes import Episodes, rows_of
+from vla.data.episodes import Episodes, rows_of, spread
 from vla.data.mixture import open_mixture
 from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import shares
@@ -33,7 +33,7 @@ from vla.training.checkpoint import (
     rng_tensors,
 )
 from vla.training.optim import Optimizers, make_optimizers, schedule
-from vla.training.policy_data import CloningBatch, cloned_episodes, digest, gather, needed_tokens, spread
+from vla.training.policy_data import CloningBatch, cloned_episodes, digest, gather, needed_tokens
 from vla.training.policy_export import (
     averaged_weights,
     check_finished_on,

@@ -74,11 +74,6 @@ def draw_copies(rng: np.random.Generator, copies: int, count: int) -> np.ndarray
     return rng.integers(copies, size=count)
 
 
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, evenly."""
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
-
-
 def gather(
     config: PolicyTrainConfig,
     episodes: Episodes,
