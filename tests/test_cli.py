@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vla.cli import VERBS, run
+from vla.types import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,10 @@ def test_a_mistake_is_one_line_whatever_the_verb(verb, flags, message, tmp_path,
     assert run(verb, [*flags, f"--output={tmp_path}/run"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_an_error_without_a_message_is_named_by_its_kind():
+    assert first_line(AssertionError()) == "AssertionError()"
 
 
 def test_the_console_command_lists_its_verbs():

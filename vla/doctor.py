@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from vla.config import DoctorConfig
-from vla.types import UserError
+from vla.types import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def attempt(name: str, look: Callable[[], str], remedy: str = "", *, optional: b
     try:
         return Check(name, look())
     except Exception as error:  # noqa: BLE001 - whatever is wrong is what the user wants to read
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        return Check(name, "does not work", f"{message}{'; ' if remedy else ''}{remedy}", optional)
+        return Check(name, "does not work", f"{first_line(error)}{'; ' if remedy else ''}{remedy}", optional)
 
 
 def machine() -> Check:
@@ -144,7 +143,7 @@ def replay_checks(episodes) -> Iterator[Check]:
     try:
         replayed = replay(episodes)
     except Exception as error:  # noqa: BLE001 - a simulator that is absent or cannot draw raises what it likes
-        yield Check("replay", "not possible here", (str(error) or repr(error)).splitlines()[0], optional=True)
+        yield Check("replay", "not possible here", first_line(error), optional=True)
         return
     if replayed:
         what = replayed.problem or replayed.reworded

@@ -30,6 +30,11 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line and holds the next command; exit status 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 class Indexed(Protocol):
     """What is indexed like an array's first axis."""
 

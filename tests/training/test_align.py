@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vla.config import AlignConfig, LossConfig
+from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
 from vla.training.align import at_chance, train_align
@@ -77,10 +77,11 @@ def test_what_is_no_temperature_of_a_pair_is_refused(align_config, tmp_path, tex
             {"loss": LossConfig(context_action=0, word_patch=0, vision_language=0, state=0)},
             "loss: the weight of every term is 0",
         ),
+        ({"tower": TowerConfig(patch_size=7)}, "tower.patch_size 7 does not divide data.image_size"),
     ],
-    ids=["snapshots", "loss"],
+    ids=["snapshots", "loss", "sizes"],
 )
-def test_what_would_do_nothing_is_refused(align_config, tmp_path, changes, message):
+def test_what_cannot_train_is_refused_before_anything_is_written(align_config, tmp_path, changes, message):
     with pytest.raises(UserError, match=f"config error: {message}"):
         train_align(replace(align_config, output=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from vla.config import CompareConfig, DataConfig, EvalConfig, SweepConfig
 from vla.integrations.collect import checked_tasks
 from vla.training.align_setup import check_snapshots
 from vla.training.policy import check_head
-from vla.types import UserError
+from vla.types import UserError, first_line
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of folders
 SET_HERE = {  # fields that every run gets from elsewhere
@@ -105,7 +105,7 @@ def vision_alone(folder: Path) -> bool:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"config error: encoders: {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"config error: encoders: {folder}: {first_line(error)}") from error
     return not isinstance(config, CLIPConfig | VisionTextDualEncoderConfig)
 
 

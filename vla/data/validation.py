@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla.types import ACTION_KEY, GOAL_KEY, SCENE_KEY, SEED_KEY, STATE_KEY, SUCCESS_KEY, TARGET_KEY
+from vla.types import ACTION_KEY, GOAL_KEY, SCENE_KEY, SEED_KEY, STATE_KEY, SUCCESS_KEY, TARGET_KEY, first_line
 
 NUMERIC = (STATE_KEY, ACTION_KEY)
 CONSTANT = (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY)  # within an episode
@@ -70,7 +70,7 @@ def problems_of_tables(root: Path, info: dict) -> list[str]:
     try:
         rows = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
-        return [f"{root / 'data'}: files whose columns differ in type ({str(error).splitlines()[0]}); write them alike"]
+        return [f"{root / 'data'}: files whose columns differ in type ({first_line(error)}); write them alike"]
     if len(rows) != info["total_frames"]:
         problems.append(f"{root}: meta/info.json says {info['total_frames']} frames, data/ has {len(rows)}")
     episodes = len(np.unique(rows["episode_index"].to_numpy()))
@@ -144,7 +144,7 @@ def read_columns(path: Path, columns: list[str], optional: tuple[str, ...] = ())
     except FileNotFoundError:
         return None, f"{path}: missing"
     except (pa.ArrowInvalid, OSError) as error:
-        what = str(error).splitlines()[0]
+        what = first_line(error)
         if "footer" in what or "magic bytes" in what:
             what = "no parquet footer: the file is truncated, or the writer was not finalized"
         return None, f"{path}: {what}"

@@ -17,7 +17,7 @@ from envs import make_env
 from vla.data.decoding import resize
 from vla.data.episodes import Episodes, spread
 from vla.data.normalization import NormStats
-from vla.types import ChunkPolicy, Indexed, UserError
+from vla.types import ChunkPolicy, Indexed, UserError, first_line
 
 GOLDEN = "golden.safetensors"
 ARRAYS = ("images", "state", "action", "action_range")
@@ -131,13 +131,13 @@ def check_golden(folder: Path, policy: ChunkPolicy, env: str | None) -> GoldenCh
         acted = policy.act(images, state, [scene.instruction for scene in scenes])
         difference = float(np.max(np.abs(acted - action) / action_range))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); copy the folder anew") from error
+        raise UserError(f"{path}: damaged ({first_line(error)}); copy the folder anew") from error
     if env is None or env != about["env"]:
         return GoldenCheck(difference)
     try:
         return GoldenCheck(difference, *compare_scenes(about, scenes, images))
     except Exception as error:  # noqa: BLE001 - a simulator that is absent or cannot draw raises what it likes
-        return GoldenCheck(difference, why_not=f"pictures not compared: {(str(error) or repr(error)).splitlines()[0]}")
+        return GoldenCheck(difference, why_not=f"pictures not compared: {first_line(error)}")
 
 
 def compare_scenes(

@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vla.losses.contrastive import at_least_float32
 from vla.models.lexicon import MAX_TEXT_TOKENS, general_tokenizer, give_meanings, train_tokenizer
-from vla.types import UserError
+from vla.types import UserError, first_line
 
 # ImageNet statistics: the ones LeRobot's policies normalise with by default.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +41,19 @@ Encoder = CLIPModel | VisionTextDualEncoderModel
 FAMILIES = (
     "CLIP (OpenAI's, OpenCLIP's in transformers' format), or a VisionTextDualEncoder of DINOv2 or ViT and a text tower"
 )
+
+
+def check_sizes(image_size: int, patch_size: int, width: int, heads: int, text_width: int, text_heads: int) -> None:
+    """Refuse sizes of fresh towers that do not divide.
+
+    Raises:
+        UserError: names the field.
+    """
+    if image_size % patch_size:
+        raise UserError(f"config error: tower.patch_size {patch_size} does not divide data.image_size {image_size}")
+    for name, size, parts in (("heads", width, heads), ("text_heads", text_width, text_heads)):
+        if size % parts:
+            raise UserError(f"config error: tower.{name} {parts} does not divide its width {size}")
 
 
 def build_clip(
@@ -66,11 +79,7 @@ def build_clip(
     its meanings of words, for good: training leaves them alone, so that words unseen in training stay among their like. A `resumed` run
     has them in its checkpoint, so that they are not computed again.
     """
-    if image_size % patch_size:
-        raise UserError(f"config error: tower.patch_size {patch_size} does not divide data.image_size {image_size}")
-    for name, size, parts in (("heads", width, heads), ("text_heads", text_width, text_heads)):
-        if size % parts:
-            raise UserError(f"config error: tower.{name} {parts} does not divide its width {size}")
+    check_sizes(image_size, patch_size, width, heads, text_width, text_heads)
     if lexicon and not vocabulary:
         raise UserError(
             "config error: tower.lexicon needs the words of a general vocabulary; name one with --tower.vocabulary"
@@ -227,7 +236,7 @@ def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> Visi
     try:
         vision = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot load a vision model: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{source}: cannot load a vision model: {first_line(error)}") from error
     refuse_other_vision(source, vision)
     config = VisionTextDualEncoderConfig(
         vision_config=vision.config.to_dict(),
@@ -272,8 +281,7 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "" if local or os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE=1 forbids the hub)"
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: cannot load a CLIP model{hint}: {first_line}") from error
+        raise UserError(f"{source}: cannot load a CLIP model{hint}: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             some = ", ".join(sorted(str(key) for key in report[kind])[:3])

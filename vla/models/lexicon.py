@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
-from vla.types import UserError
+from vla.types import UserError, first_line
 
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 MAX_TEXT_TOKENS = 77  # LeRobot's MultiTaskDiT pads to this length
@@ -63,7 +63,7 @@ def general_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"config error: tower.vocabulary: {source}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"config error: tower.vocabulary: {source}: {first_line(error)}") from error
     if not isinstance(tokenizer, CLIPTokenizer) or tokenizer.eos_token_id == 2:  # 2 would be pooled the legacy way
         raise UserError(f"config error: tower.vocabulary: {source}: a {type(tokenizer).__name__}, not CLIP's tokenizer")
     return tokenizer
@@ -115,7 +115,7 @@ def sentence_embeddings(source: str, sentences: Sequence[str]) -> Tensor:
         model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"config error: tower.lexicon: {source}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"config error: tower.lexicon: {source}: {first_line(error)}") from error
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
     embedded = []
     for first in tqdm(range(0, len(order), SENTENCES), desc="lexicon", unit="batch", mininterval=1.0):

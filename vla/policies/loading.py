@@ -10,7 +10,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from safetensors import SafetensorError
 
 import vla.policies.concord  # noqa: F401 - registers the policy type
-from vla.types import STATE_KEY, TASK_KEY, UserError
+from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 
 
 class LeRobotChunkPolicy:
@@ -56,7 +56,7 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {device!r} cannot be used: {first_line(error)}") from error
     try:
         config = PreTrainedConfig.from_pretrained(folder)
         refuse_memory(folder, config)
@@ -68,7 +68,7 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
             config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError) as error:
-        raise UserError(f"{folder}: cannot load the policy: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}: cannot load the policy: {first_line(error)}") from error
     cameras = list(config.image_features)
     if len(cameras) != 1:
         raise UserError(f"{folder}: the policy reads cameras {cameras}; the environments have one")

@@ -17,7 +17,7 @@ from vla.data.batches import TripletSource
 from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.alignment import encoder_measures
 from vla.models.alignment import MAX_LOGIT_SCALE, AlignmentModel
-from vla.models.clip import Encoder, tokenize
+from vla.models.clip import Encoder, check_sizes, tokenize
 from vla.models.finetuning import interpolated
 from vla.training.checkpoint import load_tensors
 from vla.training.optim import layer_groups
@@ -40,11 +40,16 @@ class HeldOut:
 
 
 def check_start(config: AlignConfig) -> None:
-    """Refuse what only a pretrained start has, and what it cannot have.
+    """Refuse what only a pretrained start has, and what it cannot have, and fresh towers of impossible sizes.
 
     Raises:
-        UserError: a field that needs `tower.pretrained` or contradicts it, or a share beyond the way.
+        UserError: a field that needs `tower.pretrained` or contradicts it, a size, or a share beyond the way.
     """
+    if config.tower.pretrained is None:
+        tower = config.tower
+        check_sizes(
+            config.data.image_size, tower.patch_size, tower.width, tower.heads, tower.text_width, tower.text_heads
+        )
     fields = {
         "tower.lora_rank": config.tower.lora_rank,
         "tower.locked": config.tower.locked,

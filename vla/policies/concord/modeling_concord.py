@@ -31,7 +31,7 @@ from vla.models.clip import (
 from vla.models.policy_network import PolicyNetwork
 from vla.policies.concord.configuration_concord import ConcordConfig
 from vla.precision import multiplies_bf16
-from vla.types import ACTION_KEY, STATE_KEY, TASK_KEY, UserError
+from vla.types import ACTION_KEY, STATE_KEY, TASK_KEY, UserError, first_line
 
 CLIP_FOLDER = "clip"  # configuration and tokenizer of the encoder, inside the policy folder
 WEIGHTS = "model.safetensors"
@@ -212,7 +212,7 @@ class ConcordPolicy(PreTrainedPolicy):
             tokenizer = load_tokenizer(folder / CLIP_FOLDER)
             state = load_file(folder / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a complete concord policy: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}: not a complete concord policy: {first_line(error)}") from error
         policy = cls(config, clip=clip, tokenizer=tokenizer)
         expected = set(policy.state_dict())
         if expected != set(state):
