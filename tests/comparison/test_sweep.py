@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from vla.comparison import sweep as sweeping
 from vla.comparison.data import env_name
 from vla.comparison.page import comparison_page
-from vla.comparison.sweep import at_point, folder_name, label, points, sweep
+from vla.comparison.points import at_point, folder_name, label, points
+from vla.comparison.sweep import sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags
 from vla.types import UserError

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 from vla.comparison.report import comparison_report
-from vla.comparison.sweep import sweep_report
+from vla.comparison.sweep_report import sweep_report
 from vla.config import ResultsConfig
 from vla.eval.report import markdown
 

@@ -7,11 +7,8 @@ configuration as it is. Points that differ in stage two alone share their alignm
 """
 
 import csv
-import hashlib
-import itertools
 import json
 import sys
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,104 +22,33 @@ from vla.comparison.compare import leave_the_launcher
 from vla.comparison.data import check_data_there
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
-from vla.comparison.report import interval
+from vla.comparison.points import (
+    SHARE,
+    Point,
+    ablation_points,
+    alignment_of,
+    at_point,
+    folder_name,
+    label,
+    points,
+    share_of,
+)
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
+from vla.comparison.sweep_report import MEASURES, sweep_report
 from vla.config import SweepConfig
-from vla.config_io import ConfigError, check, set_field, to_dict
+from vla.config_io import ConfigError, to_dict
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_pictures
 from vla.eval.evaluate import evaluate
-from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with_interval, write_report
-from vla.eval.statistics import holm
+from vla.eval.report import with_interval, write_report
 from vla.files import write_json
 from vla.integrations.collect import collect
 from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
-from vla.training.policy import check_head, train_policy
+from vla.training.policy import train_policy
 from vla.training.pretrained import check_start
 from vla.versions import versions
-
-SWEPT = ("align", "policy")  # stages whose fields can be swept
-NOT_SWEPT = {*SET_HERE, "align.resume", "policy.resume", "align.data.root"}
-LONGEST = 150  # of a folder's name, which job names lengthen
-SHARE = "align.wise_ft"  # where it varies, every share of one alignment is an encoder
-MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_probe_r2", "state_probe_r2")
-
-Point = dict[str, str]  # dotted field -> the value's text
-
-
-def points(swept: dict[str, tuple[str, ...]]) -> list[Point]:
-    """Every combination of the swept values."""
-    return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
-
-
-def ablation_points(ablations: tuple[str, ...]) -> list[Point]:
-    """The configuration as it is, then each change alone.
-
-    Raises:
-        ConfigError: a text that is not FIELD=VALUE, or two that are equal.
-    """
-    changed: list[Point] = [{}]
-    for text in ablations:
-        parts = [part.partition("=") for part in text.split()]
-        if not parts or any(not (name and equals and value) for name, equals, value in parts):
-            raise ConfigError(f"ablations: {text!r} is not FIELD=VALUE, as in align.loss.word_patch=0")
-        changed.append({name: value for name, _, value in parts})
-        if len(changed[-1]) < len(parts) or changed[-1] in changed[:-1]:
-            raise ConfigError(f"ablations: {text!r} repeats a field or a change")
-    return changed
-
-
-def at_point(config: SweepConfig, point: Point) -> SweepConfig:
-    """The configuration with a point's values.
-
-    Raises:
-        ConfigError: an unknown field or a value that does not fit it, or a field that the sweep itself sets.
-    """
-    config = deepcopy(config)
-    for name, text in point.items():
-        if name.partition(".")[0] not in SWEPT:
-            raise ConfigError(f"{name}: fields of {' and '.join(SWEPT)} can be swept or ablated, as align.steps can")
-        if name in NOT_SWEPT or name.startswith("policy.data."):
-            raise ConfigError(
-                f"{name}: the sweep sets it itself; stage two gets align.data and the encoder of its point"
-            )
-        set_field(config, name, text, where="sweep", from_text=True)
-    check(config)
-    check_head(config.policy)
-    return config
-
-
-def label(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
-    """`align.loss.temperature=0.07,policy.steps=1000`, of some stages' fields."""
-    return ",".join(f"{n}={v}" for n, v in point.items() if n.partition(".")[0] in stages) or "default"
-
-
-def folder_name(point: Point, stages: tuple[str, ...] = SWEPT) -> str:
-    """The label, if a folder can be named so; else what can be of it, and a digest that tells it from others."""
-    text = label(point, stages)
-    short = text.replace("/", "_")[:LONGEST]
-    return short if short == text else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def alignment_of(point: Point) -> str:
-    """The folder's name of a point's alignment, which points that differ in later stages or in the share taken of it have in common."""
-    return folder_name({name: value for name, value in point.items() if name != SHARE}, ("align",))
-
-
-def share_of(config: SweepConfig, point: Point) -> float | None:
-    """The share of the way from a pretrained start that a point takes of its alignment; None if it does not vary.
-
-    Raises:
-        ConfigError: several.
-    """
-    if SHARE not in point:
-        return None
-    own = at_point(config, point).align.wise_ft
-    if len(own) != 1:
-        raise ConfigError(f"{SHARE}={point[SHARE]}: a point of a sweep takes one share, as in --sweep.{SHARE}=0.25,0.5")
-    return own[0]
 
 
 def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None:
@@ -308,122 +234,3 @@ def csv_row(row: dict[str, Any]) -> dict[str, Any]:
     low, high = row["interval"]
     rates = {"seed": row["seed"], "success": row["success"], "low": low, "high": high, "n": row["n"]}
     return row["point"] | rates | row["measures"]
-
-
-def sweep_report(result: dict[str, Any]) -> Report:
-    """One table, and a figure for each swept field or a table of what each ablation changes."""
-    swept, rows, points = result["swept"], result["rows"], result["points"]
-    lines = tuple(
-        (
-            label(row["point"]),
-            str(row["seed"]),
-            with_interval(row["success"], row["interval"]),
-            *(f"{row['measures'][name]:.3f}" if name in row["measures"] else "-" for name in MEASURES),
-            f"{row['minutes']:.0f}",
-        )
-        for row in rows
-    )
-    header = (
-        "values",
-        "training seed",
-        "success",
-        *(name.replace("_", " ") for name in MEASURES),
-        "minutes of stage one",
-    )
-    every = Section("All runs", "", (Table("Success and alignment measures", header, lines),))
-    if swept:
-        title, answers = f"Sweep of {', '.join(swept)}", (highest_sentence(points),)
-        parts = [Section(name, "", (field_figure(name, values, points, rows),)) for name, values in swept.items()]
-        if points[0]["groups"]["plain"]["success"]["seeds"] > 1:
-            parts.insert(
-                0, Section("All points", "Intervals are over training seeds and episodes.", (points_table(points),))
-            )
-    else:
-        compared = [point for point in points if "difference" in point["groups"]["plain"]]
-        title, answers = "What each part gives", ablation_sentences(compared)
-        parts = [
-            Section(
-                "One change at a time",
-                "Each run against the configuration as it is, on the same episodes, in points of success. Intervals are over "
-                "training seeds and episodes; with one seed over episodes alone.",
-                (ablation_table(points),) if compared else (),
-            )
-        ]
-    failed = tuple(f"{label(point)}: failed, see the logs in jobs." for point in result["failed"])
-    return Report(
-        title=title,
-        answers=(*failed, *answers),
-        sections=(*parts, every),
-        command=result.get("command", ""),
-        protocol={key: str(value) for key, value in result["versions"].items()},
-    )
-
-
-def highest_sentence(points: list[dict[str, Any]]) -> str:
-    """Which point succeeds most, over its training seeds."""
-    best = max(points, key=lambda point: point["groups"]["plain"]["success"]["value"])
-    success = best["groups"]["plain"]["success"]
-    seeds = f"{success['seeds']} training seeds" if success["seeds"] > 1 else "one training seed"
-    return (
-        f"The highest success, {interval(success)} ({seeds}), is at {label(best['point'])}. The best of several is too high by "
-        "chance; its neighbours say whether it stands out."
-    )
-
-
-def points_table(points: list[dict[str, Any]]) -> Table:
-    """Success over training seeds at every point, by group of episodes."""
-    groups = tuple(points[0]["groups"])
-    lines = tuple(
-        (label(point["point"]), *(interval(point["groups"][group]["success"]) for group in groups)) for point in points
-    )
-    return Table("Success over training seeds", ("values", *groups), lines)
-
-
-def ablation_sentences(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """What each change does to success on plain episodes, beyond chance or not (Holm's correction for the number of changes)."""
-    differences = [row["groups"]["plain"]["difference"] for row in rows]
-    sentences = []
-    for row, difference, p in zip(rows, differences, holm([d["p_value"] for d in differences]), strict=True):
-        sure = "" if p < 0.05 else ", not beyond chance among so many changes"
-        seeds = "" if difference["seeds"] > 1 else " (one training seed)"
-        sentences.append(f"{label(row['point'])}: {points_of_success(difference)} points of success{seeds}{sure}.")
-    return tuple(sentences)
-
-
-def ablation_table(rows: list[dict[str, Any]]) -> Table:
-    """Success of the first as it is and the differences of all changes from it, by group of episodes."""
-    groups = tuple(rows[0]["groups"])
-    lines = [("as it is", *(interval(rows[0]["groups"][group]["success"]) for group in groups))]
-    for row in rows[1:]:
-        lines.append(
-            (label(row["point"]), *(points_of_success(row["groups"][group]["difference"]) for group in groups))
-        )
-    return Table("Differences in success", ("change", *groups), tuple(lines))
-
-
-def points_of_success(difference: dict[str, Any]) -> str:
-    """`-12 [-20, -4]`."""
-    value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
-    return f"{value:+.0f} [{low:+.0f}, {high:+.0f}]"
-
-
-def field_figure(
-    name: str, values: tuple[str, ...], points: list[dict[str, Any]], rows: list[dict[str, Any]]
-) -> Figure:
-    """Success over training seeds with its interval, and each run's probe for the instructed object, against one field's values."""
-
-    def draw(axes) -> None:
-        for point in points:
-            success, x = point["groups"]["plain"]["success"], values.index(point["point"][name])
-            spread = [[success["value"] - success["low"]], [success["high"] - success["value"]]]
-            axes.errorbar([x], [success["value"]], yerr=spread, marker="o", capsize=3, color=COLORS[0])
-        for row in rows:
-            if "target_probe_r2" in row["measures"]:
-                x = values.index(row["point"][name])
-                axes.plot([x], [max(0.0, row["measures"]["target_probe_r2"])], marker="s", color=COLORS[1])
-        axes.set(xticks=range(len(values)), xticklabels=values, ylim=(0, 1), xlabel=name)
-        axes.set_ylabel("success (dots), probe for the instructed object (squares)", fontsize=8)
-        axes.grid(axis="y", alpha=0.3)
-
-    said = "; ".join(f"{point['point'][name]}: {interval(point['groups']['plain']['success'])}" for point in points)
-    return figure(draw, f"Success against {name}: {said}.")
