@@ -38,8 +38,11 @@ def align(argv: list[str]) -> Path | None:
 
     config = load_config(AlignConfig, argv)
     from vla.training.align import train_align as run
+    from vla.training.processes import part
 
-    return run(config).parent / "alignment.json"
+    folder = run(config)
+    part()
+    return folder.parent / "alignment.json"
 
 
 def policy(argv: list[str]) -> Path | None:
@@ -48,8 +51,11 @@ def policy(argv: list[str]) -> Path | None:
 
     config = load_config(PolicyTrainConfig, argv)
     from vla.training.policy import train_policy as run
+    from vla.training.processes import part
 
-    return run(config) / "concord.json"
+    folder = run(config)
+    part()
+    return folder / "concord.json"
 
 
 def evaluate(argv: list[str]) -> Path | None:

@@ -241,7 +241,6 @@ def train_align(config: AlignConfig) -> Path:
     accelerator.wait_for_everyone()
     encoder = run.folder / "clip"
     say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
-    accelerator.end_training()  # processes part here, not while the interpreter ends, where one may abort
     return encoder
 
 

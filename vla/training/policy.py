@@ -206,7 +206,6 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     run.close()
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
-    accelerator.end_training()
     return folder
 
 

@@ -164,9 +164,14 @@ def in_turn[T](accelerator: Accelerator, action: Callable[[], T], *, mine_first:
 
 def refusal(text: str) -> UserError:
     """The error that all processes stop with; they part first, as one that is left alone would crash."""
+    part()
+    return UserError(text)
+
+
+def part() -> None:
+    """Leave the other processes, if there are any; one that still belongs to them when the interpreter ends may abort."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    return UserError(text)
 
 
 ALONE = Processes()
