@@ -90,7 +90,7 @@ class LossConfig:
     word_patch: float = number(0.3, 0)  # weight: words <-> patches, late interaction, multi-positive by goal
     vision_language: float = number(0.2, 0)  # weight: pooled image <-> instruction, multi-positive by goal
     vision_language_kind: Literal["softmax", "sigmoid"] = "softmax"  # InfoNCE, or a multi-label sigmoid loss
-    state: float = number(0.25, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
+    state: float = number(0.0, 0)  # weight: pooled patch tokens <-> proprio state, soft targets by distance
     state_within_goal: bool = False  # state: compare pictures only with those that share a goal with them
     transition_action: float = number(
         0.0, 0

@@ -29,9 +29,10 @@ PAIR = "push the red cross left"  # a minimal pair of the first, which nobody as
 GOALS = torch.tensor([0, 1, 1])
 
 
-SIGMOID = LossConfig(vision_language_kind="sigmoid")
-TRANSITIONS = LossConfig(transition_action=0.5, transition_language=0.5, state=0.0)
-WITHIN_GOAL = LossConfig(state_within_goal=True)
+MAIN = LossConfig(state=0.25)
+SIGMOID = LossConfig(vision_language_kind="sigmoid", state=0.25)
+TRANSITIONS = LossConfig(transition_action=0.5, transition_language=0.5)
+WITHIN_GOAL = LossConfig(state=0.25, state_within_goal=True)
 
 
 def make_model(
@@ -112,12 +113,12 @@ def run(
 @pytest.mark.parametrize(
     "loss",
     [
-        LossConfig(),
+        MAIN,
         SIGMOID,
         TRANSITIONS,
         WITHIN_GOAL,
-        LossConfig(state=0.0, word_patch=0.0),
-        LossConfig(context_action=0.0),
+        LossConfig(word_patch=0.0),
+        LossConfig(context_action=0.0, state=0.25),
     ],
     ids=str,
 )
@@ -136,9 +137,9 @@ def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_minimal_pairs_change_the_gradients_and_pieces_give_them_too(chunk, monkeypatch):
     monkeypatch.setattr("vla.losses.alignment.GROUP", 4)
-    without, _ = run(0, LossConfig())
-    whole, expected = run(0, LossConfig(), paired=True)
-    pieces, got = run(chunk, LossConfig(), paired=True)
+    without, _ = run(0, MAIN)
+    whole, expected = run(0, MAIN, paired=True)
+    pieces, got = run(chunk, MAIN, paired=True)
     assert whole > without
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
     for name, gradient in expected.items():
@@ -153,14 +154,14 @@ def test_the_last_piece_is_embedded_once_and_the_others_twice(monkeypatch):
         return embed(self, texts, mask, pixels, *rest, **more)
 
     monkeypatch.setattr(AlignmentModel, "rows", counted)
-    run(3, LossConfig())
+    run(3, MAIN)
     assert seen == [3, 3, 1, 3, 3]
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 def test_rows_that_lack_something_leave_every_gradient_finite_and_the_same_in_pieces(chunk, monkeypatch):
     monkeypatch.setattr("vla.losses.alignment.GROUP", 4)  # the second group has no text
-    loss = LossConfig(transition_action=0.5, transition_language=0.5)
+    loss = LossConfig(transition_action=0.5, transition_language=0.5, state=0.25)
     whole, expected = run(0, loss, partly=True)
     pieces, got = run(chunk, loss, partly=True)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
@@ -173,7 +174,7 @@ def test_a_batch_that_serves_no_term_has_no_gradients():
     model, (ids, mask) = make_model()
     batch = make_batch(ids, mask)
     batch = replace(batch, ids=batch.ids | {"goal_id": torch.full_like(batch.ids["goal_id"], -1)})
-    loss = LossConfig(context_action=0.0, word_patch=0.0, state=0.0)
+    loss = LossConfig(context_action=0.0, word_patch=0.0)
     total, terms, _ = forward_backward(model, batch, torch.zeros(3), loss, gap=2, chunk=0, autocast=nullcontext)
     assert total == 0
     assert not terms
@@ -181,7 +182,7 @@ def test_a_batch_that_serves_no_term_has_no_gradients():
 
 
 def test_with_dropout_pieces_give_the_gradients_of_piecewise_forwards_kept_in_memory():
-    loss = LossConfig()
+    loss = MAIN
     _, got = run(2, loss, dropout=0.3)
     model, (ids, mask) = make_model(0.3)
     batch = make_batch(ids, mask)
@@ -265,7 +266,7 @@ def test_rows_without_actions_or_states_are_left_out_of_those_terms():
     state = batch.state.clone()
     state[-1] = torch.nan
     pictures = replace(batch, action_is_pad=batch.action_is_pad | last, state=state)
-    loss = LossConfig(transition_action=1.0)
+    loss = LossConfig(transition_action=1.0, state=0.25)
     got, expected = terms_of(pictures, loss), terms_of(without_last_image(batch), loss)
     for name in ("context_action", "state", "transition_action"):
         torch.testing.assert_close(vars(got[name]), vars(expected[name]), msg=name)
@@ -313,7 +314,7 @@ def test_the_state_within_goals_is_the_loss_over_a_mask_of_all_pairs(partly, mon
 
 
 def test_the_main_term_is_the_loss_over_a_mask_of_all_pairs():
-    loss, gap = LossConfig(), 3
+    loss, gap = MAIN, 3
     model, (ids, mask) = make_model()
     batch = make_batch(ids, mask)
     rows = embed_rows(model, batch, embed_texts(model, batch, slice(None)), loss, slice(0, 7))
@@ -337,7 +338,7 @@ def test_the_main_term_is_the_loss_over_a_mask_of_all_pairs():
 
 
 def test_the_words_get_a_tenth_of_the_main_terms_gradient():
-    only = LossConfig(word_patch=0.0, vision_language=0.0, state=0.0)
+    only = LossConfig(word_patch=0.0, vision_language=0.0)
 
     def gradient(share: float | None) -> torch.Tensor:
         model, (ids, mask) = make_model()
@@ -354,25 +355,25 @@ def test_a_batch_whose_goals_have_one_picture_each_has_no_state_term_within_them
     batch = make_batch(*make_model()[1])
     alone = replace(batch, ids=batch.ids | {"goal_id": batch.frame_of_row})
     assert "state" not in terms_of(alone, WITHIN_GOAL)
-    assert "state" in terms_of(alone, LossConfig())
+    assert "state" in terms_of(alone, MAIN)
 
 
 def test_dropout_draws_anew_in_the_next_step():
     model, (ids, mask) = make_model(0.3)
     batch = make_batch(ids, mask)
     arguments = {"gap": 2, "chunk": 3, "autocast": nullcontext}
-    first, second = (forward_backward(model, batch, torch.zeros(3), LossConfig(), **arguments)[0] for _ in range(2))
+    first, second = (forward_backward(model, batch, torch.zeros(3), MAIN, **arguments)[0] for _ in range(2))
     assert first != second
 
 
 CASES = {  # chunk, loss, and which batch
-    "whole": (0, LossConfig(), {}),
-    "pieces": (1, LossConfig(), {}),
+    "whole": (0, MAIN, {}),
+    "pieces": (1, MAIN, {}),
     "sigmoid": (0, SIGMOID, {}),
     "transitions": (1, TRANSITIONS, {}),
     "within_goal": (1, WITHIN_GOAL, {}),
-    "minimal_pairs": (1, LossConfig(), {"paired": True}),
-    "partly": (0, LossConfig(transition_action=0.5, transition_language=0.5), {"partly": True}),
+    "minimal_pairs": (1, MAIN, {"paired": True}),
+    "partly": (0, LossConfig(transition_action=0.5, transition_language=0.5, state=0.25), {"partly": True}),
 }
 
 
