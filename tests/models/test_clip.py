@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from vla.data.decoding import resize
 from vla.models.clip import (
     build_clip,
     load_clip,
@@ -174,6 +175,20 @@ def test_image_statistics_are_absorbed_at_another_image_size_too(openai_clip, fr
     ours = resize_positions(load_clip(openai_clip)[0], 48).eval()
     expected = patch_tokens(model, pixels["pixel_values"])
     torch.testing.assert_close(patch_tokens(ours, pixel_values(frames)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(180, 240), (31, 40)], ids=["shrunk", "enlarged"])
+def test_pictures_are_stored_as_the_encoder_resizes_those_of_another_size(saved, shape):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    model, seen = saved[1], []
+    model.vision_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    stored = np.stack([resize(picture, 48) for picture in pictures])
+    for frames in (pictures, stored):
+        vision_features(model, pixel_values(torch.from_numpy(frames)))
+    level = 1 / (255 * 0.224)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1.01 * level)
 
 
 def test_a_folder_without_an_image_processor_is_one_of_imagenet_statistics(saved):

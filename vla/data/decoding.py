@@ -9,6 +9,7 @@ import av
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from vla.data.episodes import Episodes, data_files
 from vla.types import UserError
@@ -87,11 +88,12 @@ def open_video(file: Path) -> Iterator[av.container.InputContainer]:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) by area averaging; unchanged if it has that size."""
+    """(H, W, 3) uint8 -> (size, size, 3) as `vla.models.clip` resizes what a policy sees; unchanged if it has that size."""
     if image.shape[:2] == (size, size):
         return image
-    shrink = image.shape[0] >= size and image.shape[1] >= size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+    picture = torch.from_numpy(image).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(picture, size=(size, size), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _info(episodes: Episodes) -> dict:
