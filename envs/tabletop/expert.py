@@ -13,6 +13,8 @@ from envs.tabletop.tasks import APART, NEXT_TO, ZONE_HALF
 GAIN = 0.6  # share of the remaining way that one action covers
 OPEN, CLOSE = -1.0, 1.0
 ALIGNED = 0.008  # m
+ARRIVED = 0.012  # m, from where an object is put down
+BESIDE_ARRIVED = 0.006  # m, the same for "next to", which has less room than any other task
 BESIDE = 0.07  # m between centres where "next to" is put down, in the middle of what touches neither nor counts as far
 WELL_APART = 0.2  # m between centres where "separate" is put down, clear of the least distance that counts
 
@@ -38,7 +40,8 @@ class ScriptedExpert:
         if world.held != goal.target:
             return self._grasp(goal.target)
         offset = world.position(goal.target) - world.gripper_position
-        arrived = np.linalg.norm(world.position(goal.target) - target) < 1.5 * ALIGNED
+        near_enough = BESIDE_ARRIVED if goal.task == "next_to" else ARRIVED
+        arrived = np.linalg.norm(world.position(goal.target) - target) < near_enough
         return self._move(target - offset, OPEN if arrived else CLOSE)
 
     def _destination(self) -> np.ndarray | None:
@@ -52,7 +55,7 @@ class ScriptedExpert:
         other = world.position(goal.other)
         gap = float(np.linalg.norm(here - other))
         if goal.task == "next_to":
-            return None if down and gap <= NEXT_TO - 0.003 else self._free_spot(other, BESIDE, here)
+            return None if down and gap <= NEXT_TO - BESIDE_ARRIVED else self._free_spot(other, BESIDE, here)
         return None if down and gap >= APART + 0.003 else self._free_spot(other, WELL_APART, here)
 
     def _free_spot(self, centre: np.ndarray, distance: float, near: np.ndarray) -> np.ndarray:
