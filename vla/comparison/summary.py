@@ -22,7 +22,8 @@ GROUPS: dict[str, tuple[str, frozenset[str] | None]] = {
     "plain": ("success", frozenset({"train"})),
     "perturbed": ("success", frozenset({"distractors", "light", "texture", "camera", "position"})),
     "held-out combinations": ("success", frozenset({"combination"})),
-    "new wording": ("success", frozenset({"paraphrase", "synonym"})),
+    "paraphrases": ("success", frozenset({"paraphrase"})),
+    "unseen words": ("success", frozenset({"synonym"})),
     "swapped instructions": ("swap", None),
 }
 FEWEST_ENCODERS = 5  # fewer say nothing about a correlation
