@@ -24,7 +24,7 @@ from vla.types import UserError
 @pytest.fixture
 def config(policy_config, tmp_path):
     """A tuned policy with the auxiliary loss."""
-    loss, batch = LossConfig(queries=2, pooler_width=32), BatchConfig(goals=8, frames=2, gap=2)
+    loss, batch = LossConfig(state=0.25, queries=2, pooler_width=32), BatchConfig(goals=8, frames=2, gap=2)
     config = replace(policy_config, tune=True, auxiliary=1.0, loss=loss, batch=batch, steps=30, log_every=5)
     return replace(config, encoder_lr_scale=1.0, output=str(tmp_path / "run"))
 
