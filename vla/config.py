@@ -35,10 +35,7 @@ class CollectConfig:
     noise: float = number(
         0.3, 0
     )  # std of the Gaussian noise on the executed action but its last dimension, the gripper (DART); labels stay the expert's
-    slips: float = number(
-        0.0, 0, 1
-    )  # share of their timesteps at which the gripper does the opposite, so that the expert shows how to go on from there
-    noisy_share: float = number(0.5, 0, 1)  # share of the episodes collected with noise and slips
+    noisy_share: float = number(0.5, 0, 1)  # share of the episodes collected with noise
     seed: int = number(0, 0, 400_000)  # seed of the first scene; scene i uses seed + i, far below those of evaluations
     workers: int = number(2, 1)  # processes
 

@@ -179,16 +179,6 @@ def test_what_a_failure_was_asked_is_never_reached(seed):
     assert not any(env.step(action)[4]["is_success"] for action in episode.action)
 
 
-@pytest.mark.parametrize(("slips", "share"), [(0.0, 0.0), (0.2, 0.2)])
-def test_the_gripper_slips_as_often_as_asked_and_labels_stay_the_experts(slips, share):
-    env = make_env("tabletop", image_size=32, end_on_success=False)
-    config = debug(CollectConfig, "collect", slips=slips, noisy_share=1.0)
-    episodes = [recorded(config, env, "", seed, 0) for seed in range(40)]
-    slipped = np.concatenate([(e.action[:-1, 2] > 0) != (e.state[1:, 2] > 0.5) for e in episodes])
-    assert slipped.mean() == pytest.approx(share, abs=0.06)
-    assert all(episode.success for episode in episodes)
-
-
 def test_play_needs_scenes_of_several_goals(config):
     with pytest.raises(UserError, match="scenes of metaworld have one goal, play needs several"):
         collect(replace(config, kind="play", env=EnvConfig(name="metaworld")))

@@ -238,36 +238,29 @@ def recorded(config: CollectConfig, env, task: str, seed: int, goal_number: int)
         begun = env.reset(seed=seed, options=options)
     expert = make_expert(config.env.name, env)
     rng = np.random.default_rng([seed, goal_number, 5])
-    disturbance = (config.noise, config.slips) if rng.random() < config.noisy_share else (0.0, 0.0)
+    noise = config.noise if rng.random() < config.noisy_share else 0.0
     if config.kind == "demonstrations":
-        episode = record(env, begun, seed, demonstration(expert), disturbance, rng)
-        if (
-            disturbance[1] and not episode.success
-        ):  # a slip can spoil a goal for good, as a push once the object was held
-            episode = record(env, env.reset(seed=seed, options=options), seed, demonstration(expert), (0.0, 0.0), rng)
-        return episode
+        return record(env, begun, seed, demonstration(expert), noise, rng)
     if config.kind == "play":
-        episode = record(env, begun, seed, play(env, expert, goals, config.goals_per_scene), disturbance, rng)
+        episode = record(env, begun, seed, play(env, expert, goals, config.goals_per_scene), noise, rng)
         return replace(episode, goal_id="", task="play", instruction="", success=False)
     for mistake in mistakes(goals, begun[1]["goal_id"], np.random.default_rng([seed, goal_number, 7])):
         wrong = isinstance(mistake, str)
         behaviour = play(env, expert, [mistake], 1) if wrong else stopped(expert, mistake)
-        episode = record(env, env.reset(seed=seed, options=options), seed, behaviour, disturbance, rng)
+        episode = record(env, env.reset(seed=seed, options=options), seed, behaviour, noise, rng)
         if not episode.success:
             return replace(episode, instruction="")
     raise RuntimeError(f"scene {seed}: nothing keeps {begun[1]['goal_id']} from being reached")
 
 
-def record(
-    env, begun, seed: int, behaviour: Behaviour, disturbance: tuple[float, float], rng: np.random.Generator
-) -> Recording:
+def record(env, begun, seed: int, behaviour: Behaviour, noise: float, rng: np.random.Generator) -> Recording:
     """Record a behaviour until it or the environment ends the episode, as an attempt at what was asked at the beginning.
 
     Args:
         begun: what `env.reset` returned.
-        disturbance: std of the noise on the executed action, and share of the timesteps at which the gripper does the opposite.
+        noise: std of the noise on the executed action.
     """
-    (observation, asked), (noise, slips) = begun, disturbance
+    observation, asked = begun
     rows: dict[str, list[np.ndarray]] = {"frames": [], "state": [], "action": [], "target": []}
     success, action = False, next(behaviour)
     while action is not None:
@@ -277,8 +270,6 @@ def record(
         rows["target"].append(np.asarray(getattr(env, "target_position", ()), np.float32))
         executed = action.copy()
         executed[:-1] += noise * rng.standard_normal(len(action) - 1).astype(np.float32)
-        if slips and rng.random() < slips:
-            executed[-1] *= -1
         observation, _, _, truncated, info = env.step(np.clip(executed, -1, 1))
         success = success or asked["goal_id"] in info["achieved"]
         action = None if truncated else answer(behaviour, info)
