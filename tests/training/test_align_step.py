@@ -17,7 +17,8 @@ from tests.conftest import ROOT, small_alignment_model
 from vla.config import LossConfig
 from vla.losses.alignment import mean_squared_distances
 from vla.losses.contrastive import soft_info_nce, soft_targets
-from vla.models.alignment import AlignmentModel
+from vla.models.alignment import PAIRS, AlignmentModel
+from vla.models.alignment import TRANSITIONS as TRANSITION_PAIRS
 from vla.models.clip import tokenize
 from vla.training.align_step import embed_rows, embed_texts, forward_backward
 from vla.training.align_terms import batch_terms, transitions
@@ -46,7 +47,7 @@ def make_model(
 
 
 def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> DeviceBatch:
-    """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks.
+    """11 rows on 7 images: a ragged last piece, images of several rows, idle and padded chunks, scenes of one goal and of both.
 
     If `partly`, the last three images have no instruction, and others no action or no state. If `ids` has a text more than
     `TEXTS`, it is a minimal pair of the first.
@@ -62,6 +63,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
     pixels = torch.randn(frames, 3, 24, 24, dtype=torch.float64)
     state = torch.rand(frames, 2, dtype=torch.float64)
     goal_id = GOALS[text_of_row]
+    scene_id = torch.tensor([0, 0, 0, 1, 2, 1, 3])[frame_of_row]
     if partly:
         goal_id = torch.where(frame_of_row >= 4, -1, goal_id)
         pad[6] = True
@@ -80,8 +82,8 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
         state=state,
         ids={
             "goal_id": goal_id,
-            "scene_id": frame_of_row // 3,
-            "episode_id": text_of_row + 4 * (frame_of_row // 3),
+            "scene_id": scene_id,
+            "episode_id": text_of_row + 4 * scene_id,
             "timestep": frame_of_row + (frame_of_row >= 2),
             "progress": torch.linspace(0.1, 1, rows, dtype=torch.float64),
         },
@@ -128,7 +130,10 @@ def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
     pieces, got = run(chunk, loss)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
     assert set(got) == set(expected)
-    assert {"logit_scales.vision_language", "clip.text_model.embeddings.token_embedding.weight"} <= set(got)
+    assert "clip.text_model.embeddings.token_embedding.weight" in got
+    scales = {name for name in expected if name.startswith("logit_scales.")}
+    assert scales == {f"logit_scales.{name}" for name in (*PAIRS, *TRANSITION_PAIRS) if getattr(loss, name)}
+    assert all(expected[name] for name in scales)  # every term has something to tell apart
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
         assert error < 1e-5, f"{name}: {error:.1e}"
