@@ -111,6 +111,7 @@ def alignment_speed(root: Path, threads: int, steps: int, small: int, large: int
     rows = BatchConfig().goals * BatchConfig().frames
     result = {
         "rows": rows,
+        "threads": threads,
         "chunk": CHUNK,
         "step": measured("step", rows, 0, steps),
         "open_clip": measured("peer", rows, 0, steps),
@@ -131,7 +132,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
     ours, peer, trimmed = (result[name]["rows_per_s"] for name in ("step", "open_clip", "open_clip, trimmed"))
     plain, cached, large = result["plain"], result["cached"], result["large"]
     return [
-        f"stage one, a step of {result['rows']} rows: {ours:,.0f} rows/s; open_clip with the same towers {peer:,.0f} rows/s at {CONTEXT} "
+        f"stage one, {result['threads']} threads, a step of {result['rows']} rows: {ours:,.0f} rows/s; open_clip with the same towers {peer:,.0f} rows/s at {CONTEXT} "
         f"tokens ({ours / peer:.1f} times), {trimmed:,.0f} at the texts' own length ({ours / trimmed:.1f} times)",
         f"{plain['rows']} rows at once {plain['seconds']:.1f} s, {result['chunk']} pictures at a time {cached['seconds']:.1f} s "
         f"({100 * (cached['seconds'] / plain['seconds'] - 1):.0f} % more)",
@@ -304,7 +305,7 @@ def peer_step(config: AlignConfig, source: TripletSource, batches: list[TripletB
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6)
 
     def step(batch: TripletBatch) -> None:
-        pixels = pixel_values(torch.from_numpy(batch.frames[:][batch.frame_of_row]))
+        pixels = pixel_values(torch.from_numpy(batch.frames[0 : len(batch.frames)][batch.frame_of_row]))
         texts = ids[torch.from_numpy(batch.text_id)]
         with autocast():
             loss = loss_of(*model(pixels, texts))

@@ -40,9 +40,10 @@ def align(argv: list[str]) -> Path | None:
     from vla.training.align import train_align as run
     from vla.training.processes import part
 
-    folder = run(config)
-    part()
-    return folder.parent / "alignment.json"
+    try:
+        return run(config).parent / "alignment.json"
+    finally:
+        part()
 
 
 def policy(argv: list[str]) -> Path | None:
@@ -50,12 +51,15 @@ def policy(argv: list[str]) -> Path | None:
     from vla.config import PolicyTrainConfig
 
     config = load_config(PolicyTrainConfig, argv)
+    from vla.training.idle import refuse_idle
     from vla.training.policy import train_policy as run
     from vla.training.processes import part
 
-    folder = run(config)
-    part()
-    return folder / "concord.json"
+    refuse_idle(config)
+    try:
+        return run(config) / "concord.json"
+    finally:
+        part()
 
 
 def evaluate(argv: list[str]) -> Path | None:
@@ -151,12 +155,12 @@ VERBS: dict[str, Callable[[list[str]], Path | None]] = {
 def run(verb: str, argv: list[str] | None = None) -> int:
     """Run a verb and turn what users can mend into one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    as_json = "--json" in argv
+    as_json, first = "--json" in argv, os.environ.get("RANK", "0") == "0"
     argv = [argument for argument in argv if argument != "--json"]
     try:
         with stdout_to_stderr() if as_json else nullcontext():
             result = VERBS[verb](argv)
-        if as_json:
+        if as_json and first:
             print(json.dumps(result_of(result)))
     except HelpRequested as request:
         show(str(request))

@@ -182,7 +182,9 @@ def test_what_cannot_be_swept_is_refused(config, flag, message):
 
 
 def test_a_flag_that_the_sweep_would_pass_over_is_refused(config):
-    with pytest.raises(UserError, match=r"policy\.encoder: is set for every run; encoders decides here"):
+    with pytest.raises(
+        UserError, match=r"policy\.encoder: is set for every run; the alignment of each point decides here"
+    ):
         sweep(replace(config, policy=replace(config.policy, encoder="mine")), {"align.steps": ("1", "2")})
 
 

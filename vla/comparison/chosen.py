@@ -12,8 +12,10 @@ from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.data import play_root
 from vla.config import CompareConfig, DataConfig, EvalConfig, SweepConfig
 from vla.integrations.collect import checked_tasks
-from vla.training.align_setup import check_snapshots
+from vla.training.align_setup import check_snapshots, check_terms
 from vla.training.policy import check_head
+from vla.training.pretrained import check_start
+from vla.training.start import check_pooler
 from vla.types import UserError, first_line
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of folders
@@ -23,14 +25,17 @@ SET_HERE = {  # fields that every run gets from elsewhere
     "align.seed": "seeds",
     "policy.output": "output",
     "policy.seed": "seeds",
-    "policy.encoder": "encoders",
     "eval.output": "output",
-    "eval.policy": "policies",
     "eval.workers": "the number of processes",
 }
 SET_BY_ARMS = dict.fromkeys(
     ("align.shuffle", "policy.start", "policy.tune", "policy.tuned_part", "policy.hide"), "arms"
-)
+) | {"policy.encoder": "encoders", "eval.policy": "policies"}
+SET_BY_POINTS = {  # of a sweep
+    "policy.encoder": "the alignment of each point",
+    "policy.start": "the alignment of each point",
+    "eval.policy": "the policy of each point",
+}
 
 
 def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
@@ -119,6 +124,8 @@ def check_numbers(config: CompareConfig) -> None:
         if not values or min(values) < 0:
             raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
     check_snapshots(config.align, "align.")
+    check_start(config.align)
+    check_terms(config.align)
     check_episodes(config.eval)
     if config.collect.kind != "demonstrations":
         raise UserError(
@@ -126,6 +133,8 @@ def check_numbers(config: CompareConfig) -> None:
         )
     check_set_here(config, SET_HERE | SET_BY_ARMS)
     check_head(config.policy)
+    if config.policy.aligned_pooler or any(ARMS[name].source == "cloned" for name in config.arms if name in ARMS):
+        check_pooler(config.policy.head, config.align.loss)
 
 
 def check_set_here(config: CompareConfig | SweepConfig, fields: Mapping[str, str]) -> None:

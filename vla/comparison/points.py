@@ -4,13 +4,13 @@ import hashlib
 import itertools
 from copy import deepcopy
 
-from vla.comparison.chosen import SET_HERE
+from vla.comparison.chosen import SET_BY_POINTS, SET_HERE
 from vla.config import SweepConfig
 from vla.config_io import ConfigError, check, set_field
 from vla.training.policy import check_head
 
 SWEPT = ("align", "policy")  # stages whose fields can be swept
-NOT_SWEPT = {*SET_HERE, "align.resume", "policy.resume", "align.data.root"}
+NOT_SWEPT = {*SET_HERE, *SET_BY_POINTS, "align.resume", "policy.resume", "align.data.root"}
 LONGEST = 150  # of a folder's name, which job names lengthen
 SHARE = "align.wise_ft"  # where it varies, every share of one alignment is an encoder
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vla.comparison.begun import check_same, comparable, with_precision
-from vla.comparison.chosen import SET_HERE, check_episodes, check_set_here
+from vla.comparison.chosen import SET_BY_POINTS, SET_HERE, check_episodes, check_set_here
 from vla.comparison.compare import leave_the_launcher
 from vla.comparison.data import check_data_there
 from vla.comparison.estimates import stage_seconds
@@ -46,8 +46,11 @@ from vla.integrations.collect import collect
 from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
+from vla.training.align_setup import check_snapshots, check_terms
+from vla.training.idle import refuse_idle
 from vla.training.policy import train_policy
 from vla.training.pretrained import check_start
+from vla.training.start import check_pooler
 from vla.versions import versions
 
 
@@ -73,6 +76,13 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     for point in chosen:
         at = at_point(config, point)
         check_start(at.align)
+        check_terms(at.align)
+        check_snapshots(at.align, "align.")
+        refuse_idle(
+            at.policy, [name.removeprefix("policy.") for name in point if name.startswith("policy.")], "policy."
+        )
+        if at.policy.aligned_pooler:
+            check_pooler(at.policy.head, at.align.loss)
         check_temperature(at, point)
         seconds = stage_seconds(at)
         for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
@@ -123,7 +133,7 @@ def check_points(config: SweepConfig) -> None:
     if not config.seeds or min(config.seeds) < 0:
         raise ConfigError(f"seeds: {list(config.seeds)}; give at least one number, none below 0")
     check_episodes(config.eval)
-    check_set_here(config, SET_HERE)
+    check_set_here(config, SET_HERE | SET_BY_POINTS)
 
 
 def result_of(folder: Path, point: Point, seed: int) -> Path:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel
 
 from vla.comparison.arms import Arm
 from vla.comparison.chosen import chosen_arms, named, numbers_of
@@ -73,8 +72,7 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
     else:
         torch.manual_seed(seed)
         clip = with_vision_of(named(config.encoders, "encoders")[encoder], text_clip, image_size)
-    if isinstance(clip, CLIPModel):
-        clip = with_text_of(clip, text_clip)
+    clip = with_text_of(clip, text_clip)
     clip_folder.parent.mkdir(parents=True, exist_ok=True)
     if extra:
         save_file(extra, clip_folder.parent / "alignment.safetensors")

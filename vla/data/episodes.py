@@ -57,6 +57,13 @@ class Episodes:
         """(e,) timesteps of each episode."""
         return np.diff(self.start)
 
+    def labels(self) -> str:
+        """A digest of the instructions and goals, which are in none of the files that `fingerprint` is of."""
+        digest = hashlib.sha256(json.dumps([self.texts, self.goals]).encode())
+        for values in (self.text_id, self.goal_id):
+            digest.update(values.astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
 
 def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool = False) -> Episodes:
     """Open a data set; goals and texts come from the task strings where the id columns are missing.

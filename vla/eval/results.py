@@ -175,7 +175,7 @@ def bench_section(r: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## bench\n",
-            f"`make bench`, {r['threads']} thread(s). {versions['processor']}, {versions['cores']} cores.\n",
+            f"`make bench`, {r['threads']} thread(s) but for stage one's steps and evaluation. {versions['processor']}, {versions['cores']} cores.\n",
             table(speeds),
             "\n".join(f"* {line}" for line in r["alignment"]["in_words"]) + "\n" if "alignment" in r else "",
             f"One policy on the same episodes with {evaluation['cores']} cores; the runs' successes agree with the first one's in "

@@ -127,8 +127,12 @@ def build_clip(
 def fix_words(model: Encoder) -> None:
     """Exclude word embeddings from training if they are a lexicon's meanings."""
     if getattr(model.config.text_config, "fixed_words", False):
-        text = model.text_model if isinstance(model, CLIPModel) else model.text_model.text_model
-        text.embeddings.token_embedding.requires_grad_(False)
+        text_transformer(model).embeddings.token_embedding.requires_grad_(False)
+
+
+def text_transformer(model: Encoder) -> nn.Module:
+    """CLIP's text tower, which is wrapped where it is one of two models."""
+    return model.text_model if isinstance(model, CLIPModel) else model.text_model.text_model
 
 
 def quick_attention[E: Encoder](model: E) -> E:
@@ -225,7 +229,7 @@ def untrained[E: Encoder](clip: E) -> E:
     return quick_attention(type(clip)(clip.config))
 
 
-def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> VisionTextDualEncoderModel:
+def with_vision_of(source: str | Path, text: Encoder, image_size: int) -> VisionTextDualEncoderModel:
     """The vision transformer of a folder or hub id, for pictures of about `image_size`, with the text tower of `text`.
 
     It takes pictures as `pixel_values` makes them, whatever its own statistics. Its projection into the joint space is untrained.
@@ -245,7 +249,7 @@ def with_vision_of(source: str | Path, text: CLIPModel, image_size: int) -> Visi
     )
     model = VisionTextDualEncoderModel(config)
     model.vision_model.load_state_dict(vision.state_dict(), strict=True)
-    model.text_model.text_model.load_state_dict(text.text_model.state_dict(), strict=True)
+    model.text_model.text_model.load_state_dict(text_transformer(text).state_dict(), strict=True)
     model.text_projection.load_state_dict(text.text_projection.state_dict(), strict=True)
     absorb_statistics(model, *image_statistics(source))
     patch = config.vision_config.patch_size
@@ -359,9 +363,9 @@ def save_clip(folder: Path, model: Encoder, tokenizer: PreTrainedTokenizerBase) 
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
-def with_text_of(model: CLIPModel, other: CLIPModel) -> CLIPModel:
+def with_text_of[E: Encoder](model: E, other: Encoder) -> E:
     """Replace the text tower and its projection in place by those of `other`, which must have the same sizes."""
-    model.text_model.load_state_dict(other.text_model.state_dict(), strict=True)
+    text_transformer(model).load_state_dict(text_transformer(other).state_dict(), strict=True)
     model.text_projection.load_state_dict(other.text_projection.state_dict(), strict=True)
     if getattr(other.config.text_config, "fixed_words", False):
         model.config.text_config.fixed_words = True

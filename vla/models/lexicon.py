@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -109,18 +110,24 @@ def sentence_embeddings(source: str, sentences: Sequence[str]) -> Tensor:
     """(n, d) mean-pooled, unit-norm embeddings of a BERT-like sentence encoder, a folder or hub id.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or is something else.
     """
     try:
         model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"config error: tower.lexicon: {source}: {first_line(error)}") from error
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
     embedded = []
     for first in tqdm(range(0, len(order), SENTENCES), desc="lexicon", unit="batch", mininterval=1.0):
         texts = [sentences[i] for i in order[first : first + SENTENCES]]
         inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        try:
+            hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            kind = type(model).__name__
+            raise UserError(
+                f"config error: tower.lexicon: {source}: a {kind}, not a BERT-like sentence encoder"
+            ) from error
         embedded.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(embedded)[torch.tensor(order).argsort()]

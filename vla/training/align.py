@@ -56,7 +56,7 @@ from vla.training.checkpoint import (
 )
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
-from vla.training.optim import Optimizers, make_optimizers, schedule
+from vla.training.optim import Optimizers, make_optimizers, schedule, warmup_steps
 from vla.training.prefetch import prefetch
 from vla.training.pretrained import HeldOut, along_the_way, check_start, rate_groups, start_digest, take_up
 from vla.training.processes import (
@@ -184,7 +184,7 @@ def train_align(config: AlignConfig) -> Path:
         )
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         if not torch.isfinite(loss + grad_norm):
-            stop_on_nonfinite(run, step, batch, terms)
+            stop_on_nonfinite(accelerator, run, step, batch, terms)
         optimizer.step()
         optimizer.zero_grad()
         model.clamp_scales()
@@ -203,7 +203,7 @@ def train_align(config: AlignConfig) -> Path:
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
             metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
-            settled = done >= config.optimizer.warmup + SETTLED
+            settled = done >= warmup_steps(config.steps, config.optimizer.warmup) + SETTLED
             stuck = [term for term in at_chance(metrics) if term not in warned] if settled else []
             warned += stuck
             run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
@@ -294,7 +294,8 @@ def checkpoint(
 ) -> None:
     """Everything that step + 1 depends on, what tells data and start apart and the seconds spent so far; random states follow from the step."""
     tensors, meta = optimizer.tensors()
-    state = {"step": step, "optimizer": meta, "data": episodes.fingerprint, "start": start, "seconds": seconds}
+    state = {"step": step, "optimizer": meta, "start": start, "seconds": seconds}
+    state |= {"data": episodes.fingerprint, "labels": episodes.labels()}
     save_checkpoint(run.folder, step, {"model": model.state_dict(), "optimizer": tensors}, state)
 
 
@@ -323,13 +324,16 @@ def restore(
     return state["step"], state["seconds"]
 
 
-def stop_on_nonfinite(run: RunFolder, step: int, batch: TripletBatch, terms: dict[str, Term]) -> None:
-    """Save the batch that broke the loss, then stop."""
+def stop_on_nonfinite(
+    accelerator: Accelerator, run: RunFolder, step: int, batch: TripletBatch, terms: dict[str, Term]
+) -> None:
+    """Save the batch that broke the loss, then stop; all processes come here, and none stops before the batch is saved."""
     bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
     path = run.folder / f"nonfinite_step_{step:06d}.safetensors"
     if run.writes:
         arrays = vars(batch) | {"frames": batch.frames[:]}
         save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
+    accelerator.wait_for_everyone()
     raise UserError(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
         "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
@@ -369,10 +373,11 @@ def describe(
     goals = len(np.unique(episodes.goal_id[train][episodes.goal_id[train] >= 0]))
     resumed = f", resumed at step {first}" if first else ""
     alone = "" if goals > 1 else "\nthere is one goal only: the language terms teach nothing"
+    triplets = len(sampler.rows(first))
     return (
         f"stage one: {len(train)} episodes ({len(validation)} held out), {goals} goals, "
         f"{len(episodes.texts)} instructions, {parameters:.1f} M parameters\n"
-        f"{config.steps} steps of about {len(sampler.rows(first))} triplets{resumed}; run folder {config.output}{alone}"
+        f"{config.steps} steps of about {triplets:,} triplets, {config.steps * triplets:,} in all{resumed}; run folder {config.output}{alone}"
     )
 
 

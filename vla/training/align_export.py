@@ -14,7 +14,10 @@ from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, load_clip, save_clip
 from vla.models.finetuning import interpolated
 from vla.training.align_setup import make_encoders
+from vla.training.checkpoint import latest_checkpoint
+from vla.training.pretrained import start_digest
 from vla.training.processes import Processes
+from vla.types import UserError
 from vla.versions import versions
 
 
@@ -53,9 +56,19 @@ def export(
 
 
 def export_share(config: AlignConfig, share: float) -> None:
-    """Export the encoder at a share of the way from the pretrained start of a finished run to its end, to wise_ft/SHARE (WiSE-FT)."""
+    """Export the encoder at a share of the way from the pretrained start of a finished run to its end, to wise_ft/SHARE (WiSE-FT).
+
+    Raises:
+        UserError: the start is another one now.
+    """
     folder = Path(config.output)
-    start, _ = make_encoders(config.tower, config.data.image_size, ())
+    start, words = make_encoders(config.tower, config.data.image_size, ())
+    last = latest_checkpoint(folder)
+    began = json.loads((last / "state.json").read_text()).get("start") if last else None
+    if began not in (None, start_digest(start, words)):
+        raise UserError(
+            f"{config.tower.pretrained}: has changed since {folder} began from it; restore it, or choose another --output"
+        )
     trained, tokenizer = load_clip(folder / "clip")
     target = folder / "wise_ft" / f"{share:g}"
     target.mkdir(parents=True, exist_ok=True)

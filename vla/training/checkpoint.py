@@ -147,12 +147,14 @@ def check_trained_on(path: Path, state: dict[str, Any], episodes: Episodes) -> N
     Raises:
         UserError: names both fingerprints.
     """
-    before = state.get("data", episodes.fingerprint)
-    if before != episodes.fingerprint:
-        raise UserError(
-            f"{path}: was trained on other data than {episodes.root} holds now (fingerprints {before} and {episodes.fingerprint}); "
-            "restore that data, or choose another --output"
-        )
+    now = {"data": episodes.fingerprint, "labels": episodes.labels()}
+    for key, what in (("data", "data"), ("labels", "instructions or goals")):
+        before = state.get(key, now[key])
+        if before != now[key]:
+            raise UserError(
+                f"{path}: was trained on other {what} than {episodes.root} holds now (fingerprints {before} and {now[key]}); "
+                "restore that data, or choose another --output"
+            )
 
 
 def rng_tensors() -> dict[str, Tensor]:

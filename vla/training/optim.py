@@ -116,9 +116,14 @@ def layer_groups(clip: Encoder, lr: float, decay: float) -> list[tuple[nn.Module
     return [*groups, (clip, lr)]
 
 
+def warmup_steps(total: int, warmup: int) -> int:
+    """How long the learning rate rises: `warmup` steps, or a fifth of a short run."""
+    return min(warmup, max(1, total // 5))
+
+
 def schedule(step: int, total: int, warmup: int, final: float = 0.01) -> float:
     """Factor on the peak learning rate at `step` (from 0): linear warm-up, then cosine to `final`."""
-    warmup = min(warmup, max(1, total // 5))
+    warmup = warmup_steps(total, warmup)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)

@@ -123,7 +123,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             folder=Path(config.data.cache) if config.data.cache else episodes.root / ".concord",
             accelerator=accelerator,
         )
-    words = Words(unwrapped, episodes.texts, dropout=config.data.word_dropout, frozen=not config.tune)
+    reads_alike = not (config.tune and config.tuned_part == "all")
+    words = Words(unwrapped, episodes.texts, dropout=config.data.word_dropout, frozen=reads_alike)
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
     first, before = (

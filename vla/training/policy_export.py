@@ -82,6 +82,7 @@ def checkpoint(
         "step": step,
         "optimizer": meta,
         "data": episodes.fingerprint,
+        "labels": episodes.labels(),
         "encoder": encoder_digest,
         "seconds": seconds,
     }

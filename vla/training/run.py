@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from vla.config_io import filled, read_yaml, save_yaml, to_dict
@@ -19,8 +18,9 @@ from vla.training.checkpoint import latest_checkpoint
 from vla.types import UserError
 from vla.versions import versions
 
-# Changing these does not change what a run computes.
+# Changing these does not change what a run computes; `chunk` changes nothing but rounding and what dropout draws.
 FREE_FIELDS = (
+    "chunk",
     "resume",
     "threads",
     "log_every",
@@ -50,12 +50,12 @@ class RunFolder:
             raise UserError(
                 f"{folder}: holds a run already; add --resume=true to continue it, or choose another --output"
             )
-        if begun:
-            self._refuse_other_config(config)
         self._metrics = folder / "metrics.jsonl"
         self._tensorboard: SummaryWriter | None = None
-        if not writes:
+        if not writes:  # what all must have in common is compared among them; the file is that of the one who writes
             return
+        if begun:
+            self._refuse_other_config(config)
         self._lock = lock_folder(folder)
         save_yaml(config, folder / "config.yaml")
         write_versions(folder / "versions.json")
@@ -94,7 +94,7 @@ class RunFolder:
     def _refuse_other_config(self, config: Any) -> None:
         if latest_checkpoint(self.folder) is None:  # nothing to go on from: begins anew
             return
-        old = yaml.safe_load((self.folder / "config.yaml").read_text())
+        old = read_yaml(self.folder / "config.yaml")
         old = filled(old, to_dict(type(config)()))  # fields that an older version did not know had their defaults
         differing = [k for k in differences(old, to_dict(config)) if k.split(".")[-1] not in FREE_FIELDS]
         if differing:

@@ -9,7 +9,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 
-from vla.config import PolicyTrainConfig
+from vla.config import HeadConfig, LossConfig, PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
 from vla.models.clip import load_clip, resize_positions
@@ -117,6 +117,19 @@ def policy_stats(folder: Path) -> dict[str, NormStats]:
 def starts_trained(config: PolicyTrainConfig) -> bool:
     """Whether the pooler starts trained: from stage one's, or from the policy that training goes on from."""
     return bool(config.start) or (config.aligned_pooler and config.encoder != "random")
+
+
+def check_pooler(head: HeadConfig, loss: LossConfig) -> None:
+    """Refuse sizes of which a policy's pooler cannot start from stage one's.
+
+    Raises:
+        UserError: names the fields of both stages.
+    """
+    if (head.queries, head.width) != (loss.queries, loss.pooler_width):
+        raise UserError(
+            "config error: an aligned pooler needs policy.head.queries = align.loss.queries and policy.head.width = "
+            f"align.loss.pooler_width, got {head.queries} and {loss.queries}, {head.width} and {loss.pooler_width}"
+        )
 
 
 def load_pooler(policy: ConcordPolicy, path: Path) -> None:
