@@ -211,6 +211,21 @@ def test_without_pairs_every_text_of_a_group_is_asked():
     assert all(group.asked == len(group.texts) for group in groups_of(pairs))
 
 
+def test_late_interaction_is_what_its_definition_says_word_by_word():
+    generator = torch.Generator().manual_seed(5)
+    patches = normalize(torch.randn(3, 4, 6, generator=generator, dtype=torch.float64), dim=-1)
+    words = normalize(torch.randn(2, 5, 6, generator=generator, dtype=torch.float64), dim=-1)
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    expected = torch.zeros(3, 2, dtype=torch.float64)
+    for image in range(3):
+        for text, length in enumerate((5, 2)):  # words behind these are padding
+            for word in words[text, :length]:
+                cosines = torch.stack([word @ patch for patch in patches[image]])
+                shares = (20 * cosines).exp() / (20 * cosines).exp().sum()
+                expected[image, text] += (shares * cosines).sum() / length
+    torch.testing.assert_close(late_interaction(patches, words, mask), expected)
+
+
 def test_late_interaction_of_some_of_the_images_is_that_of_their_groups(monkeypatch):
     *_, pairs, _, _, _ = batch()
     generator = torch.Generator().manual_seed(5)

@@ -154,6 +154,9 @@ def test_a_term_that_has_nothing_to_tell_apart_is_named():
         ({"minimal_pairs": True, "word_patch": 0.0}, r"loss\.minimal_pairs changes the term loss\.word_patch"),
         ({"state_within_goal": True, "state": 0.0}, r"loss\.state_within_goal changes the term loss\.state"),
         ({"vision_language_kind": "sigmoid", "vision_language": 0.0}, r"loss\.vision_language_kind changes"),
+        ({"temperatures": ("transition_action=0.1",)}, r"loss\.temperatures changes the term loss\.transition_action"),
+        ({"action_beta": 0.1, "context_action": 0.0}, r"loss\.action_beta changes the term loss\.context_action"),
+        ({"state_beta": 0.1, "state": 0.0}, r"loss\.state_beta changes the term loss\.state"),
     ],
 )
 def test_an_option_of_a_term_that_is_off_is_refused(align_config, tmp_path, changes, message):
@@ -181,6 +184,14 @@ def test_what_does_not_learn_raises_the_alarm_once_everywhere(stuck, capsys):
     (warning,) = json.loads((folder / "alignment.json").read_text())["warnings"]
     assert warning.startswith(f"step 1: {', '.join(named[0])} still at its chance level")
     assert "Warning: step 1:" in (folder / "report.html").read_text()
+
+
+def test_a_short_run_has_settled_as_its_warm_up_is_short(stuck, monkeypatch):
+    monkeypatch.setattr("vla.training.align.SETTLED", 1)
+    optimizer = replace(stuck.optimizer, warmup=200)  # of 5 steps, 1
+    folder = train_align(replace(stuck, steps=5, optimizer=optimizer)).parent
+    (warning,) = json.loads((folder / "alignment.json").read_text())["warnings"]
+    assert warning.startswith("step 2:")
 
 
 def test_a_resumed_run_does_not_raise_the_same_alarm_again(stuck, monkeypatch):

@@ -1,5 +1,6 @@
 """Two real processes that take each other for other machines: no shared run folder, other weights, other data."""
 
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed
 
 from tests.conftest import ROOT
@@ -105,6 +107,36 @@ def test_with_the_checkpoints_copied_a_run_without_a_shared_folder_goes_on(inter
     assert [member.returncode for member in done] == [0, 0], done[0].stderr + done[1].stderr
     assert (first / "report.html").is_file()
     assert sorted(path.name for path in second.iterdir()) == ["checkpoints"]
+
+
+def test_a_run_goes_on_where_one_machine_has_its_data_elsewhere_and_less_memory(interrupted, data_root, tmp_path):
+    first, second = (shutil.copytree(interrupted.output, tmp_path / name) for name in ("a", "b"))
+    copy = shutil.copytree(data_root, tmp_path / "data")
+    other = replace(interrupted, chunk=2, data=replace(interrupted.data, root=str(copy)))
+    done = stage_one(interrupted, first, second, other=other)
+    assert [member.returncode for member in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert json.loads((first / "alignment.json").read_text())["processes"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_all_once_the_batch_is_saved(align_config, tmp_path):
+    config = replace(align_config, steps=50, optimizer=replace(align_config.optimizer, lr=1e30, clip_norm=1e9))
+    done = stage_one(config, tmp_path / "a", tmp_path / "b")
+    for member in done:
+        assert member.returncode == 2
+        assert "loss is not finite at step" in member.stderr
+        assert "Traceback" not in member.stderr
+    (saved,) = (tmp_path / "a").glob("nonfinite_step_*.safetensors")
+    assert "frames" in load_file(saved)
+
+
+def test_the_result_is_printed_once(align_config, tmp_path):
+    run = replace(align_config, steps=1, output=str(tmp_path / "run"))
+    save_yaml(run, tmp_path / "run.yaml")
+    command = [sys.executable, str(ROOT / "scripts" / "train_align.py"), "--config_path", str(tmp_path / "run.yaml")]
+    first, second = two_machines([*command, "--json"], [*command, "--json"])
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert json.loads(first.stdout)["processes"] == 2
+    assert second.stdout == ""
 
 
 def test_other_data_on_another_machine_is_refused(align_config, data_root, tmp_path):

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -130,6 +131,32 @@ def test_other_data_under_the_same_name_is_refused(align_config, policy_config, 
     statistics.write_text(statistics.read_text() + "\n")
     with pytest.raises(UserError, match=r"step_000001: was trained on other data than .*data holds now"):
         train(replace(config, steps=1, eval_every=0, resume=True, **run))
+
+
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_other_instructions_of_the_same_episodes_are_refused(align_config, policy_config, data_root, tmp_path, stage):
+    config, train = (align_config, train_align) if stage == "one" else (policy_config, train_policy)
+    copy = shutil.copytree(data_root, tmp_path / "data")
+    run = {"data": replace(config.data, root=str(copy)), "save_every": 1, "output": str(tmp_path / "run")}
+    train(replace(config, steps=1, eval_every=0, **run))
+    for finished in ("report.html", "policy"):
+        path = tmp_path / "run" / finished
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    tasks = copy / "meta" / "tasks.parquet"
+    table = pd.read_parquet(tasks)
+    table.index = table.index.str.replace("the", "that")
+    table.to_parquet(tasks)
+    with pytest.raises(UserError, match=r"step_000001: was trained on other instructions or goals than .*data holds"):
+        train(replace(config, steps=1, eval_every=0, resume=True, **run))
+
+
+def test_fingerprints_of_batches_tell_steps_and_seeds_apart(align_config, tmp_path):
+    seen = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        train_align(replace(align_config, steps=2, log_every=1, eval_every=0, seed=seed, output=str(folder)))
+        seen += [line["samples"] for line in metrics(folder) if "samples" in line]
+    assert len(set(seen)) == 4
 
 
 def test_an_encoder_that_changed_meanwhile_is_refused(policy_config, tmp_path):
