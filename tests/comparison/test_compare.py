@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import Dinov2Config, Dinov2Model
 
@@ -22,6 +23,7 @@ from vla.comparison.data import aligned_beside, make_data
 from vla.comparison.jobs import needed
 from vla.comparison.page import comparison_page
 from vla.comparison.plan import plan_jobs
+from vla.comparison.work import make_encoder
 from vla.config import (
     AlignConfig,
     CollectConfig,
@@ -29,12 +31,13 @@ from vla.config import (
     DataConfig,
     EvalConfig,
     HeadConfig,
+    LossConfig,
     PolicyTrainConfig,
     ResultsConfig,
 )
 from vla.data.episodes import read_episodes, task_of_episode
 from vla.integrations.collect import collect
-from vla.models.clip import load_clip
+from vla.models.clip import load_clip, save_clip, with_vision_of
 from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -120,6 +123,29 @@ def test_arms_share_the_text_tower_and_differ_in_vision(finished):
     towers = {name for name in aligned if name != "logit_scale"}
     differ = {name.split(".")[0] for name in towers if not aligned[name].equal(random[name])}
     assert differ == {"vision_model", "visual_projection"}
+
+
+def test_arms_of_a_dual_encoder_share_its_text_tower_too(data_root, encoder, tmp_path):
+    sizes = {"image_size": 48, "patch_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "vision")
+    clip, tokenizer = load_clip(encoder)
+    pair = with_vision_of(tmp_path / "vision", clip, 48)
+    save_clip(tmp_path / "pair" / "clip", pair, tokenizer)
+    with torch.no_grad():
+        for parameter in pair.parameters():  # what stage one makes of it
+            parameter += 0.1
+    aligned = tmp_path / "run" / "align" / "none" / "0"
+    save_clip(aligned / "clip", pair, tokenizer)
+    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), encoders=(f"dinov2={tmp_path / 'vision'}",))
+    config.align.data.root = str(data_root)
+    config.align.tower.pretrained = str(tmp_path / "pair" / "clip")
+    wanted = pair.state_dict()
+    for name in ("random", "dinov2"):
+        make_encoder(config, name, 0)
+        made = load_clip(tmp_path / "run" / "encoders" / name / "0" / "clip")[0].state_dict()
+        text = [key for key in wanted if key.startswith(("text_model.", "text_projection."))]
+        assert all(made[key].equal(wanted[key]) for key in text)
+        assert not made["visual_projection.weight"].equal(wanted["visual_projection.weight"])
 
 
 def test_a_snapshot_of_the_alignment_is_an_encoder_of_its_own(finished):
@@ -401,6 +427,17 @@ def test_without_play_alignments_see_what_they_are_given(tmp_path):
             r"n_action_steps must be at most head\.horizon",
         ),
         ("encoders", ("empty=tests",), "encoders: tests: "),
+        (
+            "align",
+            AlignConfig(loss=LossConfig(word_patch=0, minimal_pairs=True)),
+            r"loss\.minimal_pairs changes the term loss\.word_patch",
+        ),
+        ("align", AlignConfig(wise_ft=(0.5,)), "wise_ft needs a pretrained start"),
+        (
+            "policy",
+            PolicyTrainConfig(aligned_pooler=True, head=HeadConfig(width=64)),
+            r"policy\.head\.width = align\.loss\.pooler_width, got .* 64 and",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_named(field, value, message, tmp_path):

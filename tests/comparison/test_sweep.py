@@ -188,6 +188,25 @@ def test_a_flag_that_the_sweep_would_pass_over_is_refused(config):
         sweep(replace(config, policy=replace(config.policy, encoder="mine")), {"align.steps": ("1", "2")})
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("policy.encoder_lr_scale", ("0.1", "1"), r"policy\.encoder_lr_scale changes nothing without tune=true"),
+        ("policy.loss.temperature", ("0.1", "1"), r"policy\.loss\.temperature changes nothing without auxiliary"),
+        ("align.loss.action_beta", ("0.1", "1"), r"loss\.action_beta changes the term loss\.context_action"),
+        ("policy.head.width", ("64", "128"), r"policy\.head\.width = align\.loss\.pooler_width"),
+    ],
+)
+def test_values_that_would_change_nothing_or_fit_nothing_are_refused_before_anything_runs(
+    config, tmp_path, field, values, message
+):
+    align = replace(config.align, loss=replace(config.align.loss, context_action=0.0))
+    policy = replace(config.policy, aligned_pooler=True, tune=False)
+    with pytest.raises(UserError, match=message):
+        sweep(replace(config, align=align, policy=policy, output=str(tmp_path / "run")), {field: values})
+    assert not (tmp_path / "run").exists()
+
+
 def test_names_of_folders_are_short_and_tell_every_point_from_the_others():
     first, second = ({"align.tower.pretrained": path} for path in ("runs/a_b", "runs_a/b"))
     assert label(first) == "align.tower.pretrained=runs/a_b"

@@ -116,6 +116,19 @@ def test_a_narrow_sentence_encoder_is_refused(sentence_encoder, few_words):
         build_clip([], **SIZES, **sizes, vocabulary=few_words, lexicon=str(sentence_encoder))
 
 
+def test_an_encoder_of_something_else_is_no_lexicon(openai_clip, few_words):
+    with pytest.raises(UserError, match=r"tower\.lexicon: .*a CLIPModel, not a BERT-like sentence encoder"):
+        build_clip([], **SIZES, **TEXT_SIZES, vocabulary=few_words, lexicon=str(openai_clip))
+
+
+def test_a_damaged_sentence_encoder_is_named(sentence_encoder, few_words, tmp_path):
+    copy = shutil.copytree(sentence_encoder, tmp_path / "encoder")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"tower\.lexicon: .*encoder"):
+        build_clip([], **SIZES, **TEXT_SIZES, vocabulary=few_words, lexicon=str(copy))
+
+
 def test_neither_stage_changes_the_meanings(align_config, policy_config, sentence_encoder, few_words, tmp_path):
     tower = replace(align_config.tower, vocabulary=few_words, lexicon=str(sentence_encoder))
     clip_folder = train_align(replace(align_config, tower=tower, steps=2, output=str(tmp_path / "align")))

@@ -342,6 +342,63 @@ def test_the_main_term_is_the_loss_over_a_mask_of_all_pairs():
     torch.testing.assert_close(got["context_action"].loss, (forward + backward) / 2, rtol=1e-6, atol=0)
 
 
+def test_the_term_of_transitions_is_the_loss_over_a_mask_of_all_pairs():
+    model, (ids, mask) = make_model()
+    batch = make_batch(ids, mask)
+    rows = embed_rows(model, batch, embed_texts(model, batch, slice(None)), TRANSITIONS, slice(0, 7))
+    episode, timestep = batch.ids["episode_id"].tolist(), batch.ids["timestep"].tolist()
+    found, rest = [], torch.tensor([0.5, -0.5, 0.1], dtype=torch.float64)
+    for first in range(len(episode)):
+        later = [
+            row for row in range(len(episode)) if episode[row] == episode[first] and timestep[row] > timestep[first]
+        ]
+        if later and 2 <= timestep[min(later, key=timestep.__getitem__)] - timestep[first] <= 4:
+            found.append((first, min(later, key=timestep.__getitem__)))
+    assert len(found) > 2
+    assert {timestep[second] - timestep[first] for first, second in found} == {2}  # of chunks of 4
+    chunks = torch.stack([batch.action_chunk[first] for first, _ in found])
+    missing = torch.stack([batch.action_is_pad[first] for first, _ in found])
+    for number, (first, second) in enumerate(found):
+        missing[number, timestep[second] - timestep[first] :] = True
+        chunks[number, missing[number]] = rest
+    pooled = rows.pooled[batch.frame_of_row]
+    change = model.transitions(*(pooled[list(side)] for side in zip(*found, strict=True)))
+    action = model.action_projection(model.action_encoder(chunks, missing))
+    valid = torch.tensor(
+        [
+            [i == j or episode[i] != episode[j] or abs(timestep[i] - timestep[j]) >= 2 for j, _ in found]
+            for i, _ in found
+        ]
+    )
+    targets = soft_targets(mean_squared_distances(chunks.flatten(1)), TRANSITIONS.action_beta, valid)
+    scale = model.scale("transition_action")
+    forward = soft_info_nce(change, action, scale, targets, valid=valid)
+    backward = soft_info_nce(action, change, scale, targets, valid=valid)
+    language = embed_texts(model, batch, slice(None)).language
+    got = batch_terms(model, batch, language, rows, rest, TRANSITIONS, 2)[0]["transition_action"].loss
+    torch.testing.assert_close(got, (forward + backward) / 2, rtol=1e-6, atol=0)
+
+
+def test_under_autocast_every_loss_is_float32_and_close_to_that_without():
+    model, (ids, mask) = make_model()
+    model, batch = model.float(), make_batch(ids, mask)
+    pixels = batch.pixels
+    batch = replace(
+        batch,
+        pixels=lambda images: pixels(images).float(),
+        action_chunk=batch.action_chunk.float(),
+        state=batch.state.float(),
+        ids=batch.ids | {"progress": batch.ids["progress"].float()},
+    )
+    found = {}
+    for name, autocast in (("full", nullcontext), ("mixed", partial(torch.autocast, "cpu", torch.bfloat16))):
+        arguments = {"gap": 2, "chunk": 3, "autocast": autocast}
+        total, terms, _ = forward_backward(model, batch, torch.zeros(3), TRANSITIONS, **arguments)
+        assert {total.dtype, *(term.loss.dtype for term in terms.values())} == {torch.float32}, name
+        found[name] = {pair: float(term.loss.detach()) for pair, term in terms.items()}
+    assert found["mixed"] == pytest.approx(found["full"], rel=0.02)
+
+
 def test_the_words_get_a_tenth_of_the_main_terms_gradient():
     only = LossConfig(word_patch=0.0, vision_language=0.0)
 

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import without
+from vla.cli import run
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes, read_episodes, split_episodes, task_of_episode
 from vla.data.frames import open_frames
@@ -30,6 +31,33 @@ def test_more_executed_than_predicted_is_refused_before_anything_is_written(poli
     config = replace(policy_config, head=replace(policy_config.head, n_action_steps=99), output=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"head\.n_action_steps must be at most head\.horizon, got 99 and 16"):
         train_policy(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradient_accumulation_is_refused(policy_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(UserError, match="does not accumulate gradients; set --batch_size"):
+        train_policy(replace(policy_config, output=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("flag", "needs"),
+    [
+        ("--encoder_lr_scale=0.3", "tune=true"),
+        ("--tuned_part=vision", "tune=true"),
+        ("--loss.temperature=0.1", "auxiliary above 0"),
+        ("--batch.goals=8", "auxiliary above 0"),
+        ("--tower.width=64", "encoder=random"),
+        ("--pooler_lr_scale=0", "aligned_pooler=true"),
+        ("--head.flow_steps=4", "head.kind=flow"),
+        ("--optimizer.layer_decay=0.5", "stage one"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(policy_config, tmp_path, capsys, flag, needs):
+    command = [f"--encoder={policy_config.encoder}", f"--output={tmp_path}/run", flag]
+    assert run("policy", command) == 2
+    name = flag.removeprefix("--").partition("=")[0]
+    assert f"{name} changes nothing without {needs}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

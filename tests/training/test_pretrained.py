@@ -1,7 +1,10 @@
 """A pretrained start: low-rank updates, interpolation with the start, and what is measured on the way."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config, ViTConfig
 
-from tests.conftest import debug, small_alignment_model
+from tests.conftest import ROOT, debug, small_alignment_model
 from vla.config import AlignConfig, CollectConfig
 from vla.config_io import save_yaml
 from vla.data.episodes import read_episodes, split_episodes
@@ -301,6 +304,22 @@ def test_a_clip_as_openai_published_theirs_is_aligned_at_another_image_size(alig
     before = load_clip(openai_clip)[0]
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     assert 0 < (clip.state_dict()[name] - before.state_dict()[name]).abs().max() < 1e-3
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache_without_a_network(openai_clip, tmp_path):
+    model = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(openai_clip, model / "snapshots" / "0123abcd")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123abcd")
+    code = "from vla.models.clip import load_clip; print(load_clip('somebody/{}')[0].config.projection_dim)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+    def load(name: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code.format(name)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert load("tiny").stdout.strip() == "16"
+    assert "HF_HUB_OFFLINE=1 forbids the hub" in load("absent").stderr
 
 
 @pytest.mark.parametrize("kind", [Dinov2Config, ViTConfig])

@@ -65,6 +65,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     accelerator = make_accelerator(config.precision)
     if accelerator.num_processes > 1:
         raise UserError("stage two runs in one process here; for several, `lerobot-train --policy.type=concord`")
+    if accelerator.gradient_accumulation_steps > 1:
+        raise UserError("stage two does not accumulate gradients; set --batch_size instead")
     check_head(config)
     torch.manual_seed(config.seed)
     run = RunFolder(Path(config.output), config, resume=config.resume)
