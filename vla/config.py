@@ -46,7 +46,9 @@ class DataConfig:
     camera: str | None = None  # image key to train on; the only camera if not given
     image_size: int = number(96, 16)  # frames are stored at this side, px
     cache: str | None = None  # folder of the frame store; default: ROOT/.concord
-    stream: bool = False  # decode pictures whenever they are read, store none: for data that does not fit on the disk
+    stream: bool = (
+        False  # decode pictures whenever they are read, store none: where decoded ones do not fit on the disk
+    )
     holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
     episodes_per_task: int | None = number(
         None, 1
@@ -153,7 +155,7 @@ class AlignConfig:
     horizon: int = number(16, 1)  # timesteps of an action chunk
     chunk: int = number(0, 0)  # images embedded at a time: less memory, the same gradients, more time; 0: all at once
     steps: int = number(6000, 1)  # optimiser updates
-    seed: int = number(0, 0)  # of initialisation, sampling and augmentation
+    seed: int = number(0, 0)  # of initialisation, sampling and augmentation, and of which episodes are held out
     precision: Literal["auto", "no", "bf16"] = (
         "auto"  # of the towers; auto: bf16 where the hardware has it; losses are float32
     )
@@ -214,7 +216,7 @@ class PolicyTrainConfig:
     batch_size: int = number(256, 1)  # samples an update
     steps: int = number(20000, 1)  # optimiser updates
     ema: float = number(0.999, 0, 1)  # decay of the averaged weights, which are the ones exported
-    seed: int = number(0, 0)  # of initialisation, sampling and augmentation
+    seed: int = number(0, 0)  # of initialisation, sampling and augmentation, and of which episodes are held out
     precision: Literal["auto", "no", "bf16"] = "auto"  # of the towers; auto: bf16 where the hardware has it
     threads: int = number(2, 1)  # CPU threads
     log_every: int = number(50, 1)  # steps between log lines

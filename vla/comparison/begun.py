@@ -9,13 +9,14 @@ from vla.config import CompareConfig, SweepConfig
 from vla.config_io import filled, to_dict
 from vla.files import write_json
 from vla.precision import chosen_precision
+from vla.training import run
 from vla.types import UserError
 
 BEFORE = {"transfer_weight": 0.0}  # what versions without the field did with transfer
 GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
 GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
 # Changing these changes no result.
-FREE_FIELDS = ("dry_run", "threads", "workers", "batch_size", "stream", "cache", "save_every", "log_every")
+FREE_FIELDS = (*run.FREE_FIELDS, "dry_run", "batch_size")
 
 
 def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool = True) -> None:

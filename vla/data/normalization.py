@@ -63,8 +63,3 @@ def compute_norm_stats(values: np.ndarray) -> NormStats:
 def normalize_quantile(x: np.ndarray, stats: NormStats) -> np.ndarray:
     """(..., n) data units -> [q01, q99] mapped to [-1, 1], float32, not clipped."""
     return (2 * (x - stats.q01) / (stats.q99 - stats.q01) - 1).astype(np.float32)
-
-
-def unnormalize_quantile(x: np.ndarray, stats: NormStats) -> np.ndarray:
-    """Inverse of `normalize_quantile`."""
-    return ((x + 1) / 2 * (stats.q99 - stats.q01) + stats.q01).astype(np.float32)
