@@ -187,11 +187,19 @@ def test_a_snapshot_is_there_before_a_checkpoint_says_that_its_step_is_done(alig
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"tune": True}, {"tune": True, "auxiliary": 0.5, "loss": LossConfig(queries=2, pooler_width=32)}],
-    ids=["frozen", "tuned", "auxiliary"],
+    "what", ["frozen", "tuned", "auxiliary", "flow_and_noise", "more", "stream_and_word_dropout", "start"]
 )
-def test_stage_two_resumes_exactly(policy_config, tmp_path, changes):
+def test_stage_two_resumes_exactly(policy_config, policy_folder, alike, tmp_path, what):
+    data, head = policy_config.data, policy_config.head
+    changes = {
+        "frozen": {},
+        "tuned": {"tune": True},
+        "auxiliary": {"tune": True, "auxiliary": 0.5, "loss": LossConfig(queries=2, pooler_width=32)},
+        "flow_and_noise": {"head": replace(head, kind="flow", token_noise=0.1, state_dropout=0.5)},
+        "more": {"more": (f"{alike}=0.5",)},
+        "stream_and_word_dropout": {"data": replace(data, stream=True, word_dropout=0.3), "cached_shifts": 0},
+        "start": {"start": str(policy_folder)},
+    }[what]
     config = replace(policy_config, steps=8, eval_every=4, save_every=2, output=str(tmp_path / "whole"), **changes)
     train_policy(config)
     broken = replace(config, output=str(tmp_path / "broken"))
@@ -241,6 +249,29 @@ def test_stage_one_in_pieces_on_two_processes_killed_and_resumed_repeats_the_run
     assert first["samples"] == one["samples"]
     assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert first["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_repeat_a_run_of_several_streamed_data_sets_with_dropout(
+    align_config, alike, with_dropout, tmp_path
+):
+    config = replace(
+        align_config,
+        data=replace(align_config.data, stream=True, word_dropout=0.3),
+        more=(f"{alike}=0.5",),
+        tower=replace(align_config.tower, pretrained=str(with_dropout)),
+        loss=replace(align_config.loss, transition_action=0.5, transition_language=0.5),
+        steps=5,
+        eval_every=0,
+        save_every=2,
+        precision="no",
+        output=str(tmp_path / "two"),
+    )
+    launch(config, tmp_path / "two")
+    broken = replace(config, output=str(tmp_path / "broken"))
+    launch(broken, tmp_path / "broken", kill_at=3)
+    launch(replace(broken, resume=True), tmp_path / "broken")
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "two")
 
 
 def test_a_checkpoint_that_another_version_wrote_is_named(align_config, tmp_path):
