@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vla.config_io import HelpRequested, load_config, split_flags
+from vla.config_io import HelpRequested, load_config, parse_flags, split_flags
 from vla.files import is_disk_full
 from vla.types import UserError
 
@@ -38,12 +38,14 @@ def align(argv: list[str]) -> Path | None:
 
     config = load_config(AlignConfig, argv)
     from vla.training.align import train_align as run
+    from vla.training.idle import refuse_idle
     from vla.training.processes import part
 
-    try:
-        return run(config).parent / "alignment.json"
-    finally:
-        part()
+    if not config.resume:  # a run that an older version began goes on as it is
+        refuse_idle(config, given(argv))
+    folder = run(config)
+    part()
+    return folder.parent / "alignment.json"
 
 
 def policy(argv: list[str]) -> Path | None:
@@ -55,11 +57,11 @@ def policy(argv: list[str]) -> Path | None:
     from vla.training.policy import train_policy as run
     from vla.training.processes import part
 
-    refuse_idle(config)
-    try:
-        return run(config) / "concord.json"
-    finally:
-        part()
+    if not config.resume:
+        refuse_idle(config, given(argv))
+    folder = run(config)
+    part()
+    return folder / "concord.json"
 
 
 def evaluate(argv: list[str]) -> Path | None:
@@ -180,6 +182,11 @@ def run(verb: str, argv: list[str] | None = None) -> int:
         print("\ninterrupted; run the same command again (training: with --resume=true) to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def given(argv: list[str]) -> list[str]:
+    """The fields that flags set; a file may hold a whole configuration."""
+    return [name for name, _ in parse_flags(argv) if name != "config_path"]
 
 
 def show(text: str) -> None:

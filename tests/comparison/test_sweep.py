@@ -15,7 +15,7 @@ from vla.comparison import sweep as sweeping
 from vla.comparison.data import env_name
 from vla.comparison.page import comparison_page
 from vla.comparison.points import at_point, folder_name, label, points
-from vla.comparison.sweep import sweep
+from vla.comparison.sweep import refuse_idle_fields, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags
 from vla.types import UserError
@@ -193,7 +193,7 @@ def test_a_flag_that_the_sweep_would_pass_over_is_refused(config):
     [
         ("policy.encoder_lr_scale", ("0.1", "1"), r"policy\.encoder_lr_scale changes nothing without tune=true"),
         ("policy.loss.temperature", ("0.1", "1"), r"policy\.loss\.temperature changes nothing without auxiliary"),
-        ("align.loss.action_beta", ("0.1", "1"), r"loss\.action_beta changes the term loss\.context_action"),
+        ("align.loss.action_beta", ("0.1", "1"), r"align\.loss\.action_beta changes nothing without a term of actions"),
         ("policy.head.width", ("64", "128"), r"policy\.head\.width = align\.loss\.pooler_width"),
     ],
 )
@@ -205,6 +205,13 @@ def test_values_that_would_change_nothing_or_fit_nothing_are_refused_before_anyt
     with pytest.raises(UserError, match=message):
         sweep(replace(config, align=align, policy=policy, output=str(tmp_path / "run")), {field: values})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_grid_may_hold_points_where_one_of_its_fields_changes_nothing(config):
+    swept = {"policy.head.kind": ("l1", "flow"), "policy.head.flow_steps": ("4", "8")}
+    refuse_idle_fields(config, points(swept))
+    with pytest.raises(UserError, match=r"flow_steps changes nothing without head\.kind=flow"):
+        refuse_idle_fields(config, points(swept | {"policy.head.kind": ("l1",)}))
 
 
 def test_names_of_folders_are_short_and_tell_every_point_from_the_others():

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vla.cli import given, run
 from vla.config import AlignConfig, LossConfig, TowerConfig
+from vla.config_io import load_config
 from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
 from vla.training.align import at_chance, train_align
 from vla.training.align_setup import pair_temperatures, shuffled_labels
+from vla.training.idle import idle_options
 from vla.types import UserError
 
 
@@ -154,15 +157,39 @@ def test_a_term_that_has_nothing_to_tell_apart_is_named():
         ({"minimal_pairs": True, "word_patch": 0.0}, r"loss\.minimal_pairs changes the term loss\.word_patch"),
         ({"state_within_goal": True, "state": 0.0}, r"loss\.state_within_goal changes the term loss\.state"),
         ({"vision_language_kind": "sigmoid", "vision_language": 0.0}, r"loss\.vision_language_kind changes"),
-        ({"temperatures": ("transition_action=0.1",)}, r"loss\.temperatures changes the term loss\.transition_action"),
-        ({"action_beta": 0.1, "context_action": 0.0}, r"loss\.action_beta changes the term loss\.context_action"),
-        ({"state_beta": 0.1, "state": 0.0}, r"loss\.state_beta changes the term loss\.state"),
     ],
 )
 def test_an_option_of_a_term_that_is_off_is_refused(align_config, tmp_path, changes, message):
     loss = replace(align_config.loss, **changes)
     with pytest.raises(UserError, match=message):
         train_align(replace(align_config, loss=loss, output=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "needs"),
+    [
+        (["--loss.temperatures=transition_action=0.1"], "loss.temperatures changes nothing without all of the terms"),
+        (["--loss.action_beta=0.1", "--loss.context_action=0"], "loss.action_beta changes nothing without a term of"),
+        (["--loss.state_beta=0.1"], "loss.state_beta changes nothing without loss.state above 0"),
+        (["--optimizer.pretrained_lr=1e-4"], "optimizer.pretrained_lr changes nothing without tower.pretrained"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, needs):
+    assert run("align", [*flags, f"--output={tmp_path}/run"]) == 2
+    assert needs in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss.action_beta=0.1", "--loss.context_action=0", "--loss.transition_action=0.5"],
+        ["--loss.state_beta=0.1", "--loss.state=0.25"],
+        ["--loss.temperatures=state=0.1", "--loss.state=0.25"],
+        ["--optimizer.pretrained_lr=1e-4", "--tower.pretrained=somewhere"],
+    ],
+)
+def test_flags_that_something_uses_are_not(flags):
+    assert idle_options(load_config(AlignConfig, flags), given(flags)) == {}
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import without
-from vla.cli import run
+from vla.cli import given, run
 from vla.config import PolicyTrainConfig
+from vla.config_io import load_config, save_yaml
 from vla.data.episodes import Episodes, read_episodes, split_episodes, task_of_episode
 from vla.data.frames import open_frames
 from vla.data.mixture import Mixture, open_mixture
@@ -22,6 +23,7 @@ from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training import policy
+from vla.training.idle import idle_options
 from vla.training.policy import train_policy
 from vla.training.policy_data import cloned_episodes
 from vla.types import ACTION_KEY, STATE_KEY, UserError
@@ -50,15 +52,34 @@ def test_gradient_accumulation_is_refused(policy_config, tmp_path, monkeypatch):
         ("--tower.width=64", "encoder=random"),
         ("--pooler_lr_scale=0", "aligned_pooler=true"),
         ("--head.flow_steps=4", "head.kind=flow"),
+        ("--head.token_noise=0.1 --tune=true", "tune=false"),
         ("--optimizer.layer_decay=0.5", "stage one"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(policy_config, tmp_path, capsys, flag, needs):
-    command = [f"--encoder={policy_config.encoder}", f"--output={tmp_path}/run", flag]
+    command = [f"--encoder={policy_config.encoder}", f"--output={tmp_path}/run", *flag.split()]
     assert run("policy", command) == 2
     name = flag.removeprefix("--").partition("=")[0]
     assert f"{name} changes nothing without {needs}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tune=true", "--encoder_lr_scale=0.3", "--tuned_part=vision", "--auxiliary=0.3", "--batch.goals=8"],
+        ["--encoder=random", "--tower.width=64", "--head.token_noise=0.1"],
+        ["--aligned_pooler=true", "--pooler_lr_scale=0", "--head.kind=flow", "--head.flow_steps=4"],
+    ],
+)
+def test_an_option_that_something_uses_is_not(flags):
+    assert idle_options(load_config(PolicyTrainConfig, flags), given(flags)) == {}
+
+
+def test_a_runs_own_configuration_is_taken_whatever_it_holds(policy_config, tmp_path):
+    config = replace(policy_config, tuned_part="vision", encoder_lr_scale=1.0, steps=1, output=str(tmp_path / "run"))
+    save_yaml(config, tmp_path / "config.yaml")
+    assert run("policy", ["--config_path", str(tmp_path / "config.yaml")]) == 0
 
 
 def test_success_is_measured_during_training_if_asked_for(policy_config, tmp_path):

@@ -22,6 +22,7 @@ from vla.integrations.collect import collect
 from vla.models.clip import build_clip, load_clip, patch_tokens, save_clip, with_vision_of
 from vla.models.finetuning import add_lora, interpolated, merged
 from vla.training.align import train_align
+from vla.training.align_export import export_share
 from vla.training.align_setup import old_data
 from vla.training.optim import make_optimizers
 from vla.training.pretrained import rate_groups, take_up
@@ -304,6 +305,19 @@ def test_a_clip_as_openai_published_theirs_is_aligned_at_another_image_size(alig
     before = load_clip(openai_clip)[0]
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     assert 0 < (clip.state_dict()[name] - before.state_dict()[name]).abs().max() < 1e-3
+
+
+def test_a_share_of_the_way_from_a_start_that_has_changed_is_refused(align_config, encoder, tmp_path):
+    start = Path(shutil.copytree(encoder.parent, tmp_path / "start")) / "clip"
+    tower = replace(align_config.tower, pretrained=str(start))
+    config = replace(align_config, tower=tower, steps=1, output=str(tmp_path / "run"))
+    train_align(config)
+    export_share(config, 0.5)
+    assert (tmp_path / "run" / "wise_ft" / "0.5" / "clip" / "model.safetensors").is_file()
+    weights = load_file(start / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"start/clip: has changed since .*run began from it"):
+        export_share(config, 0.25)
 
 
 def test_a_hub_id_is_read_from_the_hubs_cache_without_a_network(openai_clip, tmp_path):

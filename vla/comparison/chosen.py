@@ -133,7 +133,10 @@ def check_numbers(config: CompareConfig) -> None:
         )
     check_set_here(config, SET_HERE | SET_BY_ARMS)
     check_head(config.policy)
-    if config.policy.aligned_pooler or any(ARMS[name].source == "cloned" for name in config.arms if name in ARMS):
+    sources = {ARMS[name].source for name in config.arms if name in ARMS} - {"random"}
+    if "cloned" in sources or (
+        config.policy.aligned_pooler and sources
+    ):  # whose poolers are measured, or start policies
         check_pooler(config.policy.head, config.align.loss)
 
 

@@ -9,6 +9,7 @@ configuration as it is. Points that differ in stage two alone share their alignm
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
     SHARE,
+    SWEPT,
     Point,
     ablation_points,
     alignment_of,
@@ -47,7 +49,7 @@ from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
 from vla.training.align_setup import check_snapshots, check_terms
-from vla.training.idle import refuse_idle
+from vla.training.idle import idle_options
 from vla.training.policy import train_policy
 from vla.training.pretrained import check_start
 from vla.training.start import check_pooler
@@ -73,14 +75,12 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     config = with_precision(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
     by_name: dict[str, Job] = {}
+    refuse_idle_fields(config, chosen)
     for point in chosen:
         at = at_point(config, point)
         check_start(at.align)
         check_terms(at.align)
         check_snapshots(at.align, "align.")
-        refuse_idle(
-            at.policy, [name.removeprefix("policy.") for name in point if name.startswith("policy.")], "policy."
-        )
         if at.policy.aligned_pooler:
             check_pooler(at.policy.head, at.align.loss)
         check_temperature(at, point)
@@ -107,6 +107,29 @@ def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float
     if stage == "policy" and config.policy.tune:
         return config.policy.steps * stages["tuned step"]
     return stages.get(stage, 10.0)
+
+
+def refuse_idle_fields(config: SweepConfig, chosen: Sequence[Point]) -> None:
+    """Refuse a field that changes nothing at any of the points that name it.
+
+    Raises:
+        UserError: says what it needs.
+    """
+    needs: dict[str, list[str]] = {}
+    for point in chosen:
+        at = at_point(config, point)
+        idle = {
+            f"{stage}.{name}": what
+            for stage in SWEPT
+            for name, what in idle_options(
+                getattr(at, stage), [name.partition(".")[2] for name in point if name.startswith(f"{stage}.")]
+            ).items()
+        }
+        for name in point:
+            needs.setdefault(name, []).append(idle.get(name, ""))
+    for name, every in needs.items():
+        if all(every):
+            raise ConfigError(f"{name} changes nothing without {every[0]}; leave it out")
 
 
 def check_temperature(config: SweepConfig, point: Point) -> None:

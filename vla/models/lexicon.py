@@ -121,8 +121,8 @@ def sentence_embeddings(source: str, sentences: Sequence[str]) -> Tensor:
     embedded = []
     for first in tqdm(range(0, len(order), SENTENCES), desc="lexicon", unit="batch", mininterval=1.0):
         texts = [sentences[i] for i in order[first : first + SENTENCES]]
-        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         try:
+            inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
             hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             kind = type(model).__name__

@@ -66,6 +66,7 @@ from vla.training.processes import (
     check_same_settings,
     in_turn,
     make_accelerator,
+    refusal,
 )
 from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.types import TripletBatch, UserError
@@ -334,7 +335,7 @@ def stop_on_nonfinite(
         arrays = vars(batch) | {"frames": batch.frames[:]}
         save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
     accelerator.wait_for_everyone()
-    raise UserError(
+    raise refusal(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
         "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
     )

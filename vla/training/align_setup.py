@@ -27,16 +27,14 @@ def check_terms(config: AlignConfig) -> None:
     """Refuse a loss without terms, options of terms that are off, transition terms whose batches hold no transition, and temperatures that are none."""
     if not any(getattr(config.loss, name) for name in (*PAIRS, *TRANSITIONS)):
         raise UserError("config error: loss: the weight of every term is 0, so nothing would be trained")
-    loss, usual = config.loss, LossConfig()
-    idle = [("temperatures", pair) for pair in pair_temperatures(loss) if not getattr(loss, pair)]
-    idle += [
+    loss = config.loss
+    pair_temperatures(loss)
+    idle = [
         (option, term)
         for option, is_set, term in (
             ("minimal_pairs", loss.minimal_pairs, "word_patch"),
             ("state_within_goal", loss.state_within_goal, "state"),
             ("vision_language_kind", loss.vision_language_kind != "softmax", "vision_language"),
-            ("action_beta", loss.action_beta != usual.action_beta, "context_action"),
-            ("state_beta", loss.state_beta != usual.state_beta, "state"),
         )
         if is_set and not getattr(loss, term)
     ]

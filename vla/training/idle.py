@@ -1,33 +1,55 @@
-"""Options of stage two that another option leaves without effect, and that are refused rather than passed over."""
+"""Options that another option leaves without effect, and that are refused where somebody gives them, rather than passed over."""
 
 from collections.abc import Iterable
 
-from vla.config import PolicyTrainConfig
-from vla.config_io import to_dict
-from vla.training.run import differences
+from vla.config import AlignConfig, PolicyTrainConfig
+from vla.training.align_setup import pair_temperatures
 from vla.training.start import starts_trained
 from vla.types import UserError
 
+Condition = tuple[
+    tuple[str, ...], bool, str
+]  # fields, or what their names begin with; whether they are used; what they need
 
-def refuse_idle(config: PolicyTrainConfig, given: Iterable[str] | None = None, path: str = "") -> None:
-    """Refuse options that change nothing: of `given` dotted names, else of all that are not as usual.
 
-    Args:
-        path: leads to the configuration.
-    Raises:
-        UserError: names the option and what it needs.
-    """
-    names = differences(to_dict(PolicyTrainConfig()), to_dict(config)) if given is None else list(given)
-    conditions = (
+def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, ...]:
+    """Options that only some configurations use."""
+    if isinstance(config, AlignConfig):
+        loss = config.loss
+        named = all(getattr(loss, pair) for pair in pair_temperatures(loss))
+        return (
+            (("loss.temperatures",), named, "all of the terms that it names"),
+            (("loss.action_beta",), bool(loss.context_action or loss.transition_action), "a term of actions"),
+            (("loss.state_beta",), bool(loss.state), "loss.state above 0"),
+            (("optimizer.pretrained_lr",), config.tower.pretrained is not None, "tower.pretrained"),
+        )
+    return (
         (("encoder_lr_scale", "tuned_part"), config.tune, "tune=true"),
-        (("loss", "batch"), config.auxiliary, "auxiliary above 0"),
-        (("tower",), config.encoder == "random" and not config.start, "encoder=random"),
-        (("pooler_lr_scale",), starts_trained(config), "aligned_pooler=true"),
+        (("loss", "batch"), config.auxiliary > 0, "auxiliary above 0"),
+        (("tower",), config.encoder == "random" and not config.start, "encoder=random and no start"),
+        (("pooler_lr_scale",), starts_trained(config), "aligned_pooler=true and a trained encoder"),
         (("head.flow_steps",), config.head.kind == "flow", "head.kind=flow"),
         (("head.token_noise",), not config.tune, "tune=false"),
         (("optimizer.layer_decay", "optimizer.pretrained_lr"), False, "stage one's encoders, where it belongs"),
     )
-    for name in names:
-        for idle, used, needs in conditions:
-            if not used and any(name == field or name.startswith(f"{field}.") for field in idle):
-                raise UserError(f"config error: {path}{name} changes nothing without {needs}; leave it out")
+
+
+def idle_options(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) -> dict[str, str]:
+    """Those of the given dotted names that change nothing, and what each needs."""
+    conditions = conditions_of(config)
+    return {
+        name: needs
+        for name in given
+        for fields, used, needs in conditions
+        if not used and any(name == field or name.startswith(f"{field}.") for field in fields)
+    }
+
+
+def refuse_idle(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) -> None:
+    """Refuse given options that change nothing.
+
+    Raises:
+        UserError: names the first and what it needs.
+    """
+    for name, needs in idle_options(config, given).items():
+        raise UserError(f"config error: {name} changes nothing without {needs}; leave it out")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from vla.config import AlignConfig, DataConfig, OptimizerConfig
+from vla.config import AlignConfig, DataConfig
 from vla.config_io import filled, read_yaml, to_dict
 from vla.data.batches import TripletSource
 from vla.data.mixture import camera_in, root_and_weight
@@ -55,7 +55,6 @@ def check_start(config: AlignConfig) -> None:
         "tower.locked": config.tower.locked,
         "wise_ft": config.wise_ft,
         "forgetting": config.forgetting,
-        "optimizer.pretrained_lr": config.optimizer.pretrained_lr != OptimizerConfig().pretrained_lr,
     }
     needing = [name for name, value in fields.items() if value]
     if needing and config.tower.pretrained is None:

@@ -100,7 +100,7 @@ def check_same_progress(processes: Processes, folder: Path, device: torch.device
     every = processes.numbers(-1 if finished else step_of(last) if last else 0, device)
     if rank := other_than_first(every):
         first, other = ("the end" if n < 0 else f"step {n}" for n in (every[0], every[rank]))
-        raise UserError(
+        raise refusal(
             f"{folder}: process 0 is at {first}, process {rank} at {other}; all must see the same run: let them share the "
             "folder, or copy it from the machine that is ahead to the others"
         )
@@ -113,7 +113,7 @@ def check_same_data(processes: Processes, episodes: Episodes, device: torch.devi
         UserError: the data sets of two processes have different fingerprints, or other instructions or goals.
     """
     if rank := other_than_first(processes.numbers(number_of(episodes.fingerprint + episodes.labels()), device)):
-        raise UserError(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
+        raise refusal(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
 
 
 def check_same_settings(processes: Processes, settings: str, device: torch.device) -> None:
@@ -123,7 +123,7 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
         UserError: they differ between two processes.
     """
     if rank := other_than_first(processes.numbers(number_of(settings), device)):
-        raise UserError(
+        raise refusal(
             f"process {rank} has other settings than process 0; start all with the same configuration (paths, threads, chunk and "
             "how often something is written may differ), and with a --precision if one machine has bfloat16 and another has not"
         )
@@ -162,12 +162,18 @@ def in_turn[T](accelerator: Accelerator, action: Callable[[], T], *, mine_first:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     failed = processes.numbers(int(error is not None), accelerator.device)
     if any(failed):
-        raise UserError(str(error or f"process {failed.index(1)} has stopped; its message says why")) from error
+        raise refusal(str(error or f"process {failed.index(1)} has stopped; its message says why")) from error
     return result
 
 
+def refusal(text: str) -> UserError:
+    """The error that all processes stop with; they part first, as one that is left alone would crash."""
+    part()
+    return UserError(text)
+
+
 def part() -> None:
-    """Leave the other processes, if there are any; one that still belongs to them when the interpreter ends, with an error or without, may abort."""
+    """Leave the other processes, if there are any, which all do alike; one that still belongs to them when the interpreter ends may abort."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

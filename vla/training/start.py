@@ -120,14 +120,14 @@ def starts_trained(config: PolicyTrainConfig) -> bool:
 
 
 def check_pooler(head: HeadConfig, loss: LossConfig) -> None:
-    """Refuse sizes of which a policy's pooler cannot start from stage one's.
+    """Refuse sizes at which policies and stage one could not take up each other's pooler.
 
     Raises:
         UserError: names the fields of both stages.
     """
     if (head.queries, head.width) != (loss.queries, loss.pooler_width):
         raise UserError(
-            "config error: an aligned pooler needs policy.head.queries = align.loss.queries and policy.head.width = "
+            "config error: policies and stage one share a pooler, which needs policy.head.queries = align.loss.queries and policy.head.width = "
             f"align.loss.pooler_width, got {head.queries} and {loss.queries}, {head.width} and {loss.pooler_width}"
         )
 
