@@ -12,9 +12,8 @@ from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.data import play_root
 from vla.config import CompareConfig, DataConfig, EvalConfig, SweepConfig
 from vla.integrations.collect import checked_tasks
-from vla.training.align_setup import check_snapshots, check_terms
+from vla.training.align_setup import check_alignment
 from vla.training.policy import check_head
-from vla.training.pretrained import check_start
 from vla.training.start import check_pooler
 from vla.types import UserError, first_line
 
@@ -123,9 +122,7 @@ def check_numbers(config: CompareConfig) -> None:
     for field, values in (("seeds", config.seeds), ("demonstrations", config.demonstrations)):
         if not values or min(values) < 0:
             raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
-    check_snapshots(config.align, "align.")
-    check_start(config.align)
-    check_terms(config.align)
+    check_alignment(config.align, "align.")
     check_episodes(config.eval)
     if config.collect.kind != "demonstrations":
         raise UserError(
@@ -134,9 +131,8 @@ def check_numbers(config: CompareConfig) -> None:
     check_set_here(config, SET_HERE | SET_BY_ARMS)
     check_head(config.policy)
     sources = {ARMS[name].source for name in config.arms if name in ARMS} - {"random"}
-    if "cloned" in sources or (
-        config.policy.aligned_pooler and sources
-    ):  # whose poolers are measured, or start policies
+    taken_up = sources if config.policy.aligned_pooler else sources & {"cloned"}  # a cloned pooler is measured, too
+    if taken_up:
         check_pooler(config.policy.head, config.align.loss)
 
 

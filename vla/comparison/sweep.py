@@ -48,10 +48,9 @@ from vla.integrations.collect import collect
 from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
-from vla.training.align_setup import check_snapshots, check_terms
+from vla.training.align_setup import check_alignment
 from vla.training.idle import idle_options
 from vla.training.policy import train_policy
-from vla.training.pretrained import check_start
 from vla.training.start import check_pooler
 from vla.versions import versions
 
@@ -74,13 +73,11 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     folder = Path(config.output)
     config = with_precision(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
-    by_name: dict[str, Job] = {}
     refuse_idle_fields(config, chosen)
+    by_name: dict[str, Job] = {}
     for point in chosen:
         at = at_point(config, point)
-        check_start(at.align)
-        check_terms(at.align)
-        check_snapshots(at.align, "align.")
+        check_alignment(at.align, "align.")
         if at.policy.aligned_pooler:
             check_pooler(at.policy.head, at.align.loss)
         check_temperature(at, point)

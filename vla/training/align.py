@@ -33,8 +33,7 @@ from vla.models.clip import tokenize
 from vla.models.finetuning import add_lora, interpolated
 from vla.training.align_export import export, export_encoder
 from vla.training.align_setup import (
-    check_snapshots,
-    check_terms,
+    check_alignment,
     make_encoders,
     make_model,
     make_sampler,
@@ -58,7 +57,7 @@ from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, make_optimizers, schedule, warmup_steps
 from vla.training.prefetch import prefetch
-from vla.training.pretrained import HeldOut, along_the_way, check_start, rate_groups, start_digest, take_up
+from vla.training.pretrained import HeldOut, along_the_way, rate_groups, start_digest, take_up
 from vla.training.processes import (
     Processes,
     check_same_data,
@@ -81,9 +80,7 @@ def train_align(config: AlignConfig) -> Path:
     Raises:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
-    check_start(config)
-    check_terms(config)
-    check_snapshots(config)
+    check_alignment(config)
     torch.set_num_threads(config.threads)
     if config.chunk:
         keep_few_kernels()

@@ -18,9 +18,20 @@ from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import build_clip, load_clip, resize_positions
-from vla.training.pretrained import HeldOut, old_split
+from vla.training.pretrained import HeldOut, check_start, old_split
 from vla.training.run import FREE_FIELDS
 from vla.types import UserError
+
+
+def check_alignment(config: AlignConfig, path: str = "") -> None:
+    """Refuse what no run of stage one can be made of; `path` leads to the configuration.
+
+    Raises:
+        UserError: names the field.
+    """
+    check_start(config)
+    check_terms(config)
+    check_snapshots(config, path)
 
 
 def check_terms(config: AlignConfig) -> None:
