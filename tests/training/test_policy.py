@@ -22,7 +22,7 @@ from vla.data.mixture import Mixture, open_mixture
 from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
-from vla.training import policy
+from vla.training import policy, words
 from vla.training.idle import idle_options
 from vla.training.policy import train_policy
 from vla.training.policy_data import cloned_episodes
@@ -34,6 +34,14 @@ def test_more_executed_than_predicted_is_refused_before_anything_is_written(poli
     with pytest.raises(UserError, match=r"head\.n_action_steps must be at most head\.horizon, got 99 and 16"):
         train_policy(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_tower_that_is_not_tuned_encodes_its_texts_once(policy_config, tmp_path, monkeypatch):
+    counted, encode = [], words.text_features
+    monkeypatch.setattr(words, "text_features", lambda *given: counted.append(given) or encode(*given))
+    run = {"tune": True, "tuned_part": "vision", "steps": 3, "eval_every": 0, "output": str(tmp_path / "run")}
+    train_policy(replace(policy_config, **run))
+    assert len(counted) == 1
 
 
 def test_gradient_accumulation_is_refused(policy_config, tmp_path, monkeypatch):

@@ -119,13 +119,17 @@ def test_a_run_goes_on_where_one_machine_has_its_data_elsewhere_and_less_memory(
 
 
 def test_a_loss_that_is_not_finite_stops_all_once_the_batch_is_saved(align_config, tmp_path):
-    config = replace(align_config, steps=50, optimizer=replace(align_config.optimizer, lr=1e30, clip_norm=1e9))
-    done = stage_one(config, tmp_path / "a", tmp_path / "b")
-    for member in done:
-        assert member.returncode == 2
+    optimizer = replace(align_config.optimizer, lr=1e30, clip_norm=1e9)
+    save_yaml(replace(align_config, steps=50, optimizer=optimizer, output=str(tmp_path / "run")), tmp_path / "run.yaml")
+    slow = "import sys, time, vla.training.align as a; from pathlib import Path; from vla.cli import run; save = a.save_file; "
+    slow += "a.save_file = lambda *given: (time.sleep(5), save(*given)); status = run('align', sys.argv[1:]); "
+    slow += f"print(status, len(list(Path({str(tmp_path / 'run')!r}).glob('nonfinite_step_*.safetensors'))))"
+    command = [sys.executable, "-c", slow, "--config_path", str(tmp_path / "run.yaml")]
+    for member in two_machines(command, command):
+        assert member.stdout.strip().splitlines()[-1] == "2 1", member.stderr  # it was there when the process stopped
         assert "loss is not finite at step" in member.stderr
         assert "Traceback" not in member.stderr
-    (saved,) = (tmp_path / "a").glob("nonfinite_step_*.safetensors")
+    (saved,) = (tmp_path / "run").glob("nonfinite_step_*.safetensors")
     assert "frames" in load_file(saved)
 
 
