@@ -38,11 +38,11 @@ def align(argv: list[str]) -> Path | None:
 
     config = load_config(AlignConfig, argv)
     from vla.training.align import train_align as run
-    from vla.training.idle import refuse_idle
     from vla.training.processes import part
+    from vla.training.unused import refuse_unused
 
     if not config.resume:  # a run that an older version began goes on as it is
-        refuse_idle(config, given(argv))
+        refuse_unused(config, given(argv))
     folder = run(config)
     part()
     return folder.parent / "alignment.json"
@@ -53,12 +53,12 @@ def policy(argv: list[str]) -> Path | None:
     from vla.config import PolicyTrainConfig
 
     config = load_config(PolicyTrainConfig, argv)
-    from vla.training.idle import refuse_idle
     from vla.training.policy import train_policy as run
     from vla.training.processes import part
+    from vla.training.unused import refuse_unused
 
     if not config.resume:
-        refuse_idle(config, given(argv))
+        refuse_unused(config, given(argv))
     folder = run(config)
     part()
     return folder / "concord.json"

@@ -13,30 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
 from vla.comparison.begun import check_same
 from vla.comparison.compare import compare
-from vla.comparison.data import aligned_beside, make_data
-from vla.comparison.jobs import needed
 from vla.comparison.page import comparison_page
-from vla.comparison.plan import plan_jobs
 from vla.comparison.work import make_encoder
 from vla.config import (
-    AlignConfig,
-    CollectConfig,
     CompareConfig,
-    DataConfig,
-    EvalConfig,
-    HeadConfig,
-    LossConfig,
-    PolicyTrainConfig,
     ResultsConfig,
 )
-from vla.data.episodes import read_episodes, task_of_episode
-from vla.integrations.collect import collect
 from vla.models.clip import load_clip, save_clip, with_vision_of
 from vla.types import UserError
 
@@ -295,173 +282,6 @@ def test_a_policy_of_the_users_is_evaluated_on_the_episodes_of_the_arms(finished
     assert episodes("theirs-given-0") == episodes("aligned-frozen-1-0")
 
 
-def test_transfer_keeps_tasks_from_the_encoders_and_gives_them_to_policies(tmp_path):
-    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), seeds=(0,), demonstrations=(1,))
-    config = replace(config, arms=("aligned-frozen", "random-frozen"), transfer=("place",))
-    config.align.data.root = str(tmp_path / "data")
-    compare(config)
-    broad, cloned = (read_episodes(root) for root in (tmp_path / "data", tmp_path / "data_transfer"))
-    assert set(task_of_episode(cloned)) == {"place"}
-    assert "place" not in task_of_episode(broad)
-    assert json.loads((tmp_path / "run" / "align" / "none" / "0" / "alignment.json").read_text())["data"][
-        "root"
-    ] == str(broad.root)
-    policy = tmp_path / "run" / "policy" / "aligned-frozen" / "1" / "0" / "policy"
-    record = json.loads((policy / "concord.json").read_text())
-    assert (record["data"]["root"], record["more"]) == (str(cloned.root), [f"{broad.root}=1.0"])
-    for path in (tmp_path / "run" / "eval").glob("*/eval.json"):
-        assert {episode["task"] for episode in json.loads(path.read_text())["episodes"]} == {"place"}
-    other = replace(config, output=str(tmp_path / "other"), transfer=("reach",))
-    with pytest.raises(UserError, match=r"has episodes of .*, which transfer keeps apart"):
-        compare(other)
-
-
-@pytest.fixture(scope="module")
-def with_play(tmp_path_factory) -> CompareConfig:
-    """The configuration of a finished comparison whose alignments saw play, too."""
-    folder = tmp_path_factory.mktemp("with_play")
-    config = debug(CompareConfig, "compare", output=str(folder / "run"), seeds=(0,), demonstrations=(1,))
-    config = replace(config, arms=("aligned-frozen", "shuffle-all"), transfer=("place",), play_scenes=3)
-    config.align.data.root = str(folder / "data")
-    compare(config)
-    return config
-
-
-def test_play_is_collected_of_the_tasks_of_the_encoders_in_scenes_of_its_own(with_play):
-    play, broad = (read_episodes(with_play.align.data.root + end) for end in ("_play", ""))
-    assert set(play.extra["tasks"]) == set(broad.extra["tasks"]) == {"reach", "push", "pick", "next_to", "separate"}
-    assert (len(play.goal_id), play.texts) == (3, ("",))
-    assert not set(play.seed) & set(broad.seed)
-
-
-def test_every_alignment_names_the_play(with_play):
-    for arm in ("none", "all"):
-        record = yaml.safe_load((Path(with_play.output) / "align" / arm / "0" / "config.yaml").read_text())
-        assert record["more"] == [f"{with_play.align.data.root}_play=0.5"]
-
-
-def test_policies_clone_no_play(with_play):
-    policy = Path(with_play.output) / "policy" / "aligned-frozen" / "1" / "0" / "policy"
-    assert json.loads((policy / "concord.json").read_text())["more"] == [f"{with_play.align.data.root}=1.0"]
-
-
-def test_the_result_says_what_play_there_was(with_play):
-    play = json.loads((Path(with_play.output) / "comparison.json").read_text())["data"]["play"]
-    assert (play["episodes"], play["collected with"]["kind"]) == (3, "play")
-
-
-def test_play_of_tasks_that_transfer_keeps_apart_is_refused(with_play, tmp_path):
-    root = tmp_path / "data"
-    play = replace(with_play.collect, output=f"{root}_play", kind="play", scenes=2)
-    collect(play)
-    config = replace(with_play, output=str(tmp_path / "run"))
-    config.align = replace(config.align, data=replace(config.align.data, root=str(root)))
-    with pytest.raises(UserError, match="has play of place, which transfer keeps apart"):
-        compare(config)
-
-
-def test_play_of_another_number_of_scenes_is_refused(with_play, tmp_path):
-    with pytest.raises(UserError, match="has play of 3 scenes, not play_scenes=2"):
-        compare(replace(with_play, output=str(tmp_path / "run"), play_scenes=2))
-
-
-def test_an_untrained_encoder_knows_the_words_of_all_data_sets(data_root, tmp_path):
-    """Else it could not take the text tower of the aligned one."""
-    other = replace(debug(CollectConfig, "collect"), output=str(tmp_path / "other"), scenes=4, seed=1000)
-    collect(replace(other, env=replace(other.env, tasks=("separate",))))
-    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), seeds=(0,), demonstrations=(1,))
-    config = replace(config, arms=("random-frozen",))
-    config.align = replace(
-        config.align, data=replace(config.align.data, root=str(data_root)), more=(str(tmp_path / "other"),)
-    )
-    assert compare(config).is_file()
-
-
-def test_play_where_none_can_be_collected_is_refused_before_anything_is(tmp_path):
-    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), play_scenes=2)
-    config.align.data.root = str(tmp_path / "data")
-    config.collect.env.name = "metaworld"
-    with pytest.raises(UserError, match="scenes of metaworld have one goal"):
-        compare(config)
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_play_alignments_see_what_they_are_given(tmp_path):
-    config = debug(CompareConfig, "compare", output=str(tmp_path))
-    assert aligned_beside(config) == config.align.more == ()
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("transfer", ("fly",), "transfer: 'fly' is not a task"),
-        ("transfer", ("reach", "push", "pick", "place", "next_to", "separate"), "no task is left for the encoders"),
-        ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
-        ("arms", ("aligned-head-tuned",), "aligned-head-tuned goes on from aligned-frozen; name that, too"),
-        ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
-        ("seeds", (0, 0), "repeats a value"),
-        ("seeds", (), "seeds: .*give at least one number"),
-        ("seeds", (-1,), "seeds: .*none below 0"),
-        ("demonstrations", (), "demonstrations: .*give at least one number"),
-        ("align", AlignConfig(steps=10, snapshots=(11,)), r"align\.snapshots: 11 is not a step of 1 to 10"),
-        ("eval", EvalConfig(split_episodes=1), r"eval\.split_episodes: 1 episode has no interval"),
-        (
-            "policy",
-            PolicyTrainConfig(data=DataConfig(shift_px=2)),
-            r"policy\.data\.shift_px: stage two gets align\.data",
-        ),
-        ("encoders", ("random=.",), "'random' is taken"),
-        ("encoders", ("scratch=.",), "'scratch' is taken"),
-        ("encoders", ("none@5=.",), "'none@5' names a folder; take letters"),
-        ("policies", ("../mine=.",), "names a folder; take letters"),
-        ("align", AlignConfig(seed=7), r"align\.seed: is set for every run; seeds decides here"),
-        ("align", AlignConfig(shuffle="all"), r"align\.shuffle: is set for every run; arms decides here"),
-        ("policy", PolicyTrainConfig(encoder="mine"), r"policy\.encoder: is set for every run; encoders decides here"),
-        ("eval", EvalConfig(policy="mine"), r"eval\.policy: is set for every run; policies decides here"),
-        ("eval", EvalConfig(workers=4), r"eval\.workers: is set for every run; the number of processes decides here"),
-        ("collect", CollectConfig(output="mine"), r"collect\.output: .*align\.data\.root decides here"),
-        ("collect", CollectConfig(kind="play"), r"collect\.kind: play cannot be cloned"),
-        (
-            "policy",
-            PolicyTrainConfig(head=HeadConfig(n_action_steps=20)),
-            r"n_action_steps must be at most head\.horizon",
-        ),
-        ("encoders", ("empty=tests",), "encoders: tests: "),
-        (
-            "align",
-            AlignConfig(loss=LossConfig(word_patch=0, minimal_pairs=True)),
-            r"loss\.minimal_pairs changes the term loss\.word_patch",
-        ),
-        ("align", AlignConfig(wise_ft=(0.5,)), "wise_ft needs a pretrained start"),
-        (
-            "policy",
-            PolicyTrainConfig(aligned_pooler=True, head=HeadConfig(width=64)),
-            r"policy\.head\.width = align\.loss\.pooler_width, got .* 64 and",
-        ),
-    ],
-)
-def test_what_cannot_be_compared_is_named(field, value, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        compare(replace(debug(CompareConfig, "compare", output=str(tmp_path)), **{field: value}))
-
-
-def test_tasks_beside_those_of_transfer_are_refused(tmp_path):
-    config = debug(
-        CompareConfig, "compare", output=str(tmp_path), transfer=("reach",), eval=EvalConfig(tasks=("push",))
-    )
-    with pytest.raises(UserError, match=r"eval\.tasks: policies are evaluated on the tasks of `transfer`"):
-        compare(config)
-
-
-def test_a_dry_run_says_cost_and_power_and_writes_nothing(tmp_path, capsys):
-    compare(debug(CompareConfig, "compare", output=str(tmp_path / "run"), dry_run=True))
-    out = capsys.readouterr().out
-    assert "jobs" in out
-    assert "80 % power" in out
-    assert "strictest of" in out
-    assert not (tmp_path / "run").exists()
-
-
 def test_results_of_other_settings_that_were_gathered_are_refused(finished, data_root, tmp_path):
     config = gathered(finished, data_root, tmp_path / "moved")
     path = tmp_path / "moved" / "jobs" / "eval-aligned-frozen-1-0" / "settings.json"
@@ -478,30 +298,3 @@ def test_demonstrations_that_changed_since_are_refused_before_anything_runs(fini
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0123456789abcdef"}))
     with pytest.raises(UserError, match=r"/debug: has changed since .* \(fingerprints 0123456789abcdef and "):
         compare(config)
-
-
-def of_new_data(folder: Path) -> CompareConfig:
-    """A comparison whose demonstrations were collected and then lost, as where its records alone are unpacked."""
-    config = debug(CompareConfig, "compare", output=str(folder / "run"))
-    config.align.data.root = str(folder / "data")
-    make_data(config)
-    shutil.rmtree(folder / "data")
-    return config
-
-
-def test_demonstrations_that_are_not_here_are_collected_again_for_further_results(tmp_path):
-    config = of_new_data(tmp_path)
-    before = (tmp_path / "run" / "data.json").read_text()
-    assert "data" in [job.name for job in needed(plan_jobs(config))]
-    make_data(config)
-    assert (tmp_path / "run" / "data.json").read_text() == before
-    assert "data" not in [job.name for job in needed(plan_jobs(config))]
-
-
-def test_demonstrations_collected_again_that_came_out_differently_are_refused(tmp_path):
-    config = of_new_data(tmp_path)
-    path = tmp_path / "run" / "data.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0123456789abcdef"}))
-    with pytest.raises(UserError, match=r"data: has changed since .* \(fingerprints 0123456789abcdef and "):
-        make_data(config)
-    assert json.loads(path.read_text())["fingerprint"] == "0123456789abcdef"

@@ -15,7 +15,7 @@ from vla.comparison import sweep as sweeping
 from vla.comparison.data import env_name
 from vla.comparison.page import comparison_page
 from vla.comparison.points import at_point, folder_name, label, points
-from vla.comparison.sweep import refuse_idle_fields, sweep
+from vla.comparison.sweep import refuse_unused_fields, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags
 from vla.types import UserError
@@ -209,9 +209,10 @@ def test_values_that_would_change_nothing_or_fit_nothing_are_refused_before_anyt
 
 def test_a_grid_may_hold_points_where_one_of_its_fields_changes_nothing(config):
     swept = {"policy.head.kind": ("l1", "flow"), "policy.head.flow_steps": ("4", "8")}
-    refuse_idle_fields(config, points(swept))
+    refuse_unused_fields([(point, at_point(config, point)) for point in points(swept)])
+    alone = points(swept | {"policy.head.kind": ("l1",)})
     with pytest.raises(UserError, match=r"flow_steps changes nothing without head\.kind=flow"):
-        refuse_idle_fields(config, points(swept | {"policy.head.kind": ("l1",)}))
+        refuse_unused_fields([(point, at_point(config, point)) for point in alone])
 
 
 def test_names_of_folders_are_short_and_tell_every_point_from_the_others():

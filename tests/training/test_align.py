@@ -16,7 +16,7 @@ from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
 from vla.training.align import at_chance, train_align
 from vla.training.align_setup import pair_temperatures, shuffled_labels
-from vla.training.idle import idle_options
+from vla.training.unused import unused_options
 from vla.types import UserError
 
 
@@ -189,7 +189,7 @@ def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, ne
     ],
 )
 def test_flags_that_something_uses_are_not(flags):
-    assert idle_options(load_config(AlignConfig, flags), given(flags)) == {}
+    assert unused_options(load_config(AlignConfig, flags), given(flags)) == {}
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training import policy, words
-from vla.training.idle import idle_options
 from vla.training.policy import train_policy
 from vla.training.policy_data import cloned_episodes
+from vla.training.unused import unused_options
 from vla.types import ACTION_KEY, STATE_KEY, UserError
 
 
@@ -81,7 +81,7 @@ def test_an_option_that_would_change_nothing_is_refused(policy_config, tmp_path,
     ],
 )
 def test_an_option_that_something_uses_is_not(flags):
-    assert idle_options(load_config(PolicyTrainConfig, flags), given(flags)) == {}
+    assert unused_options(load_config(PolicyTrainConfig, flags), given(flags)) == {}
 
 
 def test_a_runs_own_configuration_is_taken_whatever_it_holds(policy_config, tmp_path):

@@ -49,9 +49,9 @@ from vla.locks import waiting_lock
 from vla.training.align import train_align
 from vla.training.align_export import export_share
 from vla.training.align_setup import check_alignment
-from vla.training.idle import idle_options
 from vla.training.policy import train_policy
 from vla.training.start import check_pooler
+from vla.training.unused import unused_options
 from vla.versions import versions
 
 
@@ -73,10 +73,10 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     folder = Path(config.output)
     config = with_precision(folder, config)
     chosen = points(swept) if swept else ablation_points(config.ablations)
-    refuse_idle_fields(config, chosen)
+    configured = [(point, at_point(config, point)) for point in chosen]
+    refuse_unused_fields(configured)
     by_name: dict[str, Job] = {}
-    for point in chosen:
-        at = at_point(config, point)
+    for point, at in configured:
         check_alignment(at.align, "align.")
         if at.policy.aligned_pooler:
             check_pooler(at.policy.head, at.align.loss)
@@ -106,24 +106,25 @@ def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float
     return stages.get(stage, 10.0)
 
 
-def refuse_idle_fields(config: SweepConfig, chosen: Sequence[Point]) -> None:
+def refuse_unused_fields(chosen: Sequence[tuple[Point, SweepConfig]]) -> None:
     """Refuse a field that changes nothing at any of the points that name it.
 
+    Args:
+        chosen: points, and the configuration at each.
     Raises:
         UserError: says what it needs.
     """
     needs: dict[str, list[str]] = {}
-    for point in chosen:
-        at = at_point(config, point)
-        idle = {
+    for point, at in chosen:
+        unused = {
             f"{stage}.{name}": what
             for stage in SWEPT
-            for name, what in idle_options(
+            for name, what in unused_options(
                 getattr(at, stage), [name.partition(".")[2] for name in point if name.startswith(f"{stage}.")]
             ).items()
         }
         for name in point:
-            needs.setdefault(name, []).append(idle.get(name, ""))
+            needs.setdefault(name, []).append(unused.get(name, ""))
     for name, every in needs.items():
         if all(every):
             raise ConfigError(f"{name} changes nothing without {every[0]}; leave it out")

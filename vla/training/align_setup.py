@@ -40,7 +40,7 @@ def check_terms(config: AlignConfig) -> None:
         raise UserError("config error: loss: the weight of every term is 0, so nothing would be trained")
     loss = config.loss
     pair_temperatures(loss)
-    idle = [
+    unused = [
         (option, term)
         for option, is_set, term in (
             ("minimal_pairs", loss.minimal_pairs, "word_patch"),
@@ -49,8 +49,8 @@ def check_terms(config: AlignConfig) -> None:
         )
         if is_set and not getattr(loss, term)
     ]
-    if idle:
-        option, term = idle[0]
+    if unused:
+        option, term = unused[0]
         raise UserError(
             f"config error: loss.{option} changes the term loss.{term}, whose weight is 0; leave one of the two out"
         )

@@ -34,7 +34,7 @@ def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, .
     )
 
 
-def idle_options(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) -> dict[str, str]:
+def unused_options(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) -> dict[str, str]:
     """Those of the given dotted names that change nothing, and what each needs."""
     conditions = conditions_of(config)
     return {
@@ -45,11 +45,11 @@ def idle_options(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) 
     }
 
 
-def refuse_idle(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) -> None:
+def refuse_unused(config: AlignConfig | PolicyTrainConfig, given: Iterable[str]) -> None:
     """Refuse given options that change nothing.
 
     Raises:
         UserError: names the first and what it needs.
     """
-    for name, needs in idle_options(config, given).items():
+    for name, needs in unused_options(config, given).items():
         raise UserError(f"config error: {name} changes nothing without {needs}; leave it out")
