@@ -115,6 +115,17 @@ def test_shares_of_one_alignment_are_carried_down_to_success(config, encoder, tm
             torch.testing.assert_close(value, (first[name] + last[name]) / 2)
 
 
+def test_what_a_pretrained_start_forgot_stands_beside_success(config, encoder, finished, tmp_path):
+    tower = replace(config.align.tower, pretrained=str(encoder))
+    align = replace(config.align, tower=tower, forgetting=config.align.data.root)
+    folder = sweep(replace(config, align=align, output=str(tmp_path / "run")), {"policy.steps": ("1",)})
+    (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
+    (aligned,) = folder.glob("align/*/0/alignment.json")
+    assert row["measures"]["old/zero_shot"] == json.loads(aligned.read_text())["way"][-1]["old/zero_shot"]
+    assert "old/zero shot" in (folder / "report.html").read_text()
+    assert "old/zero_shot" not in (finished / "sweep.csv").read_text()
+
+
 def test_demonstrations_say_which_environment_is_timed(config, data_root, tmp_path):
     changed = replace(config, collect=replace(config.collect, env=replace(config.collect.env, name="metaworld")))
     assert env_name(changed) == "tabletop"

@@ -36,7 +36,7 @@ from vla.comparison.points import (
     share_of,
 )
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
-from vla.comparison.sweep_report import MEASURES, sweep_report
+from vla.comparison.sweep_report import MEASURES, measured, sweep_report
 from vla.config import SweepConfig
 from vla.config_io import ConfigError, to_dict
 from vla.data.episodes import read_episodes
@@ -176,7 +176,7 @@ def finish(
         write_json(folder / "sweep.json", result)
         fields = list(dict.fromkeys(name for point in done for name in point))
         with (folder / "sweep.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=[*fields, "seed", "success", "low", "high", "n", *MEASURES])
+            table = csv.DictWriter(file, fieldnames=[*fields, "seed", "success", "low", "high", "n", *measured(rows)])
             table.writeheader()
             table.writerows(csv_row(row) for row in rows)
         write_report(folder / "report.html", sweep_report(result))
@@ -230,7 +230,8 @@ def make_data(config: SweepConfig) -> None:
 def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
     """What came out of one point and training seed."""
     aligned = json.loads((folder / "align" / alignment_of(point) / str(seed) / "alignment.json").read_text())
-    measures = {} if SHARE in point else aligned["metrics"]  # those are of the trained end
+    trained = aligned["metrics"] | (aligned["way"][-1] if aligned["way"] else {})
+    measures = {} if SHARE in point else trained
     result = json.loads(result_of(folder, point, seed).read_text())
     return {
         "point": point,

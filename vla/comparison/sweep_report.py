@@ -7,18 +7,27 @@ from vla.comparison.report import interval
 from vla.eval.report import COLORS, Figure, Report, Section, Table, figure, with_interval
 from vla.eval.statistics import holm
 
-MEASURES = ("image_to_text_r1", "context_to_action_r1", "zero_shot", "target_probe_r2", "state_probe_r2")
+MEASURES = (
+    "image_to_text_r1",
+    "context_to_action_r1",
+    "zero_shot",
+    "target_probe_r2",
+    "state_probe_r2",
+    "old/zero_shot",  # these two on the data that `align.forgetting` names
+    "old/text_to_image_r1",
+)
 
 
 def sweep_report(result: dict[str, Any]) -> Report:
     """One table, and a figure for each swept field or a table of what each ablation changes."""
     swept, rows, points = result["swept"], result["rows"], result["points"]
+    measures = measured(rows)
     lines = tuple(
         (
             label(row["point"]),
             str(row["seed"]),
             with_interval(row["success"], row["interval"]),
-            *(f"{row['measures'][name]:.3f}" if name in row["measures"] else "-" for name in MEASURES),
+            *(f"{row['measures'][name]:.3f}" if name in row["measures"] else "-" for name in measures),
             f"{row['minutes']:.0f}",
         )
         for row in rows
@@ -27,7 +36,7 @@ def sweep_report(result: dict[str, Any]) -> Report:
         "values",
         "training seed",
         "success",
-        *(name.replace("_", " ") for name in MEASURES),
+        *(name.replace("_", " ") for name in measures),
         "minutes of stage one",
     )
     every = Section("All runs", "", (Table("Success and alignment measures", header, lines),))
@@ -57,6 +66,11 @@ def sweep_report(result: dict[str, Any]) -> Report:
         command=result.get("command", ""),
         protocol={key: str(value) for key, value in result["versions"].items()},
     )
+
+
+def measured(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The alignment measures that any of the runs has."""
+    return tuple(name for name in MEASURES if any(name in row["measures"] for row in rows))
 
 
 def highest_sentence(points: list[dict[str, Any]]) -> str:
