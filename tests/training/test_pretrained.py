@@ -208,16 +208,18 @@ def test_a_sigmoid_loss_does_not_start_from_a_softmaxs_scale(openai_clip):
     assert float(model.scale("vision_language").detach()) == pytest.approx(1 / 0.07)
 
 
-def test_low_rank_updates_have_the_full_rate_and_pretrained_projections_their_own(align_config):
+def test_low_rank_updates_have_a_tenth_of_the_rate_and_pretrained_projections_their_own(align_config):
     model, _ = small_alignment_model(("a text",), layers=1)
     add_lora(model.clip, 2)
     tower = replace(align_config.tower, pretrained="somewhere", lora_rank=2)
     groups = make_optimizers(rate_groups(model, replace(align_config, tower=tower)), 0.0, "no").param_groups
     name_of = {id(p): name for name, p in model.named_parameters()}
-    slow = {name_of[id(p)] for g in groups for p in g["params"] if g["peak_lr"] == align_config.optimizer.pretrained_lr}
-    full = {name_of[id(p)] for g in groups for p in g["params"] if g["peak_lr"] == align_config.optimizer.lr}
-    assert slow == {"clip.visual_projection.weight", "clip.text_projection.weight"}
-    assert slow | full == {name for name, p in model.named_parameters() if p.requires_grad}
+    rates = {name_of[id(p)]: g["peak_lr"] for g in groups for p in g["params"]}
+    assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        projection, update = name.endswith("_projection.weight"), ".lora_" in name
+        optimizer = align_config.optimizer
+        assert rate == (optimizer.pretrained_lr if projection else optimizer.lr / 10 if update else optimizer.lr)
 
 
 def test_a_rate_by_layer_is_refused_where_layers_keep_their_weights(align_config, encoder, tmp_path):

@@ -24,6 +24,8 @@ from vla.training.optim import layer_groups
 from vla.training.tokens import weights_digest
 from vla.types import UserError
 
+LORA_RATE = 0.1  # of low-rank updates, as a share of the full learning rate
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -74,12 +76,12 @@ def check_start(config: AlignConfig) -> None:
 def rate_groups(model: AlignmentModel, config: AlignConfig) -> list[tuple[nn.Module, float]]:
     """(module, peak learning rate) groups of stage one: a pretrained encoder at its own rate, all else at the full one.
 
-    Low-rank updates start from nothing, so they have the full rate, too; the projections that train beside them have not.
+    Low-rank updates start from nothing, so they need more than the encoder's rate; at the full one they forget more than all weights at theirs.
     """
     clip, optimizer = model.clip, config.optimizer
     lr = optimizer.lr if config.tower.pretrained is None else optimizer.pretrained_lr
     if config.tower.lora_rank:
-        towers = [(clip.visual_projection, lr), (clip.text_projection, lr)]
+        towers = [(clip.visual_projection, lr), (clip.text_projection, lr), (clip, LORA_RATE * optimizer.lr)]
     else:
         towers = layer_groups(clip, lr, optimizer.layer_decay)
     return [*towers, (model, optimizer.lr)]
