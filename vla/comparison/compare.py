@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
 from vla.files import write_json
 from vla.locks import waiting_lock
-from vla.versions import versions
+from vla.versions import command_line, versions
 
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -77,7 +76,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
         protocol |= trained_with(folder)
         result |= {
-            "command": " ".join(["python", *sys.argv]),
+            "command": command_line(),
             "protocol": protocol | versions(),
             "config": to_dict(config),
         }

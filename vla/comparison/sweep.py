@@ -8,7 +8,6 @@ configuration as it is. Points that differ in stage two alone share their alignm
 
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -52,7 +51,7 @@ from vla.training.align_setup import check_alignment
 from vla.training.policy import train_policy
 from vla.training.start import check_pooler
 from vla.training.unused import unused_options
-from vla.versions import versions
+from vla.versions import command_line, versions
 
 
 def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None:
@@ -172,7 +171,7 @@ def finish(
         points = [point_of(folder, point, config.seeds, reference) for point in done]
         result = {"swept": swept, "rows": rows, "points": points, "config": to_dict(config)}
         result["failed"] = [point for point in chosen if point not in done]
-        result |= {"command": " ".join(["python", *sys.argv]), "versions": versions()}
+        result |= {"command": command_line(), "versions": versions()}
         write_json(folder / "sweep.json", result)
         fields = list(dict.fromkeys(name for point in done for name in point))
         with (folder / "sweep.csv").open("w", newline="") as file:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 import time
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from vla.files import write_json
 from vla.locks import lock_folder
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
 from vla.types import UserError
-from vla.versions import versions
+from vla.versions import command_line, versions
 
 
 def evaluate(config: EvalConfig) -> Path:
@@ -79,7 +78,7 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     )
     result = summary(config, records) | {
         "wall_time_s": round(time.perf_counter() - started, 1),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "config": to_dict(config),
         "policy": trained,
         "golden": golden.as_dict() if golden else None,

@@ -16,7 +16,7 @@ from vla.locks import lock_folder
 from vla.precision import chosen_precision
 from vla.training.checkpoint import latest_checkpoint
 from vla.types import UserError
-from vla.versions import versions
+from vla.versions import command_line, versions
 
 # Changing these does not change what a run computes; `chunk` changes nothing but rounding and what dropout draws.
 FREE_FIELDS = (
@@ -60,7 +60,7 @@ class RunFolder:
         save_yaml(config, folder / "config.yaml")
         write_versions(folder / "versions.json")
         with (folder / "log.txt").open("a") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {command_line()}\n")
 
     def log(self, step: int, metrics: dict[str, float | str | list[str]]) -> None:
         """Append one line; numbers go to TensorBoard too."""
