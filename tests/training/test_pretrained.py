@@ -216,6 +216,7 @@ def test_low_rank_updates_have_a_tenth_of_the_rate_and_pretrained_projections_th
     name_of = {id(p): name for name, p in model.named_parameters()}
     rates = {name_of[id(p)]: g["peak_lr"] for g in groups for p in g["params"]}
     assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(set(rates.values())) == 3
     for name, rate in rates.items():
         projection, update = name.endswith("_projection.weight"), ".lora_" in name
         optimizer = align_config.optimizer
