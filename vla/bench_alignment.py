@@ -25,11 +25,11 @@ from vla.config import AlignConfig, BatchConfig, DataConfig
 from vla.data.augmentation import augmenter
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import read_episodes, rows_of
-from vla.data.normalization import normalize_quantile
+from vla.data.frames import open_pictures
 from vla.data.sampler import GoalSampler
 from vla.models.clip import pixel_values, tokenize
 from vla.precision import multiplies_bf16
-from vla.training.align_setup import make_encoders, make_model, make_source
+from vla.training.align_setup import make_encoders, make_model, make_source, resting_action
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
@@ -218,7 +218,8 @@ def measure(m: Measurement) -> dict[str, float]:
         while len((sampler := sampled(replace(batch, goals=goals))).rows(0)) < m.rows:
             goals += max(1, goals // 50)
     config = AlignConfig(data=DataConfig(root=m.root), batch=batch, threads=m.threads)
-    source = make_source(config, episodes, rows_of(episodes, everything))
+    frames = open_pictures(episodes, config.data)
+    source = make_source(episodes, frames, rows_of(episodes, everything), config.horizon)
     seconds, rows = [], []
     with PeakMemory() as peak:
         changes = {"augmenter": augmenter(config.data), "text_of_episode": None, "shuffle_actions": False}
@@ -251,7 +252,7 @@ def our_step(config: AlignConfig, source: TripletSource, chunk: int, processes: 
     model = make_model(config, clip, episodes)
     optimizer = make_optimizers([(model, LEARNING_RATE)], config.optimizer.weight_decay, precision())
     ids, mask = tokenize(tokenizer, episodes.texts)
-    rest = torch.from_numpy(normalize_quantile(np.median(episodes.action, axis=0), source.stats.action))
+    rest = resting_action(episodes, np.arange(len(episodes.action)), source.stats.action)
 
     def step(batch: TripletBatch) -> None:
         forward_backward(

@@ -53,6 +53,7 @@ class TripletBatch:
     `goal_id` is -1 for a row without an instruction.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
     pair_id: (b,) a text that differs in one word and names what the row's scene lacks, -1 if there is none; see `MinimalPairs`.
+    asked_in: (n, 2) int64, scenes of the batch and the goals that the whole data set asks in them, in pairs.
     """
 
     frames: Indexed
@@ -68,6 +69,7 @@ class TripletBatch:
     timestep: np.ndarray
     progress: np.ndarray
     pair_id: np.ndarray
+    asked_in: np.ndarray
 
     def replace(self, **changes: np.ndarray) -> Self:
         """A copy with some arrays exchanged."""

@@ -110,6 +110,8 @@ def test_shares_of_one_alignment_are_carried_down_to_success(config, encoder, tm
         load_file(path / "model.safetensors")
         for path in (encoder, aligned / "clip", aligned / "wise_ft" / "0.5" / "clip")
     )
+    way = json.loads((aligned / "alignment.json").read_text())["way"]
+    assert result["rows"][0]["measures"]["zero_shot"] == pytest.approx(way[0]["new/zero_shot"])
     for name, value in half.items():
         if name != "logit_scale":
             torch.testing.assert_close(value, (first[name] + last[name]) / 2)
@@ -278,7 +280,7 @@ def test_shares_of_the_way_need_a_pretrained_start(config):
 
 def test_a_temperature_that_the_start_overrules_is_not_swept(config, encoder):
     config = replace(config, align=replace(config.align, tower=replace(config.align.tower, pretrained=str(encoder))))
-    with pytest.raises(UserError, match=r"brings scales of its own; vary align\.loss\.temperatures"):
+    with pytest.raises(UserError, match=r"a start that has no scales of its own beside it \(loss\.temperatures"):
         sweep(config, {"align.loss.temperature": ("0.05", "0.1")})
 
 

@@ -53,3 +53,26 @@ def test_goals_of_one_scene_share_the_picture_they_start_from(source):
     batch = source.gather(starts)
     scenes = np.unique(source.episodes.scene_id)
     assert len(batch.frames) == len(scenes) < len(starts)
+
+
+def test_a_batch_knows_what_its_scenes_are_asked_in_other_episodes(source):
+    episodes = source.episodes
+    scene = int(episodes.scene_id[0])
+    (members,) = np.nonzero(episodes.scene_id == scene)
+    asked = {(scene, int(goal)) for goal in episodes.goal_id[members]}
+    assert len(asked) > 1
+    assert {tuple(pair) for pair in source.gather(episodes.start[:1]).asked_in.tolist()} == asked
+
+
+def test_shuffled_instructions_are_shuffled_in_what_scenes_are_asked_too(source):
+    episodes = source.episodes
+    shuffled = np.roll(np.arange(len(episodes.goal_id)), 1)
+    batch = source.gather(episodes.start[:-1], shuffled)
+    expected = zip(episodes.scene_id.tolist(), episodes.goal_id[shuffled].tolist(), strict=True)
+    assert {tuple(pair) for pair in batch.asked_in.tolist()} == {pair for pair in expected if min(pair) >= 0}
+
+
+def test_progress_is_the_share_of_the_episode_that_has_passed(source):
+    first, stop = source.episodes.start[1:3]
+    expected = np.arange(1, stop - first + 1) / (stop - first)
+    np.testing.assert_allclose(source.gather(np.arange(first, stop)).progress, expected, rtol=1e-6)

@@ -68,6 +68,15 @@ def test_goals_of_one_scene_bring_the_frame_they_share():
         assert {int(START[e]) for e in episodes_of(rows)} <= set(rows.tolist())
 
 
+def test_episodes_of_one_scene_without_an_instruction_do_not_all_bring_the_frame_they_share():
+    """Nothing would say whose actions follow."""
+    untold = np.array([-1, -1, -1, -1])
+    start = np.arange(0, 5 * 20, 20)
+    settings = {"goals": 4, "episodes": 1, "frames": 2, "gap": 3, "same_scene": 1.0, "seed": 0}
+    drawn = GoalSampler(start, untold, np.zeros(4, int), np.arange(4), **settings)
+    assert any(len(set(start[:4].tolist()) & set(drawn.rows(step).tolist())) < 2 for step in range(5))
+
+
 def test_a_batch_depends_on_seed_and_step_alone():
     one = sampler()
     one.rows(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vla.data.episodes import read_episodes
+from vla.data.frames import open_pictures
 from vla.eval.alignment import (
     Embedded,
     class_probe,
@@ -44,6 +45,7 @@ def embedded(context_of_other_text: np.ndarray) -> Embedded:
         timestep=rows % 3,
         progress=(rows % 3 + 1) / 3,
         pair_id=np.full(ROWS, -1),
+        asked_in=np.empty((0, 2), np.int64),
     )
     each, by_goal = np.eye(ROWS), np.eye(4)[goals]
     return Embedded(
@@ -111,7 +113,8 @@ def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode
 ):
     monkeypatch.setattr("vla.eval.alignment.BATCH", 7)  # a last part of one row
     episodes = read_episodes(align_config.data.root)
-    source = make_source(align_config, episodes, np.arange(len(episodes.timestep)))
+    rows = np.arange(len(episodes.timestep))
+    source = make_source(episodes, open_pictures(episodes, align_config.data), rows, align_config.horizon)
     clip, tokenizer = make_encoders(align_config.tower, align_config.data.image_size, episodes.texts)
     model = make_model(align_config, clip, episodes).eval()
     ids, mask = tokenize(tokenizer, episodes.texts)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import logsigmoid, normalize
 
 from vla.losses import rowwise
 from vla.losses.alignment import (
@@ -148,6 +148,9 @@ def test_the_terms_are_the_losses_over_masks_of_all_pairs():
     )
     torch.testing.assert_close(vision_language_term(vision, language, scale, pairs, progress).loss, both / 2)
     logits = scale * vision @ language.T
+    answers = torch.where(positives, 1, -1) * (logits + leaves[3])
+    expected = -logsigmoid(answers).sum(1) @ progress / progress.sum()
+    torch.testing.assert_close(vision_language_sigmoid_term(*leaves, pairs, progress).loss, expected)
     both = info_nce_of(logits, positives, valid=valid) + info_nce_of(logits.T, positives.T, valid=valid.T)
     torch.testing.assert_close(word_patch_term(vision @ language.T, scale, pairs, groups_of(pairs)).loss, both / 2)
     keys, mask = vision.roll(1, 0), ~invalid(slice(None))

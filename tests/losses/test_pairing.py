@@ -75,6 +75,15 @@ def test_another_wording_of_what_a_scene_is_asked_is_not_wrong_of_its_other_imag
     assert pairs.decided(slice(None)).tolist() == [[True, False, False], [False, True, True], [True, True, True]]
 
 
+def test_what_a_scene_is_asked_elsewhere_in_the_data_is_not_wrong_of_its_images():
+    """Scene 5 asks goal 8, scene 6 goal 9 here; elsewhere scene 5 asks goal 9, and a goal and a scene that the batch lacks."""
+    row = torch.arange(2)
+    asked_in = torch.tensor([[5, 8], [5, 9], [5, 70], [60, 8]])
+    pairs = pairing(row, row, row + 8, row + 5, frames=2, texts=2, asked_in=asked_in)
+    assert pairs.decided(slice(None)).tolist() == [[True, False], [True, True]]
+    assert pairs.positives(slice(None)).tolist() == [[True, False], [False, True]]
+
+
 def test_who_belongs_to_anyone_keeps_the_same_positives():
     pairs = pairing(**ids(), frames=FRAMES, texts=TEXTS)
     images, texts, told = pairs.told()

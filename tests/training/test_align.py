@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_left_alone(align_config,
     assert (clip / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_whose_checkpoints_were_deleted_keeps_its_configuration(align_config, tmp_path):
+    config = replace(align_config, steps=1, output=str(tmp_path / "run"))
+    folder = train_align(config).parent
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="is finished, with another seed; choose another --output"):
+        train_align(replace(config, resume=True, seed=9))
+    assert (folder / "config.yaml").read_bytes() == before
+    assert train_align(replace(config, resume=True)) == folder / "clip"
+
+
 def test_the_report_of_a_finished_run_can_be_drawn_again(align_config, tmp_path):
     config = replace(align_config, steps=1, output=str(tmp_path / "run"))
     report = train_align(config).parent / "report.html"
@@ -172,6 +184,11 @@ def test_an_option_of_a_term_that_is_off_is_refused(align_config, tmp_path, chan
         (["--loss.action_beta=0.1", "--loss.context_action=0"], "loss.action_beta changes nothing without a term of"),
         (["--loss.state_beta=0.1"], "loss.state_beta changes nothing without loss.state above 0"),
         (["--optimizer.pretrained_lr=1e-4"], "optimizer.pretrained_lr changes nothing without tower.pretrained"),
+        (["--tower.width=64", "--tower.pretrained=x"], "tower.width changes nothing without untrained towers"),
+        (
+            ["--tower.vocab_size=600", "--tower.vocabulary=x"],
+            "tower.vocab_size changes nothing without a vocabulary of",
+        ),
     ],
 )
 def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, needs):
@@ -186,9 +203,19 @@ def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, ne
         ["--loss.state_beta=0.1", "--loss.state=0.25"],
         ["--loss.temperatures=state=0.1", "--loss.state=0.25"],
         ["--optimizer.pretrained_lr=1e-4", "--tower.pretrained=somewhere"],
+        ["--tower.width=64", "--tower.vocab_size=600"],
+        ["--loss.temperature=0.2", "--tower.pretrained=somewhere"],
     ],
 )
 def test_flags_that_something_uses_are_not(flags):
+    assert unused_options(load_config(AlignConfig, flags), given(flags)) == {}
+
+
+def test_a_temperature_that_the_start_overrules_is_refused_unless_it_is_fixed(encoder, tmp_path, capsys):
+    flags = [f"--tower.pretrained={encoder}", "--loss.temperature=0.2"]
+    assert run("align", [*flags, f"--output={tmp_path}/run"]) == 2
+    assert "loss.temperature changes nothing without a start that has no scales" in capsys.readouterr().err
+    flags += ["--loss.learn_temperature=false"]
     assert unused_options(load_config(AlignConfig, flags), given(flags)) == {}
 
 

@@ -100,6 +100,50 @@ def test_a_mistake_stops_all_alike(interrupted, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_machine_that_was_not_told_to_resume_stops_both(interrupted, tmp_path):
+    first = shutil.copytree(interrupted.output, tmp_path / "a")
+    other = replace(interrupted, resume=False)
+    for done in stage_one(interrupted, first, tmp_path / "b", other=other):
+        assert done.returncode == 2
+        assert "process 0 is at step 2, process 1 at step 0" in done.stderr
+
+
+def test_a_damaged_checkpoint_on_one_machine_stops_both_without_a_traceback(interrupted, tmp_path):
+    first, second = (shutil.copytree(interrupted.output, tmp_path / name) for name in ("a", "b"))
+    (damaged,) = second.glob("checkpoints/step_000002/model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    for done, message in zip(
+        stage_one(interrupted, first, second), ("process 1 has stopped", "model.safetensors"), strict=True
+    ):
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_line_torn_by_a_crash_and_copied_to_another_machine_does_no_harm(interrupted, tmp_path):
+    first, second = (shutil.copytree(interrupted.output, tmp_path / name) for name in ("a", "b"))
+    for folder in (first, second):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "los')
+    done = stage_one(interrupted, first, second)
+    assert [member.returncode for member in done] == [0, 0], done[0].stderr + done[1].stderr
+
+
+def test_another_vocabulary_on_another_machine_is_refused(align_config, encoder, tmp_path):
+    here, there = (Path(shutil.copytree(encoder, tmp_path / name / "clip")) for name in ("here", "there"))
+    words = json.loads((there / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    (one, i), (other, j) = list(vocabulary.items())[-2:]
+    vocabulary[one], vocabulary[other] = j, i
+    (there / "tokenizer.json").write_text(json.dumps(words))
+    configs = [
+        replace(align_config, tower=replace(align_config.tower, pretrained=str(start))) for start in (here, there)
+    ]
+    for done in stage_one(configs[0], tmp_path / "a", tmp_path / "b", other=configs[1]):
+        assert done.returncode == 2
+        assert "process 1 has an encoder of other words or sizes than process 0" in done.stderr
+
+
 def test_with_the_checkpoints_copied_a_run_without_a_shared_folder_goes_on(interrupted, tmp_path):
     first, second = shutil.copytree(interrupted.output, tmp_path / "a"), tmp_path / "b"
     shutil.copytree(first / "checkpoints", second / "checkpoints")

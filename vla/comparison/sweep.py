@@ -23,7 +23,6 @@ from vla.comparison.data import check_data_there
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
-    SHARE,
     SWEPT,
     Point,
     ablation_points,
@@ -79,7 +78,6 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
         check_alignment(at.align, "align.")
         if at.policy.aligned_pooler:
             check_pooler(at.policy.head, at.align.loss)
-        check_temperature(at, point)
         seconds = stage_seconds(at)
         for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
             by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
@@ -129,21 +127,6 @@ def refuse_unused_fields(chosen: Sequence[tuple[Point, SweepConfig]]) -> None:
             raise ConfigError(f"{name} changes nothing without {every[0]}; leave it out")
 
 
-def check_temperature(config: SweepConfig, point: Point) -> None:
-    """Refuse to vary a temperature that the scales of a start that stage one wrote would overrule.
-
-    Raises:
-        UserError: says what to vary instead.
-    """
-    field, start = "align.loss.temperature", config.align.tower.pretrained
-    beside = start is not None and (Path(start).parent / "alignment.safetensors").is_file()
-    if field in point and beside and config.align.loss.learn_temperature:
-        raise ConfigError(
-            f"{field}: {start} brings scales of its own; vary align.loss.temperatures, as in "
-            "--ablations=align.loss.temperatures=context_action=0.1"
-        )
-
-
 def check_points(config: SweepConfig) -> None:
     """Refuse what no point can be trained or estimated with.
 
@@ -156,6 +139,16 @@ def check_points(config: SweepConfig) -> None:
     check_set_here(config, SET_HERE | SET_BY_POINTS)
 
 
+def alignment_folder(folder: Path, point: Point, seed: int) -> Path:
+    """The stage-one run of a point and training seed."""
+    return folder / "align" / alignment_of(point) / str(seed)
+
+
+def share_folder(folder: Path, point: Point, seed: int, share: float) -> Path:
+    """What is exported at a share of the way of that run."""
+    return alignment_folder(folder, point, seed) / "wise_ft" / f"{share:g}"
+
+
 def result_of(folder: Path, point: Point, seed: int) -> Path:
     """The evaluation of a point and training seed."""
     return folder / "eval" / folder_name(point) / str(seed) / "eval.json"
@@ -166,7 +159,7 @@ def finish(
 ) -> None:
     """Write sweep.json, sweep.csv and report.html of the points that are done; several processes do so one after the other."""
     with waiting_lock(folder / "jobs" / "report"):
-        rows = [row_of(folder, point, seed) for point in done for seed in config.seeds]
+        rows = [row_of(config, folder, point, seed) for point in done for seed in config.seeds]
         reference = chosen[0] if chosen[0] in done and not swept else None
         points = [point_of(folder, point, config.seeds, reference) for point in done]
         result = {"swept": swept, "rows": rows, "points": points, "config": to_dict(config)}
@@ -186,11 +179,11 @@ def finish(
 
 def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[Job]:
     """The jobs of one point and training seed; points may share the first ones."""
-    aligned = folder / "align" / alignment_of(point) / str(seed)
+    aligned = alignment_folder(folder, point, seed)
     run = folder / "policy" / folder_name(point) / str(seed)
     result = folder / "eval" / folder_name(point) / str(seed)
     share = share_of(config, point)
-    encoder = aligned / "clip" if share is None else aligned / "wise_ft" / f"{share:g}" / "clip"
+    encoder = (aligned if share is None else share_folder(folder, point, seed, share)) / "clip"
     align = replace(config.align, output=str(aligned), seed=seed, resume=True)
     align = align if share is None else replace(align, wise_ft=())
     policy = replace(
@@ -226,11 +219,15 @@ def make_data(config: SweepConfig) -> None:
     write_json(Path(config.output) / "data.json", {"root": data.root, "fingerprint": episodes.fingerprint})
 
 
-def row_of(folder: Path, point: Point, seed: int) -> dict[str, Any]:
+def row_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> dict[str, Any]:
     """What came out of one point and training seed."""
-    aligned = json.loads((folder / "align" / alignment_of(point) / str(seed) / "alignment.json").read_text())
-    trained = aligned["metrics"] | (aligned["way"][-1] if aligned["way"] else {})
-    measures = {} if SHARE in point else trained
+    aligned = json.loads((alignment_folder(folder, point, seed) / "alignment.json").read_text())
+    measures = aligned["metrics"] | (aligned["way"][-1] if aligned["way"] else {})
+    share = share_of(config, point)
+    if share is not None:
+        path = share_folder(folder, point, seed, share) / "measures.json"
+        between = json.loads(path.read_text()) if path.is_file() else {}  # an older version wrote none
+        measures = {name.removeprefix("new/"): value for name, value in between.items()}
     result = json.loads(result_of(folder, point, seed).read_text())
     return {
         "point": point,

@@ -45,6 +45,7 @@ class TripletSource:
     def __init__(self, episodes: Episodes, frames: np.ndarray, stats: Normalizers, horizon: int) -> None:
         self.episodes, self.frames, self.stats, self.horizon = episodes, frames, stats, horizon
         self.picture_of_row = shared_pictures(episodes, frames)
+        self.by_scene = np.argsort(episodes.scene_id, kind="stable")  # episodes
 
     def gather(self, rows: np.ndarray, text_of_episode: np.ndarray | None = None) -> TripletBatch:
         """(b,) rows -> triplets, not augmented; `text_of_episode` (e,) relabels episodes for the shuffled controls."""
@@ -67,7 +68,19 @@ class TripletSource:
             timestep=episodes.timestep[rows].astype(np.int64),
             progress=progress(episodes, rows),
             pair_id=np.full(len(rows), -1, np.int64),
+            asked_in=self.asked_in(np.unique(episodes.scene_id[position]), text_of_episode),
         )
+
+    def asked_in(self, scenes: np.ndarray, text_of_episode: np.ndarray | None = None) -> np.ndarray:
+        """(s,) distinct scenes, -1 if unknown -> (n, 2) int64 scenes and the goals that any episode asks in them, each pair once."""
+        scene_id, goal_id = self.episodes.scene_id, self.episodes.goal_id
+        ordered, scenes = scene_id[self.by_scene], scenes[scenes >= 0]
+        first, stop = (np.searchsorted(ordered, scenes, side) for side in ("left", "right"))
+        spans = [self.by_scene[a:b] for a, b in zip(first, stop, strict=True)]
+        members = np.concatenate([*spans, np.empty(0, np.int64)])
+        labels = members if text_of_episode is None else text_of_episode[members]
+        pairs = np.stack([scene_id[members], goal_id[labels]], axis=1).astype(np.int64)
+        return np.unique(pairs[pairs[:, 1] >= 0], axis=0)
 
 
 def shared_pictures(episodes: Episodes, frames: Indexed) -> np.ndarray:

@@ -32,6 +32,7 @@ class Stores:
     def __init__(self, stores: Sequence[np.ndarray]) -> None:
         self.stores = stores
         self.first = np.cumsum([0, *(len(store) for store in stores)])
+        self.shape = (len(self), *stores[0].shape[1:])
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -41,7 +42,7 @@ class Stores:
         which = np.searchsorted(self.first, rows, side="right") - 1
         if np.ndim(rows) == 0:
             return self.stores[which][rows - self.first[which]]
-        pictures = np.empty((len(rows), *self.stores[0].shape[1:]), np.uint8)
+        pictures = np.empty((len(rows), *self.shape[1:]), np.uint8)
         for number in np.unique(which):
             chosen = which == number
             pictures[chosen] = self.stores[number][rows[chosen] - self.first[number]]

@@ -13,7 +13,8 @@ class GoalSampler:
     """Draws rows such that every batch has positives (episodes of one goal) and hard negatives.
 
     Hard negatives are other goals of the same scene, and other times of the same episode at least `gap` apart. Episodes
-    drawn as goals of one scene give their first frame too, which they share: one picture, many instructions.
+    drawn as goals of one scene give their first frame too, which they share: one picture, many instructions. Those without an
+    instruction do not: nothing would tell whose actions follow.
     An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has, and where there
     are fewer than P goals, K is raised accordingly.
     """
@@ -64,7 +65,7 @@ class GoalSampler:
                 goals_seen.add(goal)
                 others = self.by_goal[goal]
                 others = rng.permutation(others[others != anchor])[: self.episodes - 1]
-                drawn[int(anchor)] = len(anchors) > 1
+                drawn[int(anchor)] = len(anchors) > 1 and goal >= 0
                 for other in others.tolist():
                     drawn.setdefault(other, False)
         return np.concatenate([self._frames(rng, position, first) for position, first in drawn.items()])

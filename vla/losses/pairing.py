@@ -29,8 +29,8 @@ class Relation:
 class Pairing:
     """Which texts belong to which images.
 
-    A text belongs to the images that are asked one of its goals. Other images of a scene that is asked such a goal, in whatever
-    words, neither have it nor lack it: it names their objects truly.
+    A text belongs to the images that are asked one of its goals. Other images of a scene where such a goal is asked, in this batch or
+    elsewhere in the data and in whatever words, neither have it nor lack it: it names their objects truly.
     """
 
     texts: int  # u, how many there are
@@ -38,7 +38,7 @@ class Pairing:
     goal_of_row: Tensor  # (b,) index of each row's goal
     scene_of_frame: Tensor  # (f,) index of each image's scene, -1 where unknown
     goal_texts: Relation  # the texts a goal is asked with
-    scene_goals: Relation  # the goals that are asked in a scene
+    scene_goals: Relation  # which of the batch's goals are asked in a scene, here or elsewhere in the data
     pair_texts: Relation  # minimal pairs that a scene has drawn; others know nothing of them
 
     def positives(self, frames: slice, texts: slice | Tensor = slice(None)) -> Tensor:
@@ -92,27 +92,35 @@ def pairing(
     frames: int,
     texts: int,
     pair_of_row: Tensor | None = None,
+    asked_in: Tensor | None = None,
 ) -> Pairing:
     """The lookups of a batch: (b,) ids of its rows, which show `frames` images and are asked with `texts` texts.
 
     Rows without a goal (-1) belong to no text. `pair_of_row` is a minimal pair of each row's text, -1 where there is none.
+    `asked_in` (n, 2) are scenes and goals, by id, that are asked in them by the whole data, not by this batch alone.
     """
     asked = goal_id >= 0
     paired = torch.full_like(text_of_row, -1) if pair_of_row is None else pair_of_row
     frame_of_row, text_of_row, goal_id, scene_id, paired = (
         x[asked] for x in (frame_of_row, text_of_row, goal_id, scene_id, paired)
     )
-    goal_of_row = goal_id.unique(return_inverse=True)[1]
-    scene_of_row = torch.where(scene_id >= 0, scene_id.unique(return_inverse=True)[1], -1)
+    goals, goal_of_row = goal_id.unique(return_inverse=True)
+    scenes, scene_of_row = scene_id.unique(return_inverse=True)
+    scene_of_row = torch.where(scene_id >= 0, scene_of_row, -1)
     known = scene_of_row >= 0
     drawn = known & (paired >= 0)
+    owner, asked_goal = scene_of_row[known], goal_of_row[known]
+    if asked_in is not None:
+        here = asked_in[torch.isin(asked_in[:, 0], scenes) & torch.isin(asked_in[:, 1], goals)]
+        owner = torch.cat([owner, torch.searchsorted(scenes, here[:, 0].contiguous())])
+        asked_goal = torch.cat([asked_goal, torch.searchsorted(goals, here[:, 1].contiguous())])
     return Pairing(
         texts=texts,
         frame_of_row=frame_of_row,
         goal_of_row=goal_of_row,
         scene_of_frame=scene_of_row.new_full((frames,), -1).index_copy_(0, frame_of_row, scene_of_row),
         goal_texts=distinct(goal_of_row, text_of_row),
-        scene_goals=distinct(scene_of_row[known], goal_of_row[known]),
+        scene_goals=distinct(owner, asked_goal),
         pair_texts=distinct(scene_of_row[drawn], paired[drawn]),
     )
 

@@ -6,7 +6,8 @@ back-propagation, update. Batches depend on (seed, step) alone, so a resumed run
 
 import hashlib
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from vla.config import AlignConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.mixture import open_mixture
-from vla.data.normalization import normalize_quantile
 from vla.data.sampler import MixedSampler
 from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
@@ -37,10 +38,11 @@ from vla.training.align_setup import (
     make_encoders,
     make_model,
     make_sampler,
-    make_stats,
+    make_source,
     minimal_pairs,
     old_data,
     pair_temperatures,
+    resting_action,
     shared_settings,
     shuffled_labels,
 )
@@ -61,6 +63,7 @@ from vla.training.pretrained import HeldOut, along_the_way, rate_groups, start_d
 from vla.training.processes import (
     Processes,
     check_same_data,
+    check_same_encoders,
     check_same_progress,
     check_same_settings,
     in_turn,
@@ -70,6 +73,7 @@ from vla.training.processes import (
 from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.types import TripletBatch, UserError
 
+END = "report.html"  # what a run writes last
 STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
 SETTLED = 100  # steps after the warm-up by which every term should have left its chance level
 
@@ -88,7 +92,7 @@ def train_align(config: AlignConfig) -> Path:
     accelerator = make_accelerator(config.precision)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if accelerator.gradient_accumulation_steps > 1:
-        raise UserError(
+        raise refusal(
             "gradient accumulation would leave out the negatives between the small batches; use --chunk=N, which needs as "
             "little memory and is exact"
         )
@@ -96,12 +100,11 @@ def train_align(config: AlignConfig) -> Path:
     writes = accelerator.is_main_process
     run = in_turn(
         accelerator,
-        lambda: RunFolder(Path(config.output), config, resume=config.resume, writes=writes),
+        lambda: RunFolder(Path(config.output), config, end=END, resume=config.resume, writes=writes),
         mine_first=writes,
     )
-    if config.resume:
-        check_same_progress(processes, run.folder, accelerator.device)
-    if (run.folder / "report.html").is_file():
+    check_same_progress(processes, run.folder, run.end.is_file(), accelerator.device)
+    if run.end.is_file():
         if accelerator.is_main_process:
             write_alignment_report(run.folder)
         say(accelerator, f"{run.folder}: finished already; drew its report.html again")
@@ -118,32 +121,31 @@ def train_align(config: AlignConfig) -> Path:
     train = np.concatenate(mixture.train)
     told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
     if not len(told):
-        raise UserError(f"{config.data.root}: no training episode has an instruction; lower --data.holdout")
+        raise refusal(f"{config.data.root}: no training episode has an instruction; lower --data.holdout")
     rows = rows_of(episodes, train)
-    source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows), config.horizon)
+    source = make_source(episodes, mixture.frames, rows, config.horizon)
     sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
     pairs = minimal_pairs(config.loss, episodes, train, partial(say, accelerator))
     relabel = shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None
 
     resumed = config.resume and latest_checkpoint(run.folder) is not None
-    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts, resumed)
-    start, start_from = None, None
-    if config.tower.pretrained:
-        start = {name: weight.clone() for name, weight in clip.state_dict().items()}
-        start_from = start_digest(clip, tokenizer)
-    model = make_model(config, clip, episodes)
-    if config.tower.pretrained:
-        take_up(model, config.tower.pretrained, pair_temperatures(config.loss), partial(say, accelerator))
-    if config.tower.lora_rank:
-        add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
-    if config.tower.locked:
-        model.clip.vision_model.requires_grad_(False)
+    model, tokenizer, start = in_turn(
+        accelerator,
+        lambda: begin_model(config, episodes, resumed, partial(say, accelerator)),
+        mine_first=accelerator.is_local_main_process,
+    )
     optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
-    rest = torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), source.stats.action))
+    check_same_encoders(processes, input_ids, model)
+    rest = resting_action(episodes, rows, source.stats.action)
 
-    first, before = restore(run, model, optimizer, episodes, start_from) if config.resume else (0, 0.0)
+    start_from = start.digest if start else None
+    first, before = (0, 0.0)
+    if config.resume:
+        first, before = in_turn(
+            accelerator, lambda: restore(run, model, optimizer, episodes, start_from), mine_first=writes
+        )
     processes.share(model)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
@@ -228,9 +230,9 @@ def train_align(config: AlignConfig) -> Path:
         if start is not None:
             data = {"new": HeldOut(source, validation)} | old
             trained = model.exported_clip()
-            way = along_the_way(start, trained, tokenizer, config.wise_ft, data)
+            way = along_the_way(start.weights, trained, tokenizer, sorted({0.0, *config.wise_ft, 1.0}), data)
             for share in config.wise_ft:
-                encoder = interpolated(start, trained, share)
+                encoder = interpolated(start.weights, trained, share)
                 export_encoder(run.folder / "wise_ft" / f"{share:g}", model, tokenizer, encoder)
         warnings = [alarm(step, terms) for step, terms in run.logged(STUCK).items()]
         export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way, warnings)
@@ -240,6 +242,37 @@ def train_align(config: AlignConfig) -> Path:
     encoder = run.folder / "clip"
     say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
     return encoder
+
+
+@dataclass(frozen=True)
+class Start:
+    """The encoder that a run with `tower.pretrained` begins from."""
+
+    weights: dict[str, Tensor]
+    digest: str
+
+
+def begin_model(
+    config: AlignConfig, episodes: Episodes, resumed: bool, tell: Callable[[str], None]
+) -> tuple[AlignmentModel, PreTrainedTokenizerBase, Start | None]:
+    """What stage one trains, its tokenizer, and the pretrained start, if there is one; those of a `resumed` run await its checkpoint.
+
+    Raises:
+        UserError: no such start, or one that does not fit.
+    """
+    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts, resumed)
+    start = None
+    if config.tower.pretrained:
+        weights = {name: weight.clone() for name, weight in clip.state_dict().items()}
+        start = Start(weights, start_digest(clip, tokenizer))
+    model = make_model(config, clip, episodes)
+    if config.tower.pretrained:
+        take_up(model, config.tower.pretrained, pair_temperatures(config.loss), tell)
+    if config.tower.lora_rank:
+        add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
+    if config.tower.locked:
+        model.clip.vision_model.requires_grad_(False)
+    return model, tokenizer, start
 
 
 def step_metrics(

@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 
 from vla.config import AlignConfig
 from vla.data.episodes import Episodes
-from vla.files import write_whole
+from vla.data.mixture import open_mixture
+from vla.files import write_json, write_whole
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, load_clip, save_clip
 from vla.models.finetuning import interpolated
-from vla.training.align_setup import make_encoders
+from vla.training.align_setup import held_out_data, make_encoders
 from vla.training.checkpoint import latest_checkpoint
-from vla.training.pretrained import start_digest
+from vla.training.pretrained import along_the_way, start_digest
 from vla.training.processes import Processes
 from vla.types import UserError
 from vla.versions import versions
@@ -58,6 +59,8 @@ def export(
 def export_share(config: AlignConfig, share: float) -> None:
     """Export the encoder at a share of the way from the pretrained start of a finished run to its end, to wise_ft/SHARE (WiSE-FT).
 
+    measures.json beside it says what it knows of the new data and, where `forgetting` names one, of the old.
+
     Raises:
         UserError: the start is another one now.
     """
@@ -73,7 +76,11 @@ def export_share(config: AlignConfig, share: float) -> None:
     target = folder / "wise_ft" / f"{share:g}"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "alignment.safetensors", target / "alignment.safetensors")
-    write_clip(target / "clip", interpolated(start.state_dict(), trained, share), tokenizer)
+    weights = start.state_dict()
+    data = held_out_data(config, open_mixture(config.data, config.more, config.seed))
+    (measured,) = along_the_way(weights, trained, tokenizer, (share,), data)
+    write_json(target / "measures.json", measured)
+    write_clip(target / "clip", interpolated(weights, trained, share), tokenizer)
 
 
 def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder | None = None) -> None:

@@ -5,22 +5,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import CLIPModel
 
 from vla.config import AlignConfig, BatchConfig, LossConfig, TowerConfig
 from vla.config_io import to_dict
 from vla.data.batches import TripletSource
 from vla.data.episodes import Episodes, rows_of
-from vla.data.frames import open_pictures
 from vla.data.minimal_pairs import MinimalPairs
-from vla.data.mixture import open_mixture, root_and_weight
-from vla.data.normalization import Normalizers, compute_norm_stats
+from vla.data.mixture import Mixture, open_mixture, root_and_weight
+from vla.data.normalization import Normalizers, NormStats, compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import build_clip, load_clip, resize_positions
 from vla.training.pretrained import HeldOut, check_start, old_split
 from vla.training.run import FREE_FIELDS
-from vla.types import UserError
+from vla.types import Indexed, UserError
 
 
 def check_alignment(config: AlignConfig, path: str = "") -> None:
@@ -144,16 +145,20 @@ def minimal_pairs(
     return pairs
 
 
-def make_source(config: AlignConfig, episodes: Episodes, rows: np.ndarray) -> TripletSource:
-    """Triplets of a data set, normalised by the statistics of its (r,) training rows."""
-    frames = open_pictures(episodes, config.data)
-    return TripletSource(episodes, frames, make_stats(episodes, rows), config.horizon)
+def make_source(episodes: Episodes, frames: Indexed, rows: np.ndarray, horizon: int) -> TripletSource:
+    """Triplets of episodes and their pictures, normalised by the statistics of the (r,) training rows."""
+    return TripletSource(episodes, frames, make_stats(episodes, rows), horizon)
 
 
 def make_stats(episodes: Episodes, rows: np.ndarray) -> Normalizers:
     """Statistics of the actions and states that (r,) rows have."""
     known = [values[rows][np.isfinite(values[rows]).all(1)] for values in (episodes.action, episodes.state)]
     return Normalizers(*map(compute_norm_stats, known))
+
+
+def resting_action(episodes: Episodes, rows: np.ndarray, stats: NormStats) -> Tensor:
+    """(a,) the median action of those of (r,) rows that have one, normalised; chunks that stay there are idle."""
+    return torch.from_numpy(normalize_quantile(np.nanmedian(episodes.action[rows], axis=0), stats))
 
 
 def make_sampler(
@@ -196,6 +201,13 @@ def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...], r
     return resize_positions(clip, image_size), tokenizer
 
 
+def held_out_data(config: AlignConfig, mixture: Mixture) -> dict[str, HeldOut]:
+    """What an encoder is measured on along the way from a pretrained start: the held-out episodes of new and old data."""
+    rows = rows_of(mixture.episodes, np.concatenate(mixture.train))
+    source = make_source(mixture.episodes, mixture.frames, rows, config.horizon)
+    return {"new": HeldOut(source, mixture.validation)} | old_data(config)
+
+
 def old_data(config: AlignConfig) -> dict[str, HeldOut]:
     """The held-out episodes of the data set that forgetting is measured on, if there is one.
 
@@ -207,7 +219,7 @@ def old_data(config: AlignConfig) -> dict[str, HeldOut]:
     data, seed, known = old_split(config)
     mixture = open_mixture(data, (), seed)
     episodes, (train,), validation = mixture.episodes, mixture.train, mixture.validation
-    source = TripletSource(episodes, mixture.frames, make_stats(episodes, rows_of(episodes, train)), config.horizon)
+    source = make_source(episodes, mixture.frames, rows_of(episodes, train), config.horizon)
     old = {"old": HeldOut(source, validation)}
     new_goals = validation[~np.isin(episodes.goal_id[validation], episodes.goal_id[train])]
     if known and len(np.unique(episodes.goal_id[new_goals])) > 1:

@@ -14,11 +14,18 @@ from vla.config import AlignConfig, PolicyTrainConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
-from vla.data.normalization import Normalizers, normalize_quantile
+from vla.data.normalization import Normalizers
 from vla.models.alignment import PAIRS, TRANSITIONS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
-from vla.training.align_setup import check_terms, make_model, make_sampler, minimal_pairs, pair_temperatures
+from vla.training.align_setup import (
+    check_terms,
+    make_model,
+    make_sampler,
+    minimal_pairs,
+    pair_temperatures,
+    resting_action,
+)
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import load_tensors
 from vla.training.device_batch import on_device
@@ -75,8 +82,7 @@ class Auxiliary:
         self.model.pooler = policy.network.pooler
         self.model.to(policy.image_mean.device)
         self.texts = tuple(t.to(policy.image_mean.device) for t in tokenize(policy.tokenizer, episodes.texts))
-        rest = np.median(episodes.action[rows_of(episodes, train)], axis=0)
-        self.rest = torch.from_numpy(normalize_quantile(rest, stats.action))
+        self.rest = resting_action(episodes, rows_of(episodes, train), stats.action)
 
     def own_parameters(self) -> dict[str, Tensor]:
         """What is trained and is not the policy's, by name."""

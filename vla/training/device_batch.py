@@ -30,15 +30,15 @@ class DeviceBatch:
     still: Tensor  # (b,) bool, the state stays where it is throughout the chunk
     state: Tensor  # (f, s)
     ids: dict[str, Tensor]  # goal_id, scene_id, episode_id, timestep, progress: (b,) each
+    asked_in: Tensor  # (n, 2) scenes and the goals that are asked in them
 
     @cached_property
     def pairs(self) -> Pairing:
         """Which of its texts belong to which of its images."""
         ids = self.ids
         frames, texts = len(self.shown), len(self.input_ids)
-        return pairing(
-            self.frame_of_row, self.text_of_row, ids["goal_id"], ids["scene_id"], frames, texts, self.pair_of_row
-        )
+        goal_id, scene_id, row = ids["goal_id"], ids["scene_id"], self.frame_of_row
+        return pairing(row, self.text_of_row, goal_id, scene_id, frames, texts, self.pair_of_row, self.asked_in)
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -87,4 +87,5 @@ def on_device(
         still=moved(batch.still),
         state=moved(batch.state)[shown],
         ids={name: moved(getattr(batch, name)) for name in names},
+        asked_in=torch.from_numpy(batch.asked_in).to(device),
     )

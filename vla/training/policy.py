@@ -69,8 +69,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         raise UserError("stage two does not accumulate gradients; set --batch_size instead")
     check_head(config)
     torch.manual_seed(config.seed)
-    run = RunFolder(Path(config.output), config, resume=config.resume)
-    if (run.folder / "policy").is_dir():
+    run = RunFolder(Path(config.output), config, end="policy", resume=config.resume)
+    if run.end.is_dir():
         check_finished_on(config, run.folder / "policy")
         accelerator.print(f"{run.folder}: finished already")
         return run.folder / "policy"

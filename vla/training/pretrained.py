@@ -1,7 +1,7 @@
 """A pretrained start of stage one: how much of what it knew stays, and how far on the way to leave it."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,8 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
     """
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     fixed |= {f"logit_scales.{pair}" for pair in configured}
-    path = Path(source).resolve().parent / "alignment.safetensors"
-    if not (Path(source).is_dir() and path.is_file()):
+    path = beside(source)
+    if not brings_scales(source):
         scale = model.logit_scales["vision_language"]
         if "logit_scales.vision_language" not in fixed and model.logit_bias is None:  # CLIP's loss is the softmax
             scale.copy_(model.clip.logit_scale.clamp(0, MAX_LOGIT_SCALE))
@@ -116,6 +116,16 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
     model.load_state_dict({name: value for name, value in saved.items() if part_of(name) not in unfit}, strict=False)
     if unfit:
         tell(f"{path}: not taken up, as it does not fit this run: {', '.join(sorted(unfit))}")
+
+
+def beside(source: str) -> Path:
+    """Where stage one writes what it trained beside an encoder."""
+    return Path(source).resolve().parent / "alignment.safetensors"
+
+
+def brings_scales(source: str | None) -> bool:
+    """Whether a start is one that stage one wrote, with the pooler, scales and all else beside it."""
+    return source is not None and Path(source).is_dir() and beside(source).is_file()
 
 
 def start_digest(clip: Encoder, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -138,8 +148,7 @@ def run_of(source: str) -> dict[str, Any] | None:
     folder = Path(source).resolve().parent
     run = folder.parent.parent if folder.parent.name in ("wise_ft", "snapshots") else folder
     path = run / "config.yaml"
-    wrote = Path(source).is_dir() and (folder / "alignment.safetensors").is_file() and path.is_file()
-    return filled(read_yaml(path), to_dict(AlignConfig())) if wrote else None
+    return filled(read_yaml(path), to_dict(AlignConfig())) if brings_scales(source) and path.is_file() else None
 
 
 def old_split(config: AlignConfig) -> tuple[DataConfig, int, bool]:
@@ -182,12 +191,12 @@ def along_the_way(
     start: Mapping[str, Tensor],
     model: Encoder,
     tokenizer: PreTrainedTokenizerBase,
-    shares: Sequence[float],
+    shares: Iterable[float],
     data: Mapping[str, HeldOut],
 ) -> list[dict[str, float]]:
-    """Measures `NAME/MEASURE` on every data set at `shares` of the way from the `start` weights, at 0 and at 1."""
+    """Measures `NAME/MEASURE` on every data set at each of `shares` of the way from the `start` weights to the trained ones."""
     way = []
-    for share in sorted({0.0, *shares, 1.0}):
+    for share in shares:
         encoder = interpolated(start, model, share).eval()
         measured = {
             f"{name}/{key}": value

@@ -90,13 +90,13 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
 
 
-def check_same_progress(processes: Processes, folder: Path, device: torch.device) -> None:
-    """Refuse to resume where machines see different run folders.
+def check_same_progress(processes: Processes, folder: Path, finished: bool, device: torch.device) -> None:
+    """Refuse to begin or resume where machines see different run folders, or some were not told to resume.
 
     Raises:
         UserError: names the steps.
     """
-    finished, last = (folder / "report.html").is_file(), latest_checkpoint(folder)
+    last = latest_checkpoint(folder)
     every = processes.numbers(-1 if finished else step_of(last) if last else 0, device)
     if rank := other_than_first(every):
         first, other = ("the end" if n < 0 else f"step {n}" for n in (every[0], every[rank]))
@@ -126,6 +126,20 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
         raise refusal(
             f"process {rank} has other settings than process 0; start all with the same configuration (paths, threads, chunk and "
             "how often something is written may differ), and with a --precision if one machine has bfloat16 and another has not"
+        )
+
+
+def check_same_encoders(processes: Processes, input_ids: Tensor, model: torch.nn.Module) -> None:
+    """Refuse to compute one batch with towers of different sizes, or that read the (t, l) tokens of all texts differently.
+
+    Raises:
+        UserError: they differ between two processes.
+    """
+    sizes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    if rank := other_than_first(processes.numbers(number_of(f"{input_ids.tolist()}{sizes}"), input_ids.device)):
+        raise refusal(
+            f"process {rank} has an encoder of other words or sizes than process 0; copy what tower.pretrained, tower.vocabulary or "
+            "tower.lexicon names to all machines anew, whole, and give all the same versions (uv.lock)"
         )
 
 

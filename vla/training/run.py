@@ -36,15 +36,15 @@ FREE_FIELDS = (
 
 
 class RunFolder:
-    """`outputs/STAGE/NAME/` of one training run; of many processes one `writes`.
+    """`outputs/STAGE/NAME/` of one training run, which is finished when it holds `end`; of many processes one `writes`.
 
     Raises:
         UserError: the folder holds a run and `resume` is off, the run was begun with another configuration, or another
             process is at it.
     """
 
-    def __init__(self, folder: Path, config: Any, *, resume: bool, writes: bool = True) -> None:
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder: Path, config: Any, *, end: str, resume: bool, writes: bool = True) -> None:
+        self.folder, self.end, self.writes = folder, folder / end, writes
         begun = (folder / "metrics.jsonl").is_file()  # a run that ended before its first step may be started anew
         if begun and not resume:
             raise UserError(
@@ -75,7 +75,9 @@ class RunFolder:
                 self._tensorboard.add_scalar(key, value, step)
 
     def logged(self, key: str) -> dict[int, Any]:
-        """What was logged under a key, by step."""
+        """What was logged under a key, by step; nothing where another process writes."""
+        if not self.writes:
+            return {}
         lines = [json.loads(line) for line in self._metrics.read_text().splitlines()] if self._metrics.is_file() else []
         return {line["step"]: line[key] for line in lines if key in line}
 
@@ -92,15 +94,14 @@ class RunFolder:
             self._tensorboard.close()
 
     def _refuse_other_config(self, config: Any) -> None:
-        if latest_checkpoint(self.folder) is None:  # nothing to go on from: begins anew
+        if latest_checkpoint(self.folder) is None and not self.end.exists():  # nothing to go on from: begins anew
             return
         old = read_yaml(self.folder / "config.yaml")
         old = filled(old, to_dict(type(config)()))  # fields that an older version did not know had their defaults
         differing = [k for k in differences(old, to_dict(config)) if k.split(".")[-1] not in FREE_FIELDS]
         if differing:
-            raise UserError(
-                f"{self.folder}: cannot resume with another {', '.join(differing)}; choose another --output"
-            )
+            does = "is finished, " if self.end.exists() else "cannot resume "
+            raise UserError(f"{self.folder}: {does}with another {', '.join(differing)}; choose another --output")
 
 
 def begun_precision(folder: Path, wanted: str) -> str:

@@ -46,10 +46,9 @@ def open_tokens(
     """
     vision = clip.config.vision_config
     shape = (*needed.shape, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
-    settings = (shape, augmenter, episodes.fingerprint, episodes.camera, accelerator.mixed_precision)
-    key = hashlib.sha256((repr(settings) + weights_digest(clip)).encode() + episodes.frame_row.tobytes()).hexdigest()[
-        :16
-    ]
+    settings = (shape, frames.shape[1:], augmenter, episodes.fingerprint, episodes.camera, accelerator.mixed_precision)
+    told = (repr(settings) + weights_digest(clip)).encode() + episodes.frame_row.tobytes()
+    key = hashlib.sha256(told).hexdigest()[:16]
     path, marks = folder / f"tokens_{key}.npy", folder / f"computed_{key}.npy"
     make_cache(folder)
     with (folder / f"tokens_{key}.lock").open("w") as lock:

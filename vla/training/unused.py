@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from vla.config import AlignConfig, PolicyTrainConfig
 from vla.training.align_setup import pair_temperatures
+from vla.training.pretrained import brings_scales
 from vla.training.start import starts_trained
 from vla.types import UserError
 
@@ -12,21 +13,39 @@ Condition = tuple[
 ]  # fields, or what their names begin with; whether they are used; what they need
 
 
+SIZES = ("patch_size", "width", "layers", "heads", "text_width", "text_layers", "text_heads", "embed_dim", "vocab_size")
+
+
 def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, ...]:
     """Options that only some configurations use."""
+    own_words = (
+        ("tower.vocab_size",),
+        config.tower.vocabulary is None,
+        "a vocabulary of its own (no tower.vocabulary)",
+    )
     if isinstance(config, AlignConfig):
-        loss = config.loss
+        loss, untrained = config.loss, config.tower.pretrained is None
+        sizes = tuple(f"tower.{name}" for name in SIZES)
+        brings = brings_scales(config.tower.pretrained) and loss.learn_temperature
         named = all(getattr(loss, pair) for pair in pair_temperatures(loss))
         return (
             (("loss.temperatures",), named, "all of the terms that it names"),
             (("loss.action_beta",), bool(loss.context_action or loss.transition_action), "a term of actions"),
             (("loss.state_beta",), bool(loss.state), "loss.state above 0"),
-            (("optimizer.pretrained_lr",), config.tower.pretrained is not None, "tower.pretrained"),
+            (("optimizer.pretrained_lr",), not untrained, "tower.pretrained"),
+            (sizes, untrained, "untrained towers (no tower.pretrained, which brings its sizes)"),
+            own_words,
+            (
+                ("loss.temperature",),
+                not brings,
+                "a start that has no scales of its own beside it (loss.temperatures, as in context_action=0.1, overrules those)",
+            ),
         )
     return (
         (("encoder_lr_scale", "tuned_part"), config.tune, "tune=true"),
         (("loss", "batch"), config.auxiliary > 0, "auxiliary above 0"),
         (("tower",), config.encoder == "random" and not config.start, "encoder=random and no start"),
+        own_words,
         (("pooler_lr_scale",), starts_trained(config), "aligned_pooler=true and a trained encoder"),
         (("head.flow_steps",), config.head.kind == "flow", "head.kind=flow"),
         (("head.token_noise",), not config.tune, "tune=false"),
