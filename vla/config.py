@@ -31,7 +31,7 @@ class CollectConfig:
     scenes: int = number(1000, 1, 100_000)  # scenes to collect (tabletop), or episodes for each task (metaworld)
     goals_per_scene: int = number(
         4, 1
-    )  # different valid goals attempted from the same initial state; in play, one after the other in one episode
+    )  # valid goals attempted from the same initial state, different ones while there are; in play, one after the other in one episode
     noise: float = number(
         0.3, 0
     )  # std of the Gaussian noise on the executed action but its last dimension, the gripper (DART); labels stay the expert's
@@ -49,7 +49,9 @@ class DataConfig:
     stream: bool = (
         False  # decode pictures whenever they are read, store none: where decoded ones do not fit on the disk
     )
-    holdout: float = number(0.05, 0.0, 0.9)  # share of the episodes (whole scenes) held out for validation
+    holdout: float = number(
+        0.05, 0.0, 0.9
+    )  # share of the episodes (whole scenes) held out for validation, at least one scene
     episodes_per_task: int | None = number(
         None, 1
     )  # use at most this many training episodes of each task (without meta/concord.json: goal)
@@ -215,7 +217,7 @@ class PolicyTrainConfig:
     )  # frozen: copies of each frame in the token cache, the first plain, the others augmented; 0: no cache
     batch_size: int = number(256, 1)  # samples an update
     steps: int = number(20000, 1)  # optimiser updates
-    ema: float = number(0.999, 0, 1)  # decay of the averaged weights, which are the ones exported
+    ema: float = number(0.999, 0, 0.9999)  # decay of the averaged weights, which are the ones exported
     seed: int = number(0, 0)  # of initialisation, sampling and augmentation, and of which episodes are held out
     precision: Literal["auto", "no", "bf16"] = "auto"  # of the towers; auto: bf16 where the hardware has it
     threads: int = number(2, 1)  # CPU threads

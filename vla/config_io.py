@@ -42,7 +42,7 @@ def load_config[C](cls: type[C], argv: list[str]) -> C:
     paths = [value for key, value in flags if key == "config_path"]
     for path in paths:
         source = find_config(path)
-        merge_mapping(config, read_yaml(source), where=source.name, path="")
+        merge_mapping(config, read_yaml(source), where=path, path="")
     for key, value in flags:
         if key != "config_path":
             set_field(config, key, value, where=None, from_text=True)
@@ -61,7 +61,7 @@ def parse_flags(argv: list[str]) -> list[tuple[str, str]]:
         key, equals, value = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value: --{key}=VALUE")
+                raise ConfigError(f"--{key} needs a value: --{key}=VALUE, or --{key}=true of a switch")
             value = rest.pop(0)
         flags.append((key.replace("-", "_"), value))
     return flags
@@ -97,7 +97,7 @@ def find_config(path: str) -> Path:
     installed = Path(str(resources.files("vla"))) / path
     if installed.is_file():
         return installed
-    raise ConfigError(f"{path}: no such file")
+    raise ConfigError(f"{path}: {'a folder; name a file in it' if Path(path).is_dir() else 'no such file'}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -38,6 +38,10 @@ def pipeline(config: PipelineConfig) -> Path:
         raise UserError(f"configs/eval/{config.name}.yaml: names no output; the report of the pipeline goes there")
     folders = [Path(stage.output) for stage in (data, align, policy, evaluation)]
     if config.fresh:
+        if others := sorted(path.parent for path in folders[-1].glob("*/eval.json")):
+            raise UserError(
+                f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
+            )
         for folder in [*folders, parts_folder(folders[0])]:
             shutil.rmtree(folder, ignore_errors=True)
 

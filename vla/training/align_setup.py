@@ -53,7 +53,7 @@ def check_terms(config: AlignConfig) -> None:
     if unused:
         option, term = unused[0]
         raise UserError(
-            f"config error: loss.{option} changes the term loss.{term}, whose weight is 0; leave one of the two out"
+            f"config error: loss.{option} changes the term loss.{term}, whose weight is 0; set --loss.{term} above 0, or leave it out"
         )
     batch = config.batch
     if config.loss.transition_action + config.loss.transition_language and (

@@ -27,9 +27,9 @@ def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, .
         loss, untrained = config.loss, config.tower.pretrained is None
         sizes = tuple(f"tower.{name}" for name in SIZES)
         brings = brings_scales(config.tower.pretrained) and loss.learn_temperature
-        named = all(getattr(loss, pair) for pair in pair_temperatures(loss))
+        off = [f"loss.{pair}" for pair in pair_temperatures(loss) if not getattr(loss, pair)]
         return (
-            (("loss.temperatures",), named, "all of the terms that it names"),
+            (("loss.temperatures",), not off, f"all of the terms that it names (off: {', '.join(off)})"),
             (("loss.action_beta",), bool(loss.context_action or loss.transition_action), "a term of actions"),
             (("loss.state_beta",), bool(loss.state), "loss.state above 0"),
             (("optimizer.pretrained_lr",), not untrained, "tower.pretrained"),
@@ -46,6 +46,12 @@ def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, .
         (("loss", "batch"), config.auxiliary > 0, "auxiliary above 0"),
         (("tower",), config.encoder == "random" and not config.start, "encoder=random and no start"),
         own_words,
+        (("encoder",), not config.start, "a new policy; start brings its encoder"),
+        (
+            ("aligned_pooler",),
+            not config.aligned_pooler or (config.encoder != "random" and not config.start),
+            "a trained encoder and no start",
+        ),
         (("pooler_lr_scale",), starts_trained(config), "aligned_pooler=true and a trained encoder"),
         (("head.flow_steps",), config.head.kind == "flow", "head.kind=flow"),
         (("head.token_noise",), not config.tune, "tune=false"),
