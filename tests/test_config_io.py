@@ -39,7 +39,7 @@ def test_temperatures_of_pairs_are_read_alike_from_file_and_flag(tmp_path):
 
 def test_an_unknown_key_names_the_file_and_the_closest_field(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"config error: typo.yaml: stepz is not a field of AlignConfig; did you mean steps\?"
+        ConfigError, match=r"config error: .*/typo.yaml: stepz is not a field of AlignConfig; did you mean steps\?"
     ):
         from_yaml(tmp_path, "stepz: 7\n")
 

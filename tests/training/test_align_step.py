@@ -87,6 +87,7 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
             "timestep": frame_of_row + (frame_of_row >= 2),
             "progress": torch.linspace(0.1, 1, rows, dtype=torch.float64),
         },
+        asked_in=torch.tensor([[3, int(GOALS[2])], [9, int(GOALS[0])]]),  # by episodes that are not in this batch
     )
 
 

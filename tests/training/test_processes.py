@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_on_one_machine_stops_both_without_a_traceback(inte
     (damaged,) = second.glob("checkpoints/step_000002/model.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:100])
     for done, message in zip(
-        stage_one(interrupted, first, second), ("process 1 has stopped", "model.safetensors"), strict=True
+        stage_one(interrupted, first, second), ("process 1 has stopped", "step_000002: damaged checkpoint"), strict=True
     ):
         assert done.returncode == 2
         assert message in done.stderr
