@@ -37,3 +37,16 @@ def test_collect_align_clone_evaluate(name, tmp_path):
     assert "<video" in page
     assert 'src="http' not in page
     assert 'href="http' not in page
+
+
+def test_beginning_anew_deletes_no_evaluation_of_another_policy(tmp_path):
+    kept = tmp_path / "outputs" / "eval" / "debug" / "mine" / "eval.json"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    command = [sys.executable, str(ROOT / "scripts" / "pipeline.py"), "--name=debug", "--fresh=true"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert result.returncode == 2
+    assert (
+        "mine: an evaluation of its own, which fresh would delete; move it out of outputs/eval/debug" in result.stderr
+    )
+    assert kept.is_file()

@@ -62,6 +62,8 @@ def test_gradient_accumulation_is_refused(policy_config, tmp_path, monkeypatch):
         ("--head.flow_steps=4", "head.kind=flow"),
         ("--head.token_noise=0.1 --tune=true", "tune=false"),
         ("--optimizer.layer_decay=0.5", "stage one"),
+        ("--aligned_pooler=true --encoder=random", "a trained encoder"),
+        ("--encoder=somewhere --start=policy", "a new policy"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(policy_config, tmp_path, capsys, flag, needs):
