@@ -285,6 +285,13 @@ def test_a_start_that_does_not_fit_is_refused(policy_config, policy_folder, tmp_
         train_policy(config)
 
 
+def test_a_run_folder_given_as_the_start_is_told_its_policy(policy_config, policy_folder, tmp_path):
+    shutil.copytree(policy_folder, tmp_path / "before" / "policy")
+    config = replace(policy_config, start=str(tmp_path / "before"), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="start: .*before: not a policy folder; did you mean .*before/policy"):
+        train_policy(config)
+
+
 def test_options_of_a_trained_encoder_are_refused_with_an_untrained_one(policy_config, tmp_path):
     tower = replace(policy_config.tower, pretrained="somewhere")
     with pytest.raises(UserError, match="encoder=random is untrained, --encoder=FOLDER names a trained one"):

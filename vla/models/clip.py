@@ -284,7 +284,8 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
         )
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "" if local or os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE=1 forbids the hub)"
+        forbidden = ", which HF_HUB_OFFLINE=1 forbids" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        hint = "" if local else f" (no such folder, so it was looked up on the hub{forbidden})"
         raise UserError(f"{source}: cannot load a CLIP model{hint}: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:

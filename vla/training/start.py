@@ -83,6 +83,8 @@ def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordP
         UserError: no such policy, or another head, pooler, image size, state or action than the wanted one's.
     """
     folder = Path(config.start)
+    if (folder / "policy" / "config.json").is_file():
+        raise UserError(f"config error: start: {folder}: not a policy folder; did you mean {folder / 'policy'}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"config error: start: {folder}: not a policy folder (no config.json)")
     try:
