@@ -288,7 +288,7 @@ def test_a_start_that_does_not_fit_is_refused(policy_config, policy_folder, tmp_
 def test_a_run_folder_given_as_the_start_is_told_its_policy(policy_config, policy_folder, tmp_path):
     shutil.copytree(policy_folder, tmp_path / "before" / "policy")
     config = replace(policy_config, start=str(tmp_path / "before"), output=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="start: .*before: not a policy folder; did you mean .*before/policy"):
+    with pytest.raises(UserError, match=r"start: .*before: not a policy folder; did you mean .*before/policy"):
         train_policy(config)
 
 
