@@ -6,6 +6,7 @@ import re
 import shutil
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from vla.comparison import sweep as sweeping
 from vla.comparison.data import env_name
+from vla.comparison.estimates import MEASURED
 from vla.comparison.page import comparison_page
 from vla.comparison.points import at_point, folder_name, label, points
 from vla.comparison.sweep import refuse_unused_fields, sweep
@@ -126,6 +128,18 @@ def test_what_a_pretrained_start_forgot_stands_beside_success(config, encoder, f
     assert row["measures"]["old/zero_shot"] == json.loads(aligned.read_text())["way"][-1]["old/zero_shot"]
     assert "old/zero shot" in (folder / "report.html").read_text()
     assert "old/zero_shot" not in (finished / "sweep.csv").read_text()
+
+
+def test_a_finished_sweep_makes_its_report_again_without_the_encoder_that_it_began_from(config, encoder, tmp_path):
+    start = Path(shutil.copytree(encoder.parent, tmp_path / "start")) / "clip"
+    align = replace(config.align, tower=replace(config.align.tower, pretrained=str(start)))
+    config = replace(config, align=align, output=str(tmp_path / "run"))
+    report = sweep(config, {"policy.steps": ("1",)}) / "report.html"
+    report.unlink()
+    shutil.rmtree(start)
+    MEASURED.clear()  # another process has not timed its tower
+    sweep(config, {"policy.steps": ("1",)})
+    assert report.is_file()
 
 
 def test_demonstrations_say_which_environment_is_timed(config, data_root, tmp_path):

@@ -21,7 +21,7 @@ from vla.comparison.chosen import SET_BY_POINTS, SET_HERE, check_episodes, check
 from vla.comparison.compare import leave_the_launcher
 from vla.comparison.data import check_data_there
 from vla.comparison.estimates import stage_seconds
-from vla.comparison.jobs import Job, in_short, print_left, refuse_failed, run_jobs
+from vla.comparison.jobs import Job, in_short, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
     SWEPT,
     Point,
@@ -73,15 +73,16 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     chosen = points(swept) if swept else ablation_points(config.ablations)
     configured = [(point, at_point(config, point)) for point in chosen]
     refuse_unused_fields(configured)
-    by_name: dict[str, Job] = {}
+    by_name: dict[str, tuple[Job, SweepConfig]] = {}
     for point, at in configured:
         check_alignment(at.align, "align.")
         if at.policy.aligned_pooler:
             check_pooler(at.policy.head, at.align.loss)
-        seconds = stage_seconds(at)
-        for job in (job for seed in config.seeds for job in jobs_of(at, folder, point, seed)):
-            by_name[job.name] = replace(job, seconds=seconds_of(job, at, seconds))
-    jobs = list(by_name.values())
+        by_name |= {job.name: (job, at) for seed in config.seeds for job in jobs_of(at, folder, point, seed)}
+    left = {
+        job.name for job in needed([job for job, _ in by_name.values()])
+    }  # others need no estimate, nor what it loads
+    jobs = [replace(job, seconds=seconds_of(job, at)) if job.name in left else job for job, at in by_name.values()]
     print("sweep: " + in_short(jobs))
     check_same(folder, config, keep=not config.dry_run)
     if config.dry_run:
@@ -95,8 +96,9 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     return folder
 
 
-def seconds_of(job: Job, config: SweepConfig, stages: dict[str, float]) -> float:
+def seconds_of(job: Job, config: SweepConfig) -> float:
     """The seconds that a job at a point's configuration will take."""
+    stages = stage_seconds(config)
     stage = job.name.partition("-")[0]
     if stage == "policy" and config.policy.tune:
         return config.policy.steps * stages["tuned step"]

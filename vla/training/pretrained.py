@@ -98,7 +98,7 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     fixed |= {f"logit_scales.{pair}" for pair in configured}
     path = beside(source)
-    if not brings_scales(source):
+    if not from_stage_one(source):
         scale = model.logit_scales["vision_language"]
         if "logit_scales.vision_language" not in fixed and model.logit_bias is None:  # CLIP's loss is the softmax
             scale.copy_(model.clip.logit_scale.clamp(0, MAX_LOGIT_SCALE))
@@ -123,7 +123,7 @@ def beside(source: str) -> Path:
     return Path(source).resolve().parent / "alignment.safetensors"
 
 
-def brings_scales(source: str | None) -> bool:
+def from_stage_one(source: str | None) -> bool:
     """Whether a start is one that stage one wrote, with the pooler, scales and all else beside it."""
     return source is not None and Path(source).is_dir() and beside(source).is_file()
 
@@ -148,7 +148,7 @@ def run_of(source: str) -> dict[str, Any] | None:
     folder = Path(source).resolve().parent
     run = folder.parent.parent if folder.parent.name in ("wise_ft", "snapshots") else folder
     path = run / "config.yaml"
-    return filled(read_yaml(path), to_dict(AlignConfig())) if brings_scales(source) and path.is_file() else None
+    return filled(read_yaml(path), to_dict(AlignConfig())) if from_stage_one(source) and path.is_file() else None
 
 
 def old_split(config: AlignConfig) -> tuple[DataConfig, int, bool]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from vla.config import AlignConfig, PolicyTrainConfig
 from vla.training.align_setup import pair_temperatures
-from vla.training.pretrained import brings_scales
+from vla.training.pretrained import from_stage_one
 from vla.training.start import starts_trained
 from vla.types import UserError
 
@@ -26,7 +26,7 @@ def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, .
     if isinstance(config, AlignConfig):
         loss, untrained = config.loss, config.tower.pretrained is None
         sizes = tuple(f"tower.{name}" for name in SIZES)
-        brings = brings_scales(config.tower.pretrained) and loss.learn_temperature
+        brings = from_stage_one(config.tower.pretrained) and loss.learn_temperature
         off = [f"loss.{pair}" for pair in pair_temperatures(loss) if not getattr(loss, pair)]
         return (
             (("loss.temperatures",), not off, f"all of the terms that it names (off: {', '.join(off)})"),
