@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -67,7 +68,7 @@ def without(root, copy, *keys: str, words: bool = True):
 
 @pytest.fixture(scope="session")
 def openai_clip(tmp_path_factory) -> Path:
-    """A small random CLIP as OpenAI published theirs: own statistics of pictures, 2 for the end of a text, scale 100; 32 px."""
+    """A small random CLIP as OpenAI published theirs: own statistics of pictures, 2 for the end of a text, scale 100, ids of positions; 32 px."""
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("openai") / "tiny"
     tokenizer = train_tokenizer(["push the red star to the left"], 600)
@@ -78,6 +79,10 @@ def openai_clip(tmp_path_factory) -> Path:
     model = CLIPModel(config)
     model.logit_scale.data.fill_(4.6052)
     model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for tower, number in (("text_model", 77), ("vision_model", 17)):
+        weights[f"{tower}.embeddings.position_ids"] = torch.arange(number)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     side = {"height": 32, "width": 32}
     CLIPImageProcessor(

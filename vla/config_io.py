@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import textwrap
 import types
 from importlib import resources
@@ -310,3 +311,21 @@ def filled(tree: dict, usual: dict) -> dict:
         else tree.get(key, value)
         for key, value in usual.items()
     }
+
+
+def changed(before: dict, now: dict) -> dict[str, str]:
+    """`align.steps=800, not 900` of all that differs between two configurations, plain mappings, by dotted name."""
+    before, now = flat(before), flat(now)
+    return {
+        name: f"{name}={json.dumps(before.get(name))}, not {json.dumps(now.get(name))}"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    }
+
+
+def flat(tree: dict, path: str = "") -> dict:
+    """A nested mapping by dotted names."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found

@@ -301,3 +301,8 @@ def test_a_temperature_that_the_start_overrules_is_not_swept(config, encoder):
 def test_a_sweep_of_nothing_is_refused(config):
     with pytest.raises(UserError, match=r"add --sweep\.FIELD"):
         sweep(config, {})
+
+
+def test_a_training_seed_counts_once(config, tmp_path):
+    with pytest.raises(UserError, match=r"seeds: \[0, 0\] repeats a value"):
+        sweep(replace(config, seeds=(0, 0), output=str(tmp_path / "run")), {"policy.steps": ("1", "2")})

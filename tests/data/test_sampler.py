@@ -89,3 +89,23 @@ def test_only_the_given_episodes_are_drawn():
         START, GOALS, SCENES, np.array([1, 3]), goals=4, episodes=2, frames=2, gap=3, same_scene=0.5, seed=0
     )
     assert set(episodes_of(np.concatenate([only.rows(s) for s in range(20)]))) == {1, 3}
+
+
+def test_few_goals_bring_whole_scenes_until_each_has_its_episodes():
+    """Ten goals in each of fifty scenes: rows are as hard to tell apart by the picture as those of many goals."""
+    goals, scenes, start = np.tile(np.arange(10), 50), np.repeat(np.arange(50), 10), np.arange(0, 501 * 20, 20)
+    settings = {"goals": 96, "episodes": 1, "frames": 2, "gap": 3, "same_scene": 0.8, "seed": 0}
+    few = GoalSampler(start, goals, scenes, np.arange(500), **settings)
+    for step in range(5):
+        rows = few.rows(step)
+        drawn = np.unique(np.searchsorted(start, rows, side="right") - 1)
+        assert np.bincount(goals[drawn]).tolist() == [10] * 10
+        together = np.bincount(scenes[drawn])[scenes[drawn]] > 1
+        assert together.mean() > 0.9
+        assert np.isin(start[drawn], rows).mean() > 0.9  # they bring the picture that they share
+
+
+def test_a_seed_draws_the_batches_that_it_always_drew():
+    """Kept results can be made again."""
+    rows = sampler(goals=4, episodes=1).rows(3)
+    assert rows.tolist() == [21, 24, 32, 36, 0, 5, 8, 18, 48, 51, 55, 61, 91, 94, 98, 106]

@@ -99,6 +99,11 @@ def test_zero_shot_is_measured_in_other_words_of_the_same_goals_too():
     )
     of_goal_0 = zero_shot_measures(told.vision, np.eye(4)[[0, 2, 1, 3, 0]], batch, some_reworded)
     assert (of_goal_0["zero_shot"], of_goal_0["zero_shot_reworded/own_words"]) == (0.5, 1.0)
+    twice = SimpleNamespace(  # goal 0 is asked there in text 4 by an earlier episode than the one that is measured
+        scene_id=np.zeros(5, int), goal_id=np.array([1, 0, 0, 2, 3]), text_id=np.array([1, 4, 0, 2, 3])
+    )
+    own = zero_shot_measures(told.vision, np.eye(4)[[*goals, 1]], batch, twice)
+    assert (own["zero_shot_reworded/own_words"], own["zero_shot_reworded"]) == (1.0, 0.0)
     of_one_wording = SimpleNamespace(scene_id=np.zeros(4, int), goal_id=goals, text_id=goals)
     assert "zero_shot_reworded" not in zero_shot_measures(told.vision, np.eye(4), batch, of_one_wording)
 

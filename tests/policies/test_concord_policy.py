@@ -13,6 +13,7 @@ from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from safetensors.torch import load_file, save_file
 
 from vla.policies.concord import ConcordPolicy
+from vla.policies.concord.modeling_concord import new_encoder
 from vla.policies.loading import load_chunk_policy, refuse_memory
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 
@@ -149,3 +150,39 @@ def test_a_policy_whose_chunk_depends_on_the_steps_before_is_refused(config, mes
     with pytest.raises(UserError, match=message):
         refuse_memory(Path("policy"), config)
     refuse_memory(Path("policy"), ACTConfig())
+
+
+def test_a_policy_that_queues_observations_is_refused(policy_folder, monkeypatch):
+    """As LeRobot's diffusion, TD-MPC and MultiTaskDiT do, of one observation, too."""
+    begin = ConcordPolicy.__init__
+
+    def with_queue(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self._queues = {STATE_KEY: [], ACTION_KEY: []}
+
+    monkeypatch.setattr(ConcordPolicy, "__init__", with_queue)
+    with pytest.raises(UserError, match="queues observations"):
+        load_chunk_policy(policy_folder)
+
+
+@pytest.mark.parametrize("blind", ["language", "vision"])
+def test_attention_is_of_what_the_policy_gets(policy_folder, observation, blind):
+    config = PreTrainedConfig.from_pretrained(policy_folder)
+    config.hide = blind
+    policy = ConcordPolicy.from_pretrained(policy_folder, config=config)
+    hidden = {TASK_KEY: TEXTS[::-1]} if blind == "language" else {IMAGE_KEY: observation[IMAGE_KEY].flip(0)}
+    assert torch.equal(policy.attention(observation | hidden), policy.attention(observation))
+
+
+def test_a_repository_is_asked_for_as_the_caller_says(policy_folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **told: asked.update(told) or policy_folder)
+    ConcordPolicy.from_pretrained("somebody/policy", local_files_only=True, revision="v2")
+    assert asked == {"local_files_only": True, "revision": "v2"}
+
+
+def test_an_encoder_that_is_adapted_to_another_size_is_told(encoder, policy_folder, capsys):
+    config = PreTrainedConfig.from_pretrained(policy_folder)
+    config.encoder, config.image_size = str(encoder), 96
+    new_encoder(config, TEXTS)
+    assert "trained on pictures of 48 px, adapted to 96; --policy.image_size=48 keeps them" in capsys.readouterr().out

@@ -125,7 +125,7 @@ def test_a_finished_run_whose_checkpoints_were_deleted_keeps_its_configuration(a
     folder = train_align(config).parent
     shutil.rmtree(folder / "checkpoints")
     before = (folder / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match="is finished, with another seed; choose another --output"):
+    with pytest.raises(UserError, match="is finished, and was begun with seed=0, not 9; choose another --output"):
         train_align(replace(config, resume=True, seed=9))
     assert (folder / "config.yaml").read_bytes() == before
     assert train_align(replace(config, resume=True)) == folder / "clip"

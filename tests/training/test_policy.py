@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import without
 from vla.cli import given, run
@@ -64,6 +64,9 @@ def test_gradient_accumulation_is_refused(policy_config, tmp_path, monkeypatch):
         ("--optimizer.layer_decay=0.5", "stage one"),
         ("--aligned_pooler=true --encoder=random", "a trained encoder"),
         ("--encoder=somewhere --start=policy", "a new policy"),
+        ("--data.pasted_shapes=0.5 --cached_shifts=1", "tune=true or another cached_shifts"),
+        ("--cached_shifts=4 --tune=true", "tune=false"),
+        ("--rollouts=9", "rollouts_every above 0"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(policy_config, tmp_path, capsys, flag, needs):
@@ -296,3 +299,31 @@ def test_options_of_a_trained_encoder_are_refused_with_an_untrained_one(policy_c
     tower = replace(policy_config.tower, pretrained="somewhere")
     with pytest.raises(UserError, match="encoder=random is untrained, --encoder=FOLDER names a trained one"):
         train_policy(replace(policy_config, encoder="random", tower=tower, output=str(tmp_path / "run")))
+
+
+def test_a_start_from_a_machine_with_a_gpu_is_gone_on_from_without_one(policy_config, policy_folder, tmp_path):
+    start = shutil.copytree(policy_folder, tmp_path / "start")
+    for name in ("config.json", "policy_preprocessor.json"):
+        text = (start / name).read_text()
+        assert '"device": "cpu"' in text
+        (start / name).write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
+    train_policy(replace(policy_config, start=str(start), steps=1, output=str(tmp_path / "run")))
+
+
+def test_a_start_without_statistics_is_refused(policy_config, policy_folder, tmp_path):
+    start = shutil.copytree(policy_folder, tmp_path / "start")
+    (start / "policy_preprocessor.json").unlink()
+    config = replace(policy_config, start=str(start), steps=1, output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"start: .*start: no statistics in it: "):
+        train_policy(config)
+
+
+def test_a_start_whose_statistics_changed_is_not_gone_on_from(policy_config, policy_folder, tmp_path):
+    start = shutil.copytree(policy_folder, tmp_path / "start")
+    config = replace(policy_config, start=str(start), steps=2, save_every=1, output=str(tmp_path / "run"))
+    shutil.rmtree(train_policy(config))
+    (path,) = start.glob("policy_preprocessor_*normalizer*.safetensors")
+    stats = load_file(path)
+    save_file({name: value + 1 for name, value in stats.items()}, path)
+    with pytest.raises(UserError, match="was trained with other statistics of states and actions"):
+        train_policy(replace(config, resume=True))

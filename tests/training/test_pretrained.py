@@ -19,7 +19,7 @@ from vla.config import AlignConfig, CollectConfig
 from vla.config_io import save_yaml
 from vla.data.episodes import read_episodes, split_episodes
 from vla.integrations.collect import collect
-from vla.models.clip import build_clip, load_clip, patch_tokens, save_clip, with_vision_of
+from vla.models.clip import build_clip, load_clip, patch_tokens, save_clip, vision_features, with_vision_of
 from vla.models.finetuning import add_lora, interpolated, merged
 from vla.training.align import train_align
 from vla.training.align_export import export_share
@@ -349,3 +349,14 @@ def test_a_vision_transformer_with_a_text_tower_is_aligned(align_config, encoder
     optimizer = replace(align_config.optimizer, layer_decay=0.5)
     config = replace(align_config, tower=tower, optimizer=optimizer, wise_ft=(0.5,), output=str(tmp_path / "run"))
     load_clip(train_align(replace(config, steps=2)))  # complete, or it is refused
+
+
+@pytest.mark.parametrize("kind", [Dinov2Config, ViTConfig])
+def test_pictures_are_aligned_by_what_transformers_takes_for_their_embedding(encoder, tmp_path, kind):
+    sizes = {"image_size": 48, "patch_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(kind(**sizes)).save_pretrained(tmp_path / "vision")
+    model = with_vision_of(tmp_path / "vision", load_clip(encoder)[0], 48).eval()
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        embeds = model.visual_projection(vision_features(model, pixels)[1])
+        torch.testing.assert_close(embeds, model.get_image_features(pixel_values=pixels).pooler_output)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vla.comparison.data import check_data_there
 from vla.config import CompareConfig, SweepConfig
-from vla.config_io import filled, to_dict
+from vla.config_io import changed, filled, to_dict
 from vla.files import write_json
 from vla.precision import chosen_precision
 from vla.training import run
@@ -32,10 +32,10 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
     given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
     begun = without(json.loads(path.read_text()), FREE_FIELDS) if path.is_file() else comparable(config) | given
     if found := changes(begun, config):
-        raise UserError(f"{folder}: was begun with {', '.join(found)}; choose another --output")
+        raise UserError(f"{folder}: was begun with {'; '.join(found)}; choose another --output")
     for job in sorted(folder.glob("jobs/*/settings.json")):
         if found := changes(json.loads(job.read_text()), config):
-            raise UserError(f"{job.parent}: was run with {', '.join(found)}; results of both are not one comparison")
+            raise UserError(f"{job.parent}: was run with {'; '.join(found)}; results of both are not one comparison")
     for field, folders in given.items():
         before = begun.get(field, {})
         for name in folders:
@@ -54,20 +54,7 @@ def changes(begun: dict, config: CompareConfig | SweepConfig) -> list[str]:
     """
     wanted, usual = comparable(config), comparable(type(config)())
     made_with = filled(without(begun, FREE_FIELDS), usual | (BEFORE if begun.get("transfer") else {}))
-    before, now = flat(made_with), flat(wanted)
-    return [
-        f"{name}={json.dumps(before.get(name))}, not {json.dumps(now.get(name))}"
-        for name in {**now, **before}
-        if before.get(name) != now.get(name)
-    ]
-
-
-def flat(tree: dict, path: str = "") -> dict:
-    """A nested mapping by dotted names."""
-    found = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return found
+    return list(changed(made_with, wanted).values())
 
 
 def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> C:

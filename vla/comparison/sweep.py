@@ -137,6 +137,8 @@ def check_points(config: SweepConfig) -> None:
     """
     if not config.seeds or min(config.seeds) < 0:
         raise ConfigError(f"seeds: {list(config.seeds)}; give at least one number, none below 0")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"seeds: {list(config.seeds)} repeats a value")
     check_episodes(config.eval)
     check_set_here(config, SET_HERE | SET_BY_POINTS)
 

@@ -16,7 +16,7 @@ class GoalSampler:
     drawn as goals of one scene give their first frame too, which they share: one picture, many instructions. Those without an
     instruction do not: nothing would tell whose actions follow.
     An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has, and where there
-    are fewer than P goals, K is raised accordingly.
+    are fewer than P goals, K is raised accordingly. Further episodes of a goal bring their scenes as the first ones do.
     """
 
     def __init__(
@@ -47,28 +47,41 @@ class GoalSampler:
         self.episodes = max(episodes, -(-goals * episodes // len(self.by_goal)))
         self.positions = np.asarray(positions)
         self.shared_scenes = [np.array(m) for m in by_scene.values() if len({self._goal(p) for p in m}) > 1]
+        self.scene_of = {int(p): members for members in self.shared_scenes for p in members}
 
     def rows(self, step: int) -> np.ndarray:
         """(b,) int64 rows of batch `step`, grouped by episode, in time order."""
         rng = np.random.default_rng([self.seed, step])
         scenes = iter(rng.permutation(len(self.shared_scenes)))
         singles = iter(rng.permutation(self.positions))
-        drawn: dict[int, bool] = {}  # episodes in order, and whether they give their first frame
-        goals_seen: set[int] = set()
-        while len(goals_seen) < min(self.goals, len(self.by_goal)):
+        drawn: dict[int, dict[int, bool]] = {}  # by goal: episodes in order, and whether they give their first frame
+        others: dict[int, np.ndarray] = {}  # by goal: all episodes but its first one, in the order they are due in
+
+        def draw(anchors: Sequence[int]) -> None:
+            for anchor in map(int, anchors):
+                goal = self._goal(anchor)
+                if goal not in drawn:
+                    if len(drawn) == self.goals:
+                        continue
+                    members, drawn[goal] = self.by_goal[goal], {}
+                    others[goal] = rng.permutation(members[members != anchor])
+                if len(drawn[goal]) < self.episodes:
+                    drawn[goal].setdefault(anchor, len(anchors) > 1 and goal >= 0)
+
+        while len(drawn) < min(self.goals, len(self.by_goal)):
             scene = next(scenes, None) if rng.random() < self.same_scene else None
-            anchors = [next(singles)] if scene is None else rng.permutation(self.shared_scenes[scene])
-            for anchor in anchors:
-                goal = self._goal(int(anchor))
-                if goal in goals_seen or len(goals_seen) == self.goals:
-                    continue
-                goals_seen.add(goal)
-                others = self.by_goal[goal]
-                others = rng.permutation(others[others != anchor])[: self.episodes - 1]
-                drawn[int(anchor)] = len(anchors) > 1 and goal >= 0
-                for other in others.tolist():
-                    drawn.setdefault(other, False)
-        return np.concatenate([self._frames(rng, position, first) for position, first in drawn.items()])
+            if scene is not None:
+                draw(rng.permutation(self.shared_scenes[scene]))
+            elif self._goal(single := int(next(singles))) not in drawn:
+                draw([single])
+        for goal, episodes in drawn.items():
+            for other in others[goal].tolist():
+                if len(episodes) < self.episodes and other not in episodes:
+                    members = self.scene_of.get(other)
+                    together = members is not None and rng.random() < self.same_scene
+                    draw([other, *rng.permutation(members[members != other])] if together else [other])
+        episodes = [episode for episodes in drawn.values() for episode in episodes.items()]
+        return np.concatenate([self._frames(rng, position, first) for position, first in episodes])
 
     def _goal(self, position: int) -> int:
         """The goal of an episode; one without an instruction has one of its own."""

@@ -227,6 +227,7 @@ def zero_shot_measures(
             candidates = everything
         if len(candidates) < 2:
             continue
+        candidates = candidates | {own: int(batch.text_id[row])}
         told = {"zero_shot": candidates}
         if len(wordings.get(own, ())) > 1:
             told["zero_shot_reworded/own_words"] = candidates

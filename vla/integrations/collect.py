@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from envs import env_class, make_env, make_expert
 from vla.config import CollectConfig
-from vla.config_io import filled
+from vla.config_io import changed, filled, to_dict
 from vla.data.episodes import read_episodes, task_of_episode
 from vla.files import write_whole
 from vla.integrations.behaviours import PATIENCE, Behaviour, demonstration, mistakes, play, stopped
@@ -68,13 +68,11 @@ def collect(config: CollectConfig) -> Path:
     """
     root = Path(config.output)
     tasks = checked_tasks(config)
-    wanted = asdict(config) | {"workers": None, "output": None}
+    wanted = to_dict(config) | {"workers": None, "output": None}
     if (root / "meta" / "concord.json").is_file():
         made_with = json.loads((root / "meta" / "concord.json").read_text())["config"]
-        made_with = filled(made_with, asdict(CollectConfig()))  # an older version knew no other kind
-        if made_with != json.loads(json.dumps(wanted)):
-            differ = [k for k in wanted if made_with.get(k) != json.loads(json.dumps(wanted[k]))]
-            raise UserError(f"{root}: holds a data set with another {', '.join(differ)}; choose another --output")
+        if found := changes(made_with, wanted):
+            raise UserError(f"{root}: holds a data set with {found}; choose another --output")
         print(f"{root}: already complete")
         return root
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -141,9 +139,14 @@ def check_same_plan(parts: Path, wanted: dict) -> None:
     """Refuse to mix shards of two configurations."""
     plan = parts / "config.json"
     text = json.dumps(wanted, indent=2, sort_keys=True)
-    if plan.is_file() and filled(json.loads(plan.read_text()), asdict(CollectConfig())) != json.loads(text):
-        raise UserError(f"{parts}: was begun with another configuration; delete it or choose another --output")
+    if plan.is_file() and (found := changes(json.loads(plan.read_text()), wanted)):
+        raise UserError(f"{parts}: was begun with {found}; delete it or choose another --output")
     write_whole(plan, text)
+
+
+def changes(made_with: dict, wanted: dict) -> str:
+    """`scenes=3, not 4` for all that differs; what an older version did not know had its default."""
+    return "; ".join(changed(filled(made_with, to_dict(CollectConfig())), wanted).values())
 
 
 def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tuple[str, int, int]]) -> int:

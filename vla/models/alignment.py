@@ -35,8 +35,8 @@ class RowEmbeds:
     """Embeddings of f distinct images and the b rows that show them, unit norm but for `pooled`; None where a term is off."""
 
     vision: Tensor  # (f, d)
-    context: Tensor  # (b, d)
-    action: Tensor  # (b, d)
+    context: Tensor | None  # (b, d)
+    action: Tensor | None  # (b, d)
     similarity: Tensor | None  # (f, t) late interaction of images and the texts of their group
     scene: Tensor | None  # (f, d)
     state: Tensor | None  # (f, d)
@@ -126,6 +126,7 @@ class AlignmentModel(nn.Module):
         groups: Sequence[Group] = (),
         width: int = 0,
         text_gradient: float = 0.1,
+        acted: bool = True,
     ) -> RowEmbeds:
         """Embed images and the rows that show them.
 
@@ -137,17 +138,21 @@ class AlignmentModel(nn.Module):
             state: (f, s) of the images, normalised; None if it is not to be embedded.
             groups, width: who is compared word by word, see `grouped_late_interaction`; without groups nobody is.
             text_gradient: share of the context term's gradient that reaches the words.
+            acted: whether contexts and actions are to be embedded.
         """
         tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
         patches = patch_embeds(self.clip, tokens)
         pooled_scene = None if state is None and self.transition_projection is None else self.scene_features(tokens)
-        context = self.context_features(
-            tokens, patches, texts.words, texts.named, attention_mask, frame_of_row, text_of_row, text_gradient
-        )
+        context = action = None
+        if acted:
+            of_row = frame_of_row, text_of_row, text_gradient
+            features = self.context_features(tokens, patches, texts.words, texts.named, attention_mask, *of_row)
+            context = self.context_projection(features)
+            action = self.action_projection(self.action_encoder(action_chunk, action_is_pad))
         return RowEmbeds(
             vision=unit(self.clip.visual_projection(pooled)),
-            context=self.context_projection(context),
-            action=self.action_projection(self.action_encoder(action_chunk, action_is_pad)),
+            context=context,
+            action=action,
             similarity=grouped_late_interaction(patches, texts.named, attention_mask, groups, width)
             if groups
             else None,

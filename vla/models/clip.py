@@ -287,6 +287,10 @@ def load_clip(source: str | Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
         forbidden = ", which HF_HUB_OFFLINE=1 forbids" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         hint = "" if local else f" (no such folder, so it was looked up on the hub{forbidden})"
         raise UserError(f"{source}: cannot load a CLIP model{hint}: {first_line(error)}") from error
+    buffers = {
+        name for name, _ in model.named_buffers()
+    }  # position ids, which CLIP's published weights have among them
+    report["unexpected_keys"] = set(report["unexpected_keys"]) - buffers
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             some = ", ".join(sorted(str(key) for key in report[kind])[:3])
@@ -431,7 +435,7 @@ def vision_features(model: Encoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(model, CLIPModel):
         return model.vision_model.post_layernorm(output.last_hidden_state[:, 1:]), output.pooler_output
     patches = (vision.image_size // vision.patch_size) ** 2  # they come last, behind class and register tokens
-    return output.last_hidden_state[:, -patches:], output.last_hidden_state[:, 0]
+    return output.last_hidden_state[:, -patches:], output.pooler_output
 
 
 def patch_tokens(model: Encoder, pixels: Tensor) -> Tensor:

@@ -44,12 +44,7 @@ class PolicyNetwork(nn.Module):
 
     def features(self, tokens: Tensor, words: Tensor, words_mask: Tensor, similarity: Tensor, state: Tensor) -> Tensor:
         """(b, n, w), (b, l, w), (b, l), (b, l, n), (b, s) -> (b, hidden)."""
-        if self.hide == "language":
-            words, words_mask = torch.zeros_like(words[:, :1]), torch.ones_like(words_mask[:, :1])
-            similarity = torch.zeros_like(similarity[:, :1])
-        elif self.hide == "vision":
-            tokens, similarity = torch.zeros_like(tokens), torch.zeros_like(similarity)
-        pooled = self.pooler(tokens, words, words_mask, similarity).flatten(1)
+        pooled = self.pooler(*self.seen(tokens, words, words_mask, similarity)).flatten(1)
         proprio = self.state_encoder(state)
         if self.training and self.state_dropout:
             hide = torch.rand(len(state), 1, device=state.device) < self.state_dropout
@@ -58,3 +53,14 @@ class PolicyNetwork(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.norm(x)
+
+    def seen(
+        self, tokens: Tensor, words: Tensor, words_mask: Tensor, similarity: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the pooler gets of these: all, but for a control's blind spot."""
+        if self.hide == "language":
+            words, words_mask = torch.zeros_like(words[:, :1]), torch.ones_like(words_mask[:, :1])
+            similarity = torch.zeros_like(similarity[:, :1])
+        elif self.hide == "vision":
+            tokens, similarity = torch.zeros_like(tokens), torch.zeros_like(similarity)
+        return tokens, words, words_mask, similarity

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 import vla.policies.concord  # noqa: F401 - registers the policy type
 from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
+
 
 class LeRobotChunkPolicy:
     """Drives a LeRobot policy through `predict_action_chunk`, with its own pre- and post-processing."""
@@ -67,8 +69,12 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         preprocess, postprocess = make_pre_post_processors(
             config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(f"{folder}: cannot load the policy: {first_line(error)}") from error
+    if STATE_KEY in (getattr(policy, "_queues", None) or {}):
+        raise UserError(
+            f"{folder}: a {config.type} policy queues observations; only those that read one at a time can be evaluated"
+        )
     cameras = list(config.image_features)
     if len(cameras) != 1:
         raise UserError(f"{folder}: the policy reads cameras {cameras}; the environments have one")

@@ -403,12 +403,14 @@ def describe(
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     goals = len(np.unique(episodes.goal_id[train][episodes.goal_id[train] >= 0]))
     resumed = f", resumed at step {first}" if first else ""
-    alone = "" if goals > 1 else "\nthere is one goal only: the language terms teach nothing"
+    notes = "" if goals > 1 else "\nthere is one goal only: the language terms teach nothing"
+    if config.batch.same_scene and not any(s.shared_scenes for s in sampler.samplers):
+        notes += "\nno scene is known to have several goals (scene_id): batch.same_scene brings no hard negatives"
     triplets = len(sampler.rows(first))
     return (
         f"stage one: {len(train)} episodes ({len(validation)} held out), {goals} goals, "
         f"{len(episodes.texts)} instructions, {parameters:.1f} M parameters\n"
-        f"{config.steps} steps of about {triplets:,} triplets, {config.steps * triplets:,} in all{resumed}; run folder {config.output}{alone}"
+        f"{config.steps} steps of about {triplets:,} triplets, {config.steps * triplets:,} in all{resumed}; run folder {config.output}{notes}"
     )
 
 

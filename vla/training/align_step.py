@@ -108,6 +108,7 @@ def embed_rows(
         batch.state[images].nan_to_num() if loss.state else None,
         groups=groups,
         width=max((len(group.texts) for group in every), default=0),
+        acted=loss.context_action > 0,
     )
 
 

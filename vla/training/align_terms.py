@@ -45,7 +45,7 @@ def batch_terms(
     acted = (~batch.action_is_pad.all(1)).nonzero()[:, 0]
     stated = batch.state.isfinite().all(1).nonzero()[:, 0]
     terms: dict[str, Term] = {}
-    if loss.context_action and len(acted):
+    if rows.context is not None and rows.action is not None and len(acted):
         moving = (~idle[acted]).float() if not idle.all() else torch.ones_like(acted, dtype=torch.float32)
         terms["context_action"] = soft_term(
             rows.context.index_select(0, acted),

@@ -130,7 +130,9 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
     first, before = (
-        restore(run, unwrapped, optimizer, averaged, others, episodes, encoder_digest) if config.resume else (0, 0.0)
+        restore(run, unwrapped, optimizer, averaged, others, episodes, encoder_digest, stats)
+        if config.resume
+        else (0, 0.0)
     )
     accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
 
@@ -200,7 +202,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             restore_rng(random)  # training goes on as if nobody had looked
         if saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, encoder_digest, elapsed)
+            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, encoder_digest, stats, elapsed)
     bar.close()
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})

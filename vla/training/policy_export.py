@@ -72,6 +72,7 @@ def checkpoint(
     others: dict[str, Tensor],
     episodes: Episodes,
     encoder_digest: str,
+    stats: dict[str, NormStats],
     seconds: float,
 ) -> None:
     """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `encoder_digest`."""
@@ -84,6 +85,7 @@ def checkpoint(
         "data": episodes.fingerprint,
         "labels": episodes.labels(),
         "encoder": encoder_digest,
+        "stats": plain(stats),
         "seconds": seconds,
     }
     save_checkpoint(run.folder, step, groups, state)
@@ -97,11 +99,12 @@ def restore(
     others: dict[str, Tensor],
     episodes: Episodes,
     encoder_digest: str,
+    stats: dict[str, NormStats],
 ) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
-        UserError: a damaged checkpoint, or one of other data, another encoder or another version.
+        UserError: a damaged checkpoint, or one of other data, another encoder, other statistics or another version.
     """
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -113,6 +116,10 @@ def restore(
         raise UserError(
             f"{path}: was trained on an encoder that has changed since; restore that, or choose another --output"
         )
+    if state.get("stats", plain(stats)) != plain(stats):
+        raise UserError(
+            f"{path}: was trained with other statistics of states and actions; restore the policy it began from, or choose another --output"
+        )
     with torch.no_grad(), restoring(path):
         for name, p in trained_parameters(policy).items():
             p.copy_(tensors["model"][name])
@@ -123,6 +130,11 @@ def restore(
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"], state["seconds"]
+
+
+def plain(stats: dict[str, NormStats]) -> dict[str, dict[str, list[float]]]:
+    """Statistics as JSON has them."""
+    return {key: {name: value.tolist() for name, value in of.as_dict().items()} for key, of in stats.items()}
 
 
 def export(

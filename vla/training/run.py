@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from vla.config_io import filled, read_yaml, save_yaml, to_dict
+from vla.config_io import changed, filled, read_yaml, save_yaml, to_dict
 from vla.files import write_whole
 from vla.locks import lock_folder
 from vla.precision import chosen_precision
@@ -98,10 +98,10 @@ class RunFolder:
             return
         old = read_yaml(self.folder / "config.yaml")
         old = filled(old, to_dict(type(config)()))  # fields that an older version did not know had their defaults
-        differing = [k for k in differences(old, to_dict(config)) if k.split(".")[-1] not in FREE_FIELDS]
-        if differing:
-            does = "is finished, " if self.end.exists() else "cannot resume "
-            raise UserError(f"{self.folder}: {does}with another {', '.join(differing)}; choose another --output")
+        found = [told for k, told in changed(old, to_dict(config)).items() if k.split(".")[-1] not in FREE_FIELDS]
+        if found:
+            does = "is finished, and was" if self.end.exists() else "cannot resume what was"
+            raise UserError(f"{self.folder}: {does} begun with {'; '.join(found)}; choose another --output")
 
 
 def begun_precision(folder: Path, wanted: str) -> str:
@@ -118,18 +118,6 @@ def write_versions(path: Path) -> None:
     now = versions()
     commits = list(dict.fromkeys([*before, now["commit"]])) if "commit" in now else before
     write_whole(path, json.dumps(now | {"commits": commits}, indent=1) + "\n")
-
-
-def differences(old: dict, new: dict, path: str = "") -> list[str]:
-    """Dotted names of the fields that differ."""
-    found = []
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{path}{key}.")
-        elif a != b:
-            found.append(path + key)
-    return found
 
 
 def _step_of(line: str) -> int:

@@ -14,10 +14,11 @@ from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.policies.loading import LOAD_ERRORS
 from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
 from vla.training.checkpoint import load_tensors
-from vla.types import ACTION_KEY, STATE_KEY, UserError
+from vla.types import ACTION_KEY, STATE_KEY, UserError, first_line
 
 
 def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
@@ -89,8 +90,8 @@ def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordP
         raise UserError(f"config error: start: {folder}: not a policy folder (no config.json)")
     try:
         before = PreTrainedConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:  # an encoder's configuration, say
-        raise UserError(f"config error: start: {folder}: not a policy folder ({error})") from error
+    except LOAD_ERRORS as error:  # an encoder's configuration, say
+        raise UserError(f"config error: start: {folder}: not a policy folder ({first_line(error)})") from error
     if not isinstance(before, ConcordConfig):
         raise UserError(f"config error: start: {folder}: a {before.type} policy, not a concord one")
     for name in ("kind", "horizon", "queries", "width", "hidden", "layers", "image_size", "hide"):
@@ -107,9 +108,18 @@ def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordP
 
 
 def policy_stats(folder: Path) -> dict[str, NormStats]:
-    """The statistics of states and actions inside a policy folder."""
-    processors = make_pre_post_processors(PreTrainedConfig.from_pretrained(folder), pretrained_path=str(folder))
-    (stats,) = (step.stats for step in processors[0].steps if getattr(step, "stats", None))
+    """The statistics of states and actions inside a policy folder.
+
+    Raises:
+        UserError: files missing or damaged.
+    """
+    here = {"device_processor": {"device": "cpu"}}  # not that of the machine that trained it
+    try:
+        config = PreTrainedConfig.from_pretrained(folder)
+        before, _ = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=here)
+        (stats,) = (step.stats for step in before.steps if getattr(step, "stats", None))
+    except LOAD_ERRORS as error:
+        raise UserError(f"config error: start: {folder}: no statistics in it: {first_line(error)}") from error
     return {
         key: NormStats(**{field.name: np.asarray(stats[key][field.name], np.float32) for field in fields(NormStats)})
         for key in (STATE_KEY, ACTION_KEY)

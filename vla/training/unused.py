@@ -41,8 +41,13 @@ def conditions_of(config: AlignConfig | PolicyTrainConfig) -> tuple[Condition, .
                 "a start that has no scales of its own beside it (loss.temperatures, as in context_action=0.1, overrules those)",
             ),
         )
+    augments = config.tune or config.cached_shifts != 1 or config.auxiliary > 0
+    augmentations = ("data.shift_px", "data.color_jitter", "data.pasted_shapes")
     return (
         (("encoder_lr_scale", "tuned_part"), config.tune, "tune=true"),
+        (augmentations, augments, "tune=true or another cached_shifts than 1, which keeps plain pictures alone"),
+        (("cached_shifts",), not config.tune, "tune=false"),
+        (("rollouts",), config.rollouts_every > 0, "rollouts_every above 0"),
         (("loss", "batch"), config.auxiliary > 0, "auxiliary above 0"),
         (("tower",), config.encoder == "random" and not config.start, "encoder=random and no start"),
         own_words,

@@ -35,6 +35,7 @@ from vla.types import ACTION_KEY, STATE_KEY, TASK_KEY, UserError, first_line
 
 CLIP_FOLDER = "clip"  # configuration and tokenizer of the encoder, inside the policy folder
 WEIGHTS = "model.safetensors"
+HUB_ARGUMENTS = ("revision", "cache_dir", "force_download", "token", "local_files_only")
 
 
 class ConcordPolicy(PreTrainedPolicy):
@@ -156,9 +157,9 @@ class ConcordPolicy(PreTrainedPolicy):
     def attention(self, batch: dict[str, Any]) -> Tensor:
         """(b, side, side): where the text-conditioned pooling looks last, averaged over queries and heads, sums to 1."""
         self.eval()
-        tokens, words, mask, similarity = self._read(batch)
-        _, weights = self.network.pooler(tokens, words, mask, similarity, need_weights=True)
-        side = round(tokens.shape[1] ** 0.5)
+        seen = self.network.seen(*self._read(batch))
+        _, weights = self.network.pooler(*seen, need_weights=True)
+        side = round(weights.shape[-1] ** 0.5)
         return weights.float().mean(1).unflatten(-1, (side, side))
 
     def _features(self, batch: dict[str, Any]) -> Tensor:
@@ -205,7 +206,8 @@ class ConcordPolicy(PreTrainedPolicy):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(str(pretrained_name_or_path), revision=kwargs.get("revision")))
+            told = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            folder = Path(snapshot_download(str(pretrained_name_or_path), **told))
         try:
             config = config or PreTrainedConfig.from_pretrained(folder)
             clip = untrained_like(folder / CLIP_FOLDER)
@@ -244,6 +246,11 @@ def new_encoder(config: ConcordConfig, texts: list[str]) -> tuple[Encoder, PreTr
     """The encoder that a new policy starts from."""
     if config.encoder is not None:
         clip, tokenizer = load_clip(config.encoder)
+        own = clip.config.vision_config.image_size
+        if own != config.image_size:
+            print(
+                f"{config.encoder}: trained on pictures of {own} px, adapted to {config.image_size}; --policy.image_size={own} keeps them"
+            )
         return resize_positions(clip, config.image_size), tokenizer
     return build_clip(
         texts,
