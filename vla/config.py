@@ -152,7 +152,7 @@ class AlignConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     wise_ft: tuple[float, ...] = ()  # shares of the way from a pretrained start at which it is exported, too (WiSE-FT)
     forgetting: str | None = (
-        None  # data set of the pretrained start, whose held-out episodes are measured before, along the way and after
+        None  # data set of the pretrained start, whose held-out episodes are measured at the start, at the shares of wise_ft and at the end
     )
     horizon: int = number(16, 1)  # timesteps of an action chunk
     chunk: int = number(0, 0)  # images embedded at a time: less memory, the same gradients, more time; 0: all at once

@@ -74,7 +74,7 @@ def machine() -> Check:
 def disk() -> Check:
     """Space in the current folder."""
     free = shutil.disk_usage(".").free / 1e9
-    problem = "" if free > 15 else "a full tabletop run needs about 15 GB; set --data.cache and --output elsewhere"
+    problem = "" if free > 10 else "the demo needs about 10 GB; set --data.cache and --output elsewhere"
     return Check("disk", f"{free:.0f} GB free", problem, optional=True)
 
 

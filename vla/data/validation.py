@@ -28,7 +28,8 @@ def validate(root: Path | str, *, partial: bool = False) -> list[str]:
     if info.get("codebase_version") != "v3.0":
         return [
             f"{info_path}: codebase_version is {info.get('codebase_version')}, must be v3.0; "
-            "LeRobot converts older ones: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=..."
+            "LeRobot converts older ones: python -m lerobot.scripts.convert_dataset_v21_to_v30 "
+            f"--repo-id=USER/NAME --root={root} --push-to-hub=false"
         ]
     missing = [key for key in ("features", "fps", "total_frames", "total_episodes") if key not in info]
     if missing:
