@@ -60,7 +60,7 @@ bench: .venv/ready
 setup: .venv/ready
 
 .venv/ready: pyproject.toml uv.lock .python-version | $(UV)
-	$(UV) sync --frozen --all-extras
+	$(UV) sync --frozen --all-extras --python .bootstrap/bin/python
 	@touch $@
 
 $(UV):

@@ -9,6 +9,7 @@ import pytest
 from vla.bench import bench
 from vla.bench_alignment import run_together
 from vla.config import BenchConfig
+from vla.types import UserError
 
 
 @pytest.mark.slow
@@ -46,3 +47,10 @@ def test_when_one_process_fails_the_others_are_not_waited_for():
 def test_a_process_that_a_signal_ends_is_named():
     with pytest.raises(RuntimeError, match="failed with status -9"):
         run_together([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]])
+
+
+def test_a_peer_that_is_not_installed_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("vla.bench.find_spec", lambda package: None)
+    with pytest.raises(UserError, match="open_clip beside us, which is not installed"):
+        bench(BenchConfig(output=str(tmp_path / "bench")))
+    assert not (tmp_path / "bench").exists()

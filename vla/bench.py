@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +27,7 @@ from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import GoalSampler
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align_setup import make_encoders
-from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY
+from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 from vla.versions import versions
 
 SMALL_SCENES = 600
@@ -38,8 +39,10 @@ def bench(config: BenchConfig) -> Path:
     """Measure, print a table, write bench.json and return its path.
 
     Raises:
-        UserError: the data set cannot be read.
+        UserError: the data set cannot be read, or a peer is not installed.
     """
+    if find_spec("open_clip") is None:
+        raise UserError("bench measures open_clip beside us, which is not installed: pip install open-clip-torch")
     torch.set_num_threads(config.threads)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,15 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Have the disk hold a file or folder, should the machine go down."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs.goal import Goal
-from envs.metaworld.gl import ensure_gl
+from envs.metaworld.gl import ensure_gl, rendering
 from envs.metaworld.language import INSTRUCTIONS
 
 CAMERA = "corner2"
@@ -25,7 +25,8 @@ class MetaWorldEnv(gym.Env):
     [-1, 1]: x, y, z displacement and gripper. 80 actions a second of simulated time.
 
     Raises:
-        ValueError: unknown task, split, level or render mode, or nothing to render with.
+        ValueError: unknown task, split, level or render mode.
+        RenderingError: at the first reset, nothing to render with.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 80, "rendering": "fast"}
@@ -37,7 +38,7 @@ class MetaWorldEnv(gym.Env):
         image_size: int = 96,
         split: str = "train",
         level: int = 1,
-        render_mode: str = "rgb_array",
+        render_mode: str | None = "rgb_array",
         end_on_success: bool = True,
         max_episode_steps: int = 250,
     ) -> None:
@@ -46,7 +47,7 @@ class MetaWorldEnv(gym.Env):
             raise ValueError(f"task {unknown[0]!r} is not one of Meta-World's 50, such as hammer-v3")
         if (split, level) != ("train", 1):
             raise ValueError(f"split {split!r} level {level}: Meta-World has the split 'train', level 1, only")
-        if render_mode not in self.metadata["render_modes"]:
+        if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode {render_mode!r} is not one of {self.metadata['render_modes']}")
         self.tasks = tuple(tasks) or self.TASKS
         self.image_size, self.split, self.level = image_size, split, level
@@ -64,7 +65,7 @@ class MetaWorldEnv(gym.Env):
         self.task_description = INSTRUCTIONS[self.task]
         self.scene_id = -1
         self.state = np.zeros(39)  # Meta-World's full state, which the expert reads
-        self._simulations: dict[str, Any] = {}
+        self._running: tuple[str, Any, Any] | None = None  # a task, its simulation and renderer
 
     @classmethod
     def splits(cls) -> dict[str, tuple[int, ...]]:
@@ -110,7 +111,7 @@ class MetaWorldEnv(gym.Env):
 
     def render(self) -> np.ndarray:
         """(H, W, 3) uint8."""
-        simulation, renderer = self._simulations[self.task]
+        _, simulation, renderer = self._running
         renderer.update_scene(simulation.data, CAMERA)
         return np.ascontiguousarray(renderer.render()[::-1, ::-1])
 
@@ -119,35 +120,44 @@ class MetaWorldEnv(gym.Env):
         return (Goal(self.task, self.task, INSTRUCTIONS[self.task]),)
 
     def close(self) -> None:
-        """Release the renderers."""
-        for simulation, renderer in self._simulations.values():
+        """Release the simulation and its renderer; the next reset makes others."""
+        if self._running is not None:
+            _, simulation, renderer = self._running
+            atexit.unregister(renderer.close)
             renderer.close()
             simulation.close()
-        self._simulations.clear()
+        self._running = None
 
     def _simulation(self) -> Any:
-        """The simulated task; made, with a renderer of its own, when first needed, in the process that uses it."""
-        if self.task not in self._simulations:
+        """The simulated task; made, with a renderer of its own, when first needed, in the process that uses it.
+
+        That of the task before is released: each takes some 100 MB.
+        """
+        if self._running is not None and self._running[0] == self.task:
+            return self._running[1]
+        self.close()
+        with rendering():
             ensure_gl()
             import mujoco
-            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-            simulation = ALL_V3_ENVIRONMENTS[self.task]()
-            simulation._partially_observable = False
-            # Cached while the goal was still hidden; its bounds would clip the goal to zero.
-            simulation.__dict__.pop("sawyer_observation_space", None)
-            simulation._freeze_rand_vec = False
-            simulation.seeded_rand_vec = True
-            simulation._set_task_called = True
-            model = simulation.model
-            model.cam_pos[model.camera(CAMERA).id] = CAMERA_POSITION
-            model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
-            model.mat_reflectance[:] = 0
-            # Not the simulation's own renderer, which draws into whatever OpenGL context was made last.
+        simulation = ALL_V3_ENVIRONMENTS[self.task]()
+        simulation._partially_observable = False
+        # Cached while the goal was still hidden; its bounds would clip the goal to zero.
+        simulation.__dict__.pop("sawyer_observation_space", None)
+        simulation._freeze_rand_vec = False
+        simulation.seeded_rand_vec = True
+        simulation._set_task_called = True
+        simulation.max_path_length = max(simulation.max_path_length, self._max_episode_steps)
+        model = simulation.model
+        model.cam_pos[model.camera(CAMERA).id] = CAMERA_POSITION
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+        model.mat_reflectance[:] = 0
+        with rendering():  # not the simulation's own renderer, which draws into whatever OpenGL context was made last
             renderer = mujoco.Renderer(model, self.image_size, self.image_size)
-            atexit.register(renderer.close)  # later, OpenGL is gone and complains
-            self._simulations[self.task] = simulation, renderer
-        return self._simulations[self.task][0]
+        atexit.register(renderer.close)  # later, OpenGL is gone and complains
+        self._running = self.task, simulation, renderer
+        return simulation
 
     def _info(self) -> dict[str, Any]:
         return {

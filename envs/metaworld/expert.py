@@ -5,15 +5,16 @@ import warnings
 import numpy as np
 
 from envs.metaworld.env import MetaWorldEnv
-from envs.metaworld.gl import ensure_gl
+from envs.metaworld.gl import ensure_gl, rendering
 
 
 class ScriptedExpert:
     """Reads the full state of a `MetaWorldEnv`."""
 
     def __init__(self, env: MetaWorldEnv) -> None:
-        ensure_gl()  # before Meta-World imports MuJoCo
-        from metaworld.policies import ENV_POLICY_MAP
+        with rendering():
+            ensure_gl()  # before Meta-World imports MuJoCo
+            from metaworld.policies import ENV_POLICY_MAP
 
         self.env = env
         self.policy = ENV_POLICY_MAP[env.task]()

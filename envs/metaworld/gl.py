@@ -6,10 +6,28 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PREFLIGHT = "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(m, 16, 16).close()"
 _REMEDY = "set MUJOCO_GL to egl or osmesa and install `libegl1 libgl1` or `libosmesa6`, or the package lavavu-osmesa"
+
+
+class RenderingError(ValueError):
+    """Nothing to render with; the message names the variable and the packages."""
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """Make whatever MuJoCo and OpenGL raise when they cannot draw a RenderingError."""
+    try:
+        yield
+    except RenderingError:
+        raise
+    except Exception as error:
+        chosen = os.environ.get("MUJOCO_GL", "of the system's own choice")
+        raise RenderingError(f"cannot render with MUJOCO_GL {chosen} ({error}); {_REMEDY}") from error
 
 
 def ensure_gl() -> str:
@@ -19,7 +37,7 @@ def ensure_gl() -> str:
     system, OSMesa of the wheel lavavu-osmesa.
 
     Raises:
-        ValueError: nothing works; the message names the variable and the packages.
+        RenderingError: nothing works.
     """
     chosen = os.environ.get("MUJOCO_GL")
     if chosen and chosen != "osmesa":
@@ -53,13 +71,13 @@ def _use_bundled_osmesa() -> None:
     """Load the wheel's private libraries by path and hand OSMesa to PyOpenGL, which looks for it by name only."""
     folder = _bundled_folder()
     if folder is None:
-        raise ValueError(f"no OpenGL library found to render with; {_REMEDY}")
+        raise RenderingError(f"no OpenGL library found to render with; {_REMEDY}")
     # They depend on each other: try until nothing more loads.
     pending = sorted(folder.glob("*.so*"))
     while pending:
         left = [path for path in pending if not _load(path)]
         if len(left) == len(pending):
-            raise ValueError(f"cannot load {left[0].name}; {_REMEDY}")
+            raise RenderingError(f"cannot load {left[0].name}; {_REMEDY}")
         pending = left
     from OpenGL import platform
 

@@ -42,7 +42,7 @@ class TabletopEnv(gym.Env):
         image_size: int = 96,
         split: str = "train",
         level: int = 1,
-        render_mode: str = "rgb_array",
+        render_mode: str | None = "rgb_array",
         end_on_success: bool = True,
         max_episode_steps: int = 100,
     ) -> None:
@@ -50,7 +50,7 @@ class TabletopEnv(gym.Env):
         if unknown:
             raise ValueError(f"tasks {unknown} are not among {', '.join(TASKS)}")
         check_split(split, level)
-        if render_mode not in self.metadata["render_modes"]:
+        if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode {render_mode!r} is not one of {self.metadata['render_modes']}")
         self.tasks = tuple(tasks) or TASKS
         self.image_size, self.split, self.level = image_size, split, level

@@ -152,6 +152,19 @@ def second_row(name: str, value: int | None):
     return change
 
 
+def named_scenes(table: pa.Table) -> pa.Table:
+    column = pa.array([f"kitchen {scene}" for scene in table[SCENE_KEY].to_pylist()])
+    return table.set_column(table.column_names.index(SCENE_KEY), SCENE_KEY, column)
+
+
+def three_coordinates(root: Path) -> None:
+    """With a height."""
+    path = root / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["features"][TARGET_KEY]["shape"] = [3]
+    path.write_text(json.dumps(info))
+
+
 def two_types(root: Path) -> None:
     """Half of the rows in a further file, whose success is a boolean."""
     (path,) = data_files(root)
@@ -181,6 +194,8 @@ def two_types(root: Path) -> None:
         (lambda r: rewrite(r, second_row("frame_index", 999)), r"episode 0 has frame_index 2 where 1 is expected"),
         (lambda r: rewrite(r, second_row(SUCCESS_KEY, 0)), r"success changes within episode 0"),
         (lambda r: rewrite(r, second_row(SCENE_KEY, None)), r"file-000\.parquet: scene_id is empty in 1 rows"),
+        (lambda r: rewrite(r, named_scenes), r"scene_id is string, must be an integer in every row"),
+        (three_coordinates, r"target_position has shape \[3\], must be \[2\]: x and y in m"),
         (two_types, r"files whose columns differ in type"),
         (lambda r: (r / "meta" / "stats.json").unlink(), r"missing statistics"),
         (lambda r: (r / "meta" / "tasks.parquet").unlink(), r"tasks\.parquet: missing"),

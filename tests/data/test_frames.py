@@ -1,6 +1,7 @@
 """The frame store is decoded once, and again when it is damaged."""
 
 import errno
+import fcntl
 import os
 import shutil
 
@@ -139,3 +140,19 @@ def test_shapes_are_pasted_over_the_asked_share_of_the_pictures_and_leave_most_o
     assert 0.4 < changed.any((1, 2)).mean() < 0.6
     assert changed.mean((1, 2)).max() < 0.15
     assert (frames == 200).all()  # the pictures of the data set stay as they are
+
+
+def test_what_a_killed_build_left_is_removed(data_root, tmp_path):
+    episodes = read_episodes(data_root)
+    open_frames(episodes, 32, str(tmp_path), workers=1)
+    (store,) = tmp_path.glob("frames_*.npy")
+    store.unlink()
+    left, new, held = (store.with_suffix(f".elsewhere.{pid}.partial") for pid in (1, 2, 3))
+    for path in (left, new, held):
+        path.write_bytes(b"half")
+    for path in (left, held):
+        os.utime(path, (0, 0))
+    with held.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_frames(episodes, 32, str(tmp_path), workers=1)
+    assert [path.is_file() for path in (left, new, held, store)] == [False, True, True, True]

@@ -16,7 +16,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from vla.config import DoctorConfig
 from vla.data import streaming
-from vla.data.episodes import data_files, read_episodes
+from vla.data.episodes import data_files, fingerprint, read_episodes
 from vla.data.frames import open_frames
 from vla.data.streaming import StreamedFrames
 from vla.doctor import doctor
@@ -228,3 +228,11 @@ def test_a_frozen_encoder_needs_neither_store_nor_cache(policy_config, tmp_path)
     config = replace(policy_config, data=data, cached_shifts=0, steps=2, output=str(tmp_path / "run"))
     assert (train_policy(config) / "model.safetensors").is_file()
     assert not (tmp_path / "cache").exists()
+
+
+def test_another_video_is_another_data_set(video_root, tmp_path):
+    root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    assert fingerprint(root) == fingerprint(video_root)
+    (path,) = root.glob("videos/*/*/*.mp4")
+    path.write_bytes(path.read_bytes() + b"again")
+    assert fingerprint(root) != fingerprint(video_root)

@@ -1,10 +1,15 @@
 """Meta-World behind the interface of the tabletop, simulated and drawn for real, without a display."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import envs
 from envs import make_env, make_expert
+from tests.conftest import ROOT
 from vla.config import CollectConfig, EnvConfig
 from vla.integrations.collect import checked_tasks
 from vla.types import UserError
@@ -76,3 +81,41 @@ def test_an_environment_that_is_not_installed_says_how_to(monkeypatch):
     monkeypatch.setattr(envs, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=r"env\.name: env 'metaworld' is not installed; pip install .*\[metaworld\]"):
         checked_tasks(CollectConfig(env=EnvConfig(name="metaworld")))
+
+
+def test_the_simulation_of_the_task_before_is_released(env, monkeypatch):
+    import mujoco
+
+    env.reset(seed=1, options={"task": DRAWER})
+    closed, close = [], mujoco.Renderer.close
+    monkeypatch.setattr(mujoco.Renderer, "close", lambda renderer: closed.append(renderer) or close(renderer))
+    before, _ = env.reset(seed=1, options={"task": DRAWER})
+    assert not closed
+    env.reset(seed=1, options={"task": BUTTON})
+    assert len(closed) == 1
+    again, _ = env.reset(seed=1, options={"task": DRAWER})
+    np.testing.assert_array_equal(before["pixels"], again["pixels"])
+    np.testing.assert_array_equal(before["agent_pos"], again["agent_pos"])
+
+
+def test_an_episode_may_be_longer_than_meta_worlds_own():
+    env = make_env("metaworld", tasks=(DRAWER,), end_on_success=False, max_episode_steps=510, render_mode=None)
+    env.render_observations = False
+    env.reset(seed=1)
+    ended = [env.step(np.zeros(4, np.float32))[3] for _ in range(510)]
+    env.close()
+    assert ended == [False] * 509 + [True]
+
+
+def test_nothing_to_render_with_is_one_line(tmp_path):
+    flags = ["--config_path=configs/collect/metaworld_debug.yaml", f"--output={tmp_path}/data"]
+    done = subprocess.run(
+        [sys.executable, "scripts/collect.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"MUJOCO_GL": "nothing"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "metaworld: cannot render with MUJOCO_GL nothing" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -182,3 +182,19 @@ def test_what_a_failure_was_asked_is_never_reached(seed):
 def test_play_needs_scenes_of_several_goals(config):
     with pytest.raises(UserError, match="scenes of metaworld have one goal, play needs several"):
         collect(replace(config, kind="play", env=EnvConfig(name="metaworld")))
+
+
+def test_what_the_end_of_a_collection_left_is_removed(config):
+    root = collect(config)
+    parts = Path(f"{root}.parts")
+    parts.mkdir()
+    (parts / "shard_00000.parquet").touch()
+    collect(config)
+    assert not parts.exists()
+
+
+def test_a_damaged_record_of_a_collection_is_named(config):
+    record = collect(config) / "meta" / "concord.json"
+    record.write_text("")
+    with pytest.raises(UserError, match=r"concord\.json: damaged .*; delete .* to collect anew"):
+        collect(config)

@@ -248,9 +248,11 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def fingerprint(root: Path) -> str:
-    """A digest of the data set's metadata and of every data file's name, size and last 64 kB."""
+    """A digest of the data set's metadata and of every data file's name, size and last 64 kB, videos and their tables included."""
     digest = hashlib.sha256()
-    for path in [root / "meta" / "info.json", root / "meta" / "stats.json", *data_files(root)]:
+    videos = sorted(root.glob("videos/**/*.mp4"))
+    tables = sorted(root.glob("meta/episodes/*/*.parquet")) if videos else []
+    for path in [root / "meta" / "info.json", root / "meta" / "stats.json", *data_files(root), *tables, *videos]:
         digest.update(path.name.encode() + str(path.stat().st_size).encode())
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))

@@ -1,9 +1,12 @@
 """Frame store: a camera's pictures, decoded once, resized, as one memory-mapped uint8 array."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import platform
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -51,7 +54,10 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
         return store
     make_cache(folder)
     partial_path = path.with_suffix(f".{platform.node()}.{os.getpid()}.partial")  # machines may share the disk
+    _remove_abandoned(path)
+    held = partial_path.open("wb")
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # it is not abandoned
         _need_space(folder, int(np.prod(shape)))
         np.lib.format.open_memmap(partial_path, mode="w+", dtype=np.uint8, shape=shape).flush()
         _take_space(partial_path)
@@ -66,8 +72,18 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
             ) from error
         raise
     finally:
+        held.close()
         partial_path.unlink(missing_ok=True)
     return _open_if_whole(path, shape)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what builds of this store left that were killed: as much as a whole one each."""
+    for left in path.parent.glob(f"{path.stem}.*.partial"):
+        with contextlib.suppress(OSError), left.open("rb") as file:  # locked: somebody builds
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - left.stat().st_mtime > 60:  # and is not about to lock it
+                left.unlink()
 
 
 def _open_if_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:

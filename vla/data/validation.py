@@ -122,6 +122,13 @@ def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:
         for key in (*INDICES, *CONSTANT)
         if key in table.column_names and table[key].null_count
     ]
+    numbers = [key for key in (*INDICES, *CONSTANT) if key in table.column_names]
+    for key, kind in ((key, table[key].type) for key in numbers):
+        if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+            problems.append(f"{path}: {key} is {kind}, must be an integer in every row")
+    shape = features.get(TARGET_KEY, {}).get("shape", [2])
+    if TARGET_KEY in table.column_names and list(shape) != [2]:
+        problems.append(f"{path}: {TARGET_KEY} has shape {shape}, must be [2]: x and y in m")
     for key in (key for key in NUMERIC if key in features):
         column = table[key].combine_chunks()
         size = int(np.prod(features[key]["shape"]))

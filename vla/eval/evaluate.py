@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 
 from envs import env_class, make_env
+from envs.metaworld.gl import RenderingError
 from vla.config import EvalConfig
 from vla.config_io import to_dict
 from vla.eval.evaluation_report import evaluation_report, failures_report
@@ -32,13 +33,16 @@ def evaluate(config: EvalConfig) -> Path:
     """Run the evaluation and return its folder.
 
     Raises:
-        UserError: unknown environment, task or split, or a policy that cannot be loaded.
+        UserError: unknown environment, task or split, nothing to render with, or a policy that cannot be loaded.
     """
     cv2.setNumThreads(1)
     policy_folder = Path(config.policy)
     make_policy = partial(load_chunk_policy, policy_folder, config.device)
     with rollout_workers(make_policy, config.workers) as workers:
-        return evaluate_with(config, policy_folder, make_policy, workers)
+        try:
+            return evaluate_with(config, policy_folder, make_policy, workers)
+        except RenderingError as error:
+            raise UserError(f"metaworld: {error}") from error
 
 
 def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePolicy, workers: Executor | None) -> Path:

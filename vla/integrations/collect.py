@@ -5,7 +5,6 @@ collection repeats only unfinished shards, and any number of workers gives the s
 """
 
 import json
-import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,10 +20,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from envs import env_class, make_env, make_expert
+from envs.metaworld.gl import RenderingError
 from vla.config import CollectConfig
 from vla.config_io import changed, filled, to_dict
 from vla.data.episodes import read_episodes, task_of_episode
-from vla.files import write_whole
+from vla.files import sync, write_whole
 from vla.integrations.behaviours import PATIENCE, Behaviour, demonstration, mistakes, play, stopped
 from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
 from vla.locks import lock_folder
@@ -64,15 +64,16 @@ def collect(config: CollectConfig) -> Path:
     """Collect what the configuration describes and return the data set's root.
 
     Raises:
-        UserError: unknown environment or task, a kind it has not, or the output holds a data set of another configuration.
+        UserError: unknown environment or task, a kind it has not, nothing to render with, or the output holds a data set of another
+            configuration.
     """
     root = Path(config.output)
     tasks = checked_tasks(config)
     wanted = to_dict(config) | {"workers": None, "output": None}
     if (root / "meta" / "concord.json").is_file():
-        made_with = json.loads((root / "meta" / "concord.json").read_text())["config"]
-        if found := changes(made_with, wanted):
+        if found := changes(collected_with(root), wanted):
             raise UserError(f"{root}: holds a data set with {found}; choose another --output")
+        shutil.rmtree(parts_folder(root), ignore_errors=True)  # there if the machine went down at the very end
         print(f"{root}: already complete")
         return root
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -87,19 +88,37 @@ def collect(config: CollectConfig) -> Path:
     print(f"collect: {total} episodes of {config.env.name} with {config.workers} processes into {root}")
     work = partial(write_shard, config, parts)
     bar = tqdm(total=total, initial=total - sum(len(shards[n]) for n in todo), desc="collect", unit="episode")
-    with bar:
-        if config.workers == 1:
-            for number in todo:
-                bar.update(work(number, shards[number]))
-        else:
-            with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
-                for done in pool.map(work, todo, [shards[number] for number in todo]):
-                    bar.update(done)
+    try:
+        with bar:
+            if config.workers == 1:
+                for number in todo:
+                    bar.update(work(number, shards[number]))
+            else:
+                with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+                    for done in pool.map(work, todo, [shards[number] for number in todo]):
+                        bar.update(done)
+    except RenderingError as error:
+        raise UserError(f"{config.env.name}: {error}") from error
     merge(config, tasks, parts, len(shards), root, wanted)
     shutil.rmtree(parts)
     lock.close()
     print(summary(root))
     return root
+
+
+def collected_with(root: Path) -> dict:
+    """The configuration that a data set was collected with.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    path = root / "meta" / "concord.json"
+    try:
+        return json.loads(path.read_text())["config"]
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); delete {root} to collect anew, or choose another --output"
+        ) from error
 
 
 def checked_tasks(config: CollectConfig) -> tuple[str, ...]:
@@ -179,12 +198,12 @@ def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tupl
                 "stats": episode_stats(columns, features),
             }
         )
+    env.close()
     path = shard_path(parts, number)
     pq.write_table(pa.concat_tables(tables), path)
-    marker = path.with_suffix(".json")
-    temporary = marker.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"fps": env.metadata["render_fps"], "features": features, "episodes": records}))
-    os.replace(temporary, marker)
+    sync(path)
+    told = {"fps": env.metadata["render_fps"], "features": features, "episodes": records}
+    write_whole(path.with_suffix(".json"), json.dumps(told))
     return len(jobs)
 
 
@@ -324,6 +343,8 @@ def merge(config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int
         "versions": versions(),
     }
     (joined / "meta" / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
+    for path in joined.rglob("*"):
+        sync(path)
     root.parent.mkdir(parents=True, exist_ok=True)
     if root.exists():
         root.rmdir()
