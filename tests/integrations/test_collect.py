@@ -74,7 +74,7 @@ def test_a_finished_data_set_is_left_alone(config):
 
 def test_another_configuration_does_not_overwrite(config):
     collect(config)
-    with pytest.raises(UserError, match="holds a data set with scenes=3, not 2; choose another --output"):
+    with pytest.raises(UserError, match="holds a data set with scenes=6, not 2; choose another --output"):
         collect(replace(config, scenes=2))
 
 
