@@ -8,6 +8,7 @@ import pytest
 
 from envs import make_env, make_expert
 from envs.metaworld.language import INSTRUCTIONS
+from vla.eval import rollouts
 from vla.eval.grounding import BLANK, SWAP, WRONG, grounding_specs, grounding_summary
 from vla.eval.rollouts import EpisodeSpec, rollout_workers, run_rollouts
 from vla.policies.loading import load_chunk_policy
@@ -199,3 +200,15 @@ def test_an_expert_that_ignores_the_swap_does_the_old():
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="juggle"):
         run_rollouts(Still, [EpisodeSpec(env="tabletop", task="juggle", seed=0, tasks=("juggle",))])
+
+
+def test_an_environment_goes_on_with_its_task_in_the_next_batch():
+    """Meta-World would have to build another simulation."""
+    tasks = ("button-press-topdown-v3", "drawer-open-v3")
+    batch = [EpisodeSpec(env="metaworld", task=tasks[i % 2], seed=i, tasks=tasks, image_size=48) for i in range(6)]
+    first = rollouts._environments_for(batch[:3])
+    for env, spec in zip(first, batch[:3], strict=True):
+        env.task = spec.task
+    second = rollouts._environments_for(batch[3:])
+    assert second[:2] == [first[1], first[0]]
+    assert set(second) == set(first)

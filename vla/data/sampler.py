@@ -80,8 +80,8 @@ class GoalSampler:
                     members = self.scene_of.get(other)
                     together = members is not None and rng.random() < self.same_scene
                     draw([other, *rng.permutation(members[members != other])] if together else [other])
-        episodes = [episode for episodes in drawn.values() for episode in episodes.items()]
-        return np.concatenate([self._frames(rng, position, first) for position, first in episodes])
+        chosen = [pair for episodes in drawn.values() for pair in episodes.items()]
+        return np.concatenate([self._frames(rng, position, first) for position, first in chosen])
 
     def _goal(self, position: int) -> int:
         """The goal of an episode; one without an instruction has one of its own."""

@@ -188,31 +188,39 @@ def _construction(spec: EpisodeSpec) -> tuple:
     return spec.env, spec.tasks, spec.split, spec.level, spec.image_size
 
 
-def _environments_for(spec: EpisodeSpec, count: int) -> list[gym.Env]:
-    """Environments of one construction, kept between batches; those of other constructions are closed."""
-    key = _construction(spec)
+def _environments_for(specs: Sequence[EpisodeSpec]) -> list[gym.Env]:
+    """An environment for each of a batch's episodes, which are of one construction; those of other constructions are closed.
+
+    They are kept between batches, and each goes on with its task where it can: Meta-World builds every other one anew.
+    """
+    first, key = specs[0], _construction(specs[0])
     for other in [k for k in _environments if k != key]:
         for env in _environments.pop(other):
             env.close()
     pool = _environments.setdefault(key, [])
-    while len(pool) < count:
+    while len(pool) < len(specs):
         pool.append(
             make_env(
-                spec.env,
-                tasks=spec.tasks,
-                split=spec.split,
-                level=spec.level,
-                image_size=spec.image_size,
+                first.env,
+                tasks=first.tasks,
+                split=first.split,
+                level=first.level,
+                image_size=first.image_size,
                 end_on_success=False,
             )
         )
-    return pool[:count]
+    free = list(pool)
+    chosen: list[gym.Env | None] = []
+    for spec in specs:
+        place = next((i for i, env in enumerate(free) if env.task == spec.task), None)
+        chosen.append(None if place is None else free.pop(place))
+    return [free.pop(0) if env is None else env for env in chosen]
 
 
 def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, EpisodeRecord]]:
     """Step one batch of environments in lockstep until all have reached their horizon."""
     members, filmed, video_folder = arguments
-    envs = _environments_for(members[0][1], len(members))
+    envs = _environments_for([spec for _, spec in members])
     observations, infos, films = [], [], {}
     for env, (index, spec) in zip(envs, members, strict=True):
         options = {"task": spec.task, "goal": spec.goal, "instruction": spec.instruction}
