@@ -103,3 +103,8 @@ def flat_keys(part) -> list[str]:
         value = getattr(part, one.name)
         keys += [f"{one.name}.{key}" for key in flat_keys(value)] if is_dataclass(value) else [one.name]
     return keys
+
+
+def test_lerobots_evaluation_is_shown_on_scenes_that_no_demonstration_has():
+    (command,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("lerobot-eval ")]
+    assert "--seed=1000000" in command.split()

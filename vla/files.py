@@ -30,7 +30,7 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have the disk hold a file or folder, should the machine go down."""
     handle = os.open(path, os.O_RDONLY)
     try:

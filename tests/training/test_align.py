@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import without
 from vla.cli import given, run
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.config_io import load_config
@@ -18,7 +19,7 @@ from vla.training import align
 from vla.training.align import at_chance, train_align
 from vla.training.align_setup import pair_temperatures, shuffled_labels
 from vla.training.unused import unused_options
-from vla.types import UserError
+from vla.types import SCENE_KEY, UserError
 
 
 def test_every_control_permutes_its_part_and_no_other(align_config, tmp_path):
@@ -317,3 +318,13 @@ def test_a_term_that_some_batches_lack_is_drawn_where_it_is(align_config, tmp_pa
     lines[last] = {key: value for key, value in lines[last].items() if not key.startswith("state/")}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "scene &lt;-&gt; state" in write_alignment_report(folder).read_text()
+
+
+def test_data_without_scenes_is_told_that_it_brings_no_hard_negatives(align_config, data_root, tmp_path, capsys):
+    said = "batch.same_scene brings no hard negatives"
+    config = replace(align_config, steps=1, output=str(tmp_path / "with"))
+    train_align(config)
+    assert said not in capsys.readouterr().out
+    root = without(data_root, tmp_path / "data", SCENE_KEY)
+    train_align(replace(config, data=replace(config.data, root=str(root)), output=str(tmp_path / "run")))
+    assert said in capsys.readouterr().out

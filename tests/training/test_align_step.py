@@ -176,6 +176,16 @@ def test_rows_that_lack_something_leave_every_gradient_finite_and_the_same_in_pi
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-10, msg=name)
 
 
+def test_contexts_are_not_computed_where_their_term_is_off(monkeypatch):
+    model, (ids, mask) = make_model()
+    monkeypatch.setattr(AlignmentModel, "context_features", lambda *_: pytest.fail("pooled for nobody"))
+    off = replace(MAIN, context_action=0.0)
+    arguments = {"gap": 2, "chunk": 2, "autocast": nullcontext}
+    _, terms, _ = forward_backward(model, make_batch(ids, mask), torch.zeros(3), off, **arguments)
+    assert terms
+    assert "context_action" not in terms
+
+
 def test_a_batch_that_serves_no_term_has_no_gradients():
     model, (ids, mask) = make_model()
     batch = make_batch(ids, mask)

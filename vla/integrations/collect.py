@@ -24,7 +24,7 @@ from envs.metaworld.gl import RenderingError
 from vla.config import CollectConfig
 from vla.config_io import changed, filled, to_dict
 from vla.data.episodes import read_episodes, task_of_episode
-from vla.files import sync, write_whole
+from vla.files import fsync, write_whole
 from vla.integrations.behaviours import PATIENCE, Behaviour, demonstration, mistakes, play, stopped
 from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
 from vla.locks import lock_folder
@@ -201,7 +201,7 @@ def write_shard(config: CollectConfig, parts: Path, number: int, jobs: list[tupl
     env.close()
     path = shard_path(parts, number)
     pq.write_table(pa.concat_tables(tables), path)
-    sync(path)
+    fsync(path)
     told = {"fps": env.metadata["render_fps"], "features": features, "episodes": records}
     write_whole(path.with_suffix(".json"), json.dumps(told))
     return len(jobs)
@@ -344,7 +344,7 @@ def merge(config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int
     }
     (joined / "meta" / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in joined.rglob("*"):
-        sync(path)
+        fsync(path)
     root.parent.mkdir(parents=True, exist_ok=True)
     if root.exists():
         root.rmdir()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 import vla.policies.concord  # noqa: F401 - registers the policy type
 from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 
+# What transformers, LeRobot and safetensors raise for a folder that is damaged, or that another program or version wrote.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
 
 

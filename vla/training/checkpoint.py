@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vla.data.episodes import Episodes
-from vla.files import is_disk_full
+from vla.files import fsync, is_disk_full
 from vla.types import UserError
 
 MARKER = "COMPLETE"
@@ -171,12 +171,3 @@ def restore_rng(tensors: dict[str, Tensor]) -> None:
     for i in range(torch.cuda.device_count()):
         if f"cuda{i}" in tensors:  # else the machine has more GPUs now
             torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
-
-
-def fsync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
