@@ -1,7 +1,8 @@
-"""Muon in float32."""
+"""Muon on many small matrices at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import batched
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,16 @@ from torch import Tensor, nn
 AT_ONCE = 1 << 20  # numbers orthogonalised at once, which bounds the memory that large towers need
 
 
-class Float32Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which orthogonalises in bfloat16, in float32.
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which takes one matrix after the other.
 
-    For processors that only emulate bfloat16, where torch's takes twice as long as the rest of a step. State and options are torch's.
-    Matrices of one shape are orthogonalised together, wide and tall ones alike (arXiv:2502.16982).
+    Matrices of one shape are orthogonalised together, wide and tall ones alike (arXiv:2502.16982): a third of the time on a processor with AMX.
+    `dtype` is that of the products, for torch's bfloat16, which is slow where it is only emulated. State and options are torch's.
     """
+
+    def __init__(self, params: Iterable[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -30,6 +35,7 @@ class Float32Muon(torch.optim.Muon):
                 for some in batched(parameters, max(1, AT_ONCE // parameters[0].numel())):
                     directions = [self.direction(p, group["momentum"], group["nesterov"]) for p in some]
                     wide = torch.stack([d if d.shape[1] == longer else d.T for d in directions])
+                    wide = wide.to(self.dtype)
                     updates = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
                     for p, update in zip(some, updates, strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"])

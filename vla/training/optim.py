@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.models.clip import Encoder
-from vla.training.muon import Float32Muon
+from vla.training.muon import BatchedMuon
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: flo
                 other_groups.append({"params": members, "weight_decay": decay, **rates})
     members: list[torch.optim.Optimizer] = []
     if linear_groups:
-        muon = torch.optim.Muon if precision == "bf16" else Float32Muon
-        members.append(muon(linear_groups, adjust_lr_fn="match_rms_adamw"))
+        members.append(BatchedMuon(linear_groups, torch.bfloat16 if precision == "bf16" else torch.float32))
     if other_groups:
         members.append(torch.optim.AdamW(other_groups, betas=(0.9, 0.98), eps=1e-6))
     return Optimizers(tuple(members))
