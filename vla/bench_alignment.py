@@ -38,7 +38,7 @@ from vla.training.processes import Processes
 from vla.types import TripletBatch
 
 CONTEXT = 77  # tokens that open_clip pads every text to
-CHUNK = 256  # pictures at a time
+CHUNK = 128  # pictures at a time
 LARGE_FRAMES = 8  # of each episode in a large batch
 PROCESSES = (1, 2, 4)
 LEARNING_RATE = 1e-3

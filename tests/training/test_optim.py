@@ -7,7 +7,7 @@ from transformers import AutoModel, Dinov2Config, ViTConfig
 
 from tests.conftest import small_alignment_model
 from vla.models.clip import with_vision_of
-from vla.training.muon import Float32Muon
+from vla.training.muon import BatchedMuon
 from vla.training.optim import layer_groups, make_optimizers, schedule
 
 
@@ -98,27 +98,33 @@ def test_the_layers_of_a_vision_transformer_of_others_have_their_own_rates(kind,
     assert rate_of[id(clip.vision_model.embeddings.cls_token)] == 0.25
 
 
-def test_muon_in_float32_does_what_torch_does_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # so that torch's computes in float32, too
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_on_many_matrices_at_once_does_what_torch_does_one_by_one(dtype, monkeypatch):
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # so that torch's computes in float32, too
     torch.manual_seed(0)
     shapes = [(8, 16), (16, 8), (8, 8), (8, 16)]
     start = [torch.randn(shape) for shape in shapes]
     ours, theirs = ([nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
-    options = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = Float32Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    optimizers = (
+        BatchedMuon(ours, dtype, **options),
+        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options),
+    )
     for _ in range(3):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = other.grad = torch.randn_like(mine)
         for optimizer in optimizers:
             optimizer.step()
+    rounding = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-4, "atol": 1e-3}
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, other, **rounding)
     assert optimizers[0].state_dict()["state"].keys() == optimizers[1].state_dict()["state"].keys()
 
 
-def test_muon_in_float32_leaves_what_has_no_gradient():
+def test_muon_leaves_what_has_no_gradient():
     weights = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
     weights[0].grad = torch.eye(4)
-    Float32Muon(weights, lr=0.1, adjust_lr_fn="match_rms_adamw").step()
+    BatchedMuon(weights, torch.float32, lr=0.1).step()
     assert not weights[0].equal(torch.ones(4, 4))
     assert weights[1].equal(torch.ones(4, 4))

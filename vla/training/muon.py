@@ -17,7 +17,9 @@ class BatchedMuon(torch.optim.Muon):
     `dtype` is that of the products, for torch's bfloat16, which is slow where it is only emulated. State and options are torch's.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], dtype: torch.dtype, **options: Any
+    ) -> None:
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.dtype = dtype
 
