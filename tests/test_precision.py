@@ -55,10 +55,17 @@ def test_a_named_precision_is_used_anywhere(processor):
 def test_a_run_with_a_checkpoint_goes_on_in_the_precision_it_began_in(processor, tmp_path):
     (tmp_path / "config.yaml").write_text("precision: bf16\n")
     processor(avx2=True)
-    assert begun_precision(tmp_path, "auto") == "no"  # it ended before its first checkpoint
+    assert begun_precision(tmp_path, "auto", "end") == "no"  # it ended before its first checkpoint
     save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, {"step": 1})
-    assert begun_precision(tmp_path, "auto") == "bf16"
-    assert begun_precision(tmp_path, "no") == "no"
+    assert begun_precision(tmp_path, "auto", "end") == "bf16"
+    assert begun_precision(tmp_path, "no", "end") == "no"
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_precision(processor, tmp_path):
+    (tmp_path / "config.yaml").write_text("precision: bf16\n")
+    (tmp_path / "report.html").touch()
+    processor(avx2=True)
+    assert begun_precision(tmp_path, "auto", "report.html") == "bf16"
 
 
 def test_a_comparison_goes_on_in_the_precision_it_began_in(processor, tmp_path):

@@ -8,6 +8,7 @@ import inspect
 import json
 import textwrap
 import types
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,16 @@ class ConfigError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"config error: {message}")
+
+
+@contextlib.contextmanager
+def inside(path: str) -> Iterator[None]:
+    """Have what refuses a part of a configuration name its fields and flags by where the part is, `path`, as in "align."."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace("config error: ", f"config error: {path}", 1)
+        raise UserError(text.replace(" --", f" --{path}")) from error
 
 
 class HelpRequested(Exception):

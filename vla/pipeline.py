@@ -54,6 +54,9 @@ def pipeline(config: PipelineConfig) -> Path:
         started = time.perf_counter()
         try:
             run()
+        except UserError as error:
+            told = str(error).replace("choose another --output", "start anew with --fresh=true")
+            raise UserError(told.replace("add --resume=true", "run the same command again")) from error
         finally:  # an interrupted stage took its time, too
             seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
             write_json(record, {"name": config.name, "seconds": seconds, "versions": versions()})

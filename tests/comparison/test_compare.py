@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
+from vla.comparison import work
 from vla.comparison.begun import check_same
 from vla.comparison.compare import compare
-from vla.comparison.page import comparison_page
+from vla.comparison.jobs import needed
+from vla.comparison.page import comparison_page, keep_records
+from vla.comparison.plan import plan_jobs
 from vla.comparison.work import make_encoder
 from vla.config import (
     CompareConfig,
@@ -44,7 +48,12 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
         "--num_processes=2",
         "--num_machines=1",
     ]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "scripts" / "compare.py")]
+    command += [
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--main_process_port=0",
+        str(ROOT / "scripts" / "compare.py"),
+    ]
     command += ["--config_path", "configs/compare/debug.yaml", f"--align.data.root={data_root}"]
     command += [
         f"--output={folder}",
@@ -150,7 +159,7 @@ def test_a_vision_model_alone_reads_with_the_aligned_text_tower(finished):
 
 
 def test_token_caches_are_gone(finished):
-    assert not list((finished / "cache").iterdir())
+    assert not (finished / "cache").exists()
 
 
 def test_every_job_was_run_once(finished):
@@ -248,6 +257,57 @@ def test_a_name_keeps_its_folder(finished, data_root, encoder, tmp_path):
     shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
     with pytest.raises(UserError, match=rf"encoders: 'mine' was {encoder} before"):
         compare(config)
+
+
+def test_weights_that_changed_under_a_name_are_not_mixed_with_earlier_ones(encoder, tmp_path):
+    shutil.copytree(encoder, tmp_path / "mine")
+    config = debug(CompareConfig, "compare", output=str(tmp_path / "run"), encoders=(f"mine={tmp_path / 'mine'}",))
+    check_same(tmp_path / "run", config)
+    check_same(tmp_path / "run", config)
+    weights = load_file(tmp_path / "mine" / "model.safetensors")
+    weights["logit_scale"] += 1
+    save_file(weights, tmp_path / "mine" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"encoders: the weights in .*mine have changed since 'mine' was first compared"
+    ):
+        check_same(tmp_path / "run", config)
+
+
+def test_a_job_that_fails_leaves_the_other_arms_and_their_report(data_root, tmp_path, monkeypatch):
+    config = of_one_arm(tmp_path / "run", data_root)
+    config.arms, config.seeds, config.align.snapshots = ("random-frozen", "aligned-frozen"), (0,), ()
+    train = work.train_policy
+
+    def diverges(policy):
+        if "aligned-frozen" in policy.output:
+            raise UserError("loss is not finite at step 1")
+        return train(policy)
+
+    monkeypatch.setattr(work, "train_policy", diverges)
+    with pytest.raises(UserError, match=r"policy-aligned-frozen-1-0 failed, .* not finite at step 1"):
+        compare(config)
+    result = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert list(result["arms"]) == ["random-frozen"]
+    assert result["protocol"]["failed, and left out"] == "policy-aligned-frozen-1-0"
+
+
+def test_the_records_of_an_unfinished_evaluation_are_left_out(finished, tmp_path):
+    shutil.copytree(finished / "eval", tmp_path / "run" / "eval")
+    (tmp_path / "run" / "eval" / "theirs-given-0" / "report.html").unlink()
+    keep_records(tmp_path / "run", tmp_path / "run.zip")
+    with zipfile.ZipFile(tmp_path / "run.zip") as packed:
+        names = packed.namelist()
+    assert "eval/theirs-given-0/begun.json" not in names
+    assert "eval/aligned-frozen-1-0/begun.json" in names
+
+
+def test_a_policy_without_weights_is_trained_again_for_what_needs_it(finished, data_root, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    config = of_one_arm(tmp_path / "run", data_root)
+    (tmp_path / "run" / "policy" / "aligned-frozen" / "1" / "0" / "policy" / "model.safetensors").unlink()
+    assert not needed(plan_jobs(config))
+    shutil.rmtree(tmp_path / "run" / "eval" / "aligned-frozen-1-0")
+    assert [job.name for job in needed(plan_jobs(config))] == ["policy-aligned-frozen-1-0", "eval-aligned-frozen-1-0"]
 
 
 def test_a_folder_of_an_older_version_goes_on(finished, data_root, tmp_path, capsys):

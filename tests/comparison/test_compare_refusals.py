@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import debug
+from vla.comparison.arms import Arm
+from vla.comparison.chosen import numbers_of
 from vla.comparison.compare import compare
 from vla.config import (
     AlignConfig,
@@ -15,6 +17,7 @@ from vla.config import (
     HeadConfig,
     LossConfig,
     PolicyTrainConfig,
+    TowerConfig,
 )
 from vla.types import UserError
 
@@ -52,7 +55,7 @@ from vla.types import UserError
         (
             "policy",
             PolicyTrainConfig(head=HeadConfig(n_action_steps=20)),
-            r"n_action_steps must be at most head\.horizon",
+            r"policy\.head\.n_action_steps must be at most head\.horizon",
         ),
         ("encoders", ("empty=tests",), "encoders: tests: "),
         (
@@ -60,7 +63,8 @@ from vla.types import UserError
             AlignConfig(loss=LossConfig(word_patch=0, minimal_pairs=True)),
             r"loss\.minimal_pairs changes the term loss\.word_patch",
         ),
-        ("align", AlignConfig(wise_ft=(0.5,)), "wise_ft needs a pretrained start"),
+        ("align", AlignConfig(wise_ft=(0.5,)), r"align\.wise_ft needs .* with --align\.tower\.pretrained=FOLDER"),
+        ("policy", PolicyTrainConfig(tower=TowerConfig(width=64)), r"policy\.tower: .*set align\.tower"),
         (
             "policy",
             PolicyTrainConfig(aligned_pooler=True, head=HeadConfig(width=64)),
@@ -79,6 +83,22 @@ def test_tasks_beside_those_of_transfer_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"eval\.tasks: policies are evaluated on the tasks of `transfer`"):
         compare(config)
+
+
+def test_a_snapshot_is_compared_at_the_middle_number_of_demonstrations_in_any_order(tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path), demonstrations=(0, 5, 25))
+    assert numbers_of(config, Arm("none", "a snapshot", snapshot=1)) == (25,)
+
+
+def test_demonstrations_of_another_robot_are_refused_before_anything_is_trained(data_root, tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path), arms=("random-frozen",))
+    config.align.data.root = str(data_root)
+    config.eval = EvalConfig(env="metaworld", splits=("none",), grounding_episodes=0)
+    with pytest.raises(
+        UserError, match=r"has 3 action dimensions, metaworld, which policies are evaluated in, has 4; .*--eval\.env"
+    ):
+        compare(config)
+    assert not (tmp_path / "align").exists()
 
 
 def test_a_dry_run_says_cost_and_power_and_writes_nothing(tmp_path, capsys):

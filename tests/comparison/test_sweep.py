@@ -17,7 +17,7 @@ from vla.comparison.data import env_name
 from vla.comparison.estimates import MEASURED
 from vla.comparison.page import comparison_page
 from vla.comparison.points import at_point, folder_name, label, points
-from vla.comparison.sweep import refuse_unused_fields, sweep
+from vla.comparison.sweep import make_policy, refuse_unused_fields, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags
 from vla.types import UserError
@@ -60,6 +60,22 @@ def test_the_report_has_a_figure_for_each_field(finished):
     page = (finished / "report.html").read_text()
     assert "Success against align.loss.temperature" in page
     assert "Success against policy.steps" in page
+
+
+def test_token_caches_are_gone(finished):
+    assert not (finished / "cache").exists()
+
+
+def test_a_cache_stays_while_another_policy_reads_it(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "train_policy", lambda policy: Path(policy.output, "policy").mkdir(parents=True))
+    policy = replace(
+        config.policy, output=str(tmp_path / "a"), data=replace(config.align.data, cache=str(tmp_path / "cache"))
+    )
+    readers = [tmp_path / name / "policy" for name in "ab"]
+    make_policy(config, policy, readers)
+    assert (tmp_path / "cache").is_dir()
+    make_policy(config, replace(policy, output=str(tmp_path / "b")), readers)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(config, tmp_path, capsys):

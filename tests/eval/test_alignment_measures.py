@@ -70,6 +70,15 @@ def test_perfect_embeddings_find_everything_and_a_context_of_another_text_does_n
     assert measures["context_to_action_r1_of_other_image"] == 1  # this one ignores its picture
 
 
+def test_every_instruction_asked_of_a_shared_picture_is_right_for_it():
+    everything = embedded(np.eye(ROWS))
+    batch = replace(everything.batch, frame_of_row=np.arange(ROWS) // 6)  # two goals share each picture
+    perfect = replace(everything, batch=batch, vision=np.repeat([[1.0, 0.9, 0, 0], [0, 0, 0.9, 1.0]], 6, axis=0))
+    measures = retrieval_measures(perfect)
+    assert measures["image_to_text_r1"] == measures["text_to_image_r1"] == 1
+    assert measures["image_to_text_r1/chance"] == measures["text_to_image_r1/chance"] == 0.5
+
+
 def test_ten_guesses_find_at_least_as_much_as_five():
     measures = retrieval_measures(embedded(np.eye(ROWS)))
     for name in ("image_to_text", "text_to_image", "context_to_action"):

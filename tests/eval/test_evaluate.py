@@ -98,9 +98,18 @@ def test_a_finished_evaluation_is_left_alone(eval_config, capsys):
 
 def test_another_configuration_does_not_replace_an_evaluation(eval_config):
     output = evaluate(eval_config)
-    with pytest.raises(UserError, match="another policy or configuration"):
+    with pytest.raises(UserError, match=r"holds an evaluation with episodes=\d+, not 1; delete it"):
         evaluate(replace(eval_config, episodes=1))
     assert (output / "eval.json").is_file()
+
+
+def test_an_evaluation_of_a_version_without_a_field_is_gone_on_with(eval_config, capsys):
+    path = evaluate(eval_config) / "begun.json"
+    begun = json.loads(path.read_text())
+    del begun["config"]["device"]
+    path.write_text(json.dumps(begun))
+    evaluate(eval_config)
+    assert "already complete" in capsys.readouterr().out
 
 
 def test_the_run_folder_is_told_from_the_policy_in_it(eval_config, policy_folder):

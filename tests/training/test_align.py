@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,6 +240,15 @@ def test_what_does_not_learn_raises_the_alarm_once_everywhere(stuck, capsys):
     (warning,) = json.loads((folder / "alignment.json").read_text())["warnings"]
     assert warning.startswith(f"step 1: {', '.join(named[0])} still at its chance level")
     assert "Warning: step 1:" in (folder / "report.html").read_text()
+
+
+def test_a_term_that_no_batch_has_rows_for_raises_the_alarm(stuck):
+    loss = replace(stuck.loss, state=0.25, state_within_goal=True)
+    batch = replace(stuck.batch, episodes=1, frames=1)
+    train_align(replace(stuck, loss=loss, batch=batch))
+    first = json.loads((Path(stuck.output) / "metrics.jsonl").read_text().splitlines()[0])
+    assert "state/loss" not in first
+    assert "state" in first["at_chance"]
 
 
 def test_a_short_run_has_settled_as_its_warm_up_is_short(stuck, monkeypatch):

@@ -20,6 +20,7 @@ from vla.config_io import save_yaml
 from vla.training import align
 from vla.training.align import train_align
 from vla.training.policy import train_policy
+from vla.training.run import write_versions
 from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -281,6 +282,27 @@ def test_a_checkpoint_that_another_version_wrote_is_named(align_config, tmp_path
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"step_000001: does not fit \(.*\); go on with the version that wrote it"):
         train_align(replace(config, resume=True))
+
+
+def test_versions_that_a_run_had_before_stay_written_down(tmp_path):
+    path = tmp_path / "versions.json"
+    write_versions(path)
+    now = json.loads(path.read_text())
+    path.write_text(json.dumps(now | {"torch": "1.0", "commits": ["abc"]}))
+    write_versions(path)
+    written = json.loads(path.read_text())
+    assert [record["torch"] for record in written["before"]] == ["1.0"]
+    assert (written["torch"], written["commits"][0]) == (now["torch"], "abc")
+
+
+def test_a_finished_run_keeps_the_versions_that_it_was_made_with(align_config, tmp_path):
+    config = replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run"))
+    train_align(config)
+    path = tmp_path / "run" / "versions.json"
+    path.write_text(path.read_text().replace('"torch": "', '"torch": "0.'))
+    made_with = path.read_text()
+    train_align(replace(config, resume=True))
+    assert path.read_text() == made_with
 
 
 def test_a_run_of_which_records_alone_are_left_begins_anew(align_config, tmp_path):

@@ -1,5 +1,6 @@
 """What the folder of a comparison or sweep was begun with, and that nothing else gets into it."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -42,9 +43,24 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
             if before.get(name, folders[name]) != folders[name]:
                 raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
         begun[field] = before | folders
+        for name, given_folder in folders.items():
+            now = weights_of(Path(given_folder))
+            if begun.setdefault("weights", {}).setdefault(f"{field}.{name}", now) != now:
+                raise UserError(
+                    f"{folder}: {field}: the weights in {given_folder} have changed since {name!r} was first compared; choose another name"
+                )
     check_data_there(folder)
     if keep:
         write_json(path, begun)
+
+
+def weights_of(folder: Path) -> str:
+    """A digest of the weights in a model's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def changes(begun: dict, config: CompareConfig | SweepConfig) -> list[str]:

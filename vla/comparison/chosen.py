@@ -1,5 +1,6 @@
 """Which arms a comparison trains, and what it refuses before anything runs."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from transformers import AutoConfig, CLIPConfig, VisionTextDualEncoderConfig
 from vla.comparison.arms import ARMS, Arm, Source
 from vla.comparison.data import play_root
 from vla.config import CompareConfig, DataConfig, EvalConfig, SweepConfig
+from vla.config_io import inside
 from vla.integrations.collect import checked_tasks
 from vla.training.align_setup import check_alignment
 from vla.training.policy import check_head
@@ -86,7 +88,8 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
 
 def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
     """The numbers of demonstrations an arm is trained on: all, or the middle one for a snapshot of the alignment."""
-    return config.demonstrations if not arm.snapshot else (config.demonstrations[len(config.demonstrations) // 2],)
+    ascending = sorted(config.demonstrations, key=lambda number: number or math.inf)
+    return config.demonstrations if not arm.snapshot else (ascending[len(ascending) // 2],)
 
 
 def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
@@ -122,14 +125,16 @@ def check_numbers(config: CompareConfig) -> None:
     for field, values in (("seeds", config.seeds), ("demonstrations", config.demonstrations)):
         if not values or min(values) < 0:
             raise UserError(f"config error: {field}: {list(values)}; give at least one number, none below 0")
-    check_alignment(config.align, "align.")
+    with inside("align."):
+        check_alignment(config.align)
     check_episodes(config.eval)
     if config.collect.kind != "demonstrations":
         raise UserError(
             f"config error: collect.kind: {config.collect.kind} cannot be cloned; play_scenes gives play to the alignments"
         )
     check_set_here(config, SET_HERE | SET_BY_ARMS)
-    check_head(config.policy)
+    with inside("policy."):
+        check_head(config.policy)
     sources = {ARMS[name].source for name in config.arms if name in ARMS} - {"random"}
     taken_up = sources if config.policy.aligned_pooler else sources & {"cloned"}  # a cloned pooler is measured, too
     if taken_up:
@@ -147,6 +152,8 @@ def check_set_here(config: CompareConfig | SweepConfig, fields: Mapping[str, str
         stage, _, field = name.partition(".")
         if getattr(getattr(config, stage), field) != getattr(getattr(usual, stage), field):
             raise UserError(f"config error: {name}: is set for every run; {instead} decides here")
+    if config.policy.tower != type(usual)().policy.tower:
+        raise UserError("config error: policy.tower: policies get the encoders of stage one; set align.tower")
     surplus = config_differences(config.policy.data, DataConfig())
     if surplus:
         raise UserError(

@@ -3,14 +3,16 @@
 import csv
 import json
 import os
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vla.comparison.arms import CONTRASTS
+from vla.comparison.arms import ARMS, CONTRASTS
 from vla.comparison.begun import check_same, check_same_data, comparable, records, with_precision
-from vla.comparison.chosen import chosen_arms
+from vla.comparison.chosen import chosen_arms, numbers_of
 from vla.comparison.data import env_name
 from vla.comparison.estimates import with_estimates
 from vla.comparison.jobs import in_short, print_left, refuse_failed, run_jobs
@@ -18,7 +20,7 @@ from vla.comparison.plan import plan_jobs
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
 from vla.config import CompareConfig
-from vla.config_io import to_dict
+from vla.config_io import inside, to_dict
 from vla.eval.evaluate import checked
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
@@ -47,8 +49,30 @@ def compare(config: CompareConfig) -> Path | None:
     if config.dry_run:
         print_left(jobs)
         return None
-    refuse_failed(run_jobs(jobs, folder / "jobs", print, comparable(config)), folder)
-    return finish(config, folder, can_see)
+    failed = run_jobs(jobs, folder / "jobs", print, comparable(config))
+    done = finished_part(config) if failed else config
+    report = finish(done, folder, can_see, tuple(failed)) if done else None
+    refuse_failed(failed, folder)
+    return report
+
+
+def finished_part(config: CompareConfig) -> CompareConfig | None:
+    """The comparison of what was evaluated with every training seed; None if nothing was."""
+
+    def whole(name: str, counts: Iterable[int | str], seeds: Iterable[int]) -> bool:
+        folder = Path(config.output) / "eval"
+        return all((folder / f"{name}-{count}-{seed}" / "report.html").is_file() for count in counts for seed in seeds)
+
+    arms = {name for name, arm in chosen_arms(config).items() if whole(name, numbers_of(config, arm), config.seeds)}
+    part = replace(
+        config,
+        arms=tuple(name for name in config.arms if name in arms and ARMS[name].after in ("", *arms)),
+        encoders=tuple(pair for pair in config.encoders if pair.partition("=")[0] in arms),
+        policies=tuple(pair for pair in config.policies if whole(pair.partition("=")[0], ("given",), (0,))),
+    )
+    snapshots = tuple(step for step in config.align.snapshots if f"aligned-frozen@{step}" in arms)
+    part = replace(part, align=replace(config.align, snapshots=snapshots if "aligned-frozen" in arms else ()))
+    return part if part.arms or part.encoders or part.policies else None
 
 
 def leave_the_launcher() -> None:
@@ -59,8 +83,8 @@ def leave_the_launcher() -> None:
         os.environ.pop(name, None)
 
 
-def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
-    """Write comparison.json, its tables as CSV and report.html; several processes do so one after the other.
+def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[str] = ()) -> Path:
+    """Write comparison.json, its tables as CSV and report.html, which says what `failed`; several processes do so one after the other.
 
     Raises:
         UserError: the runs did not see the same demonstrations.
@@ -74,7 +98,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
             data = json.loads((folder / "data.json").read_text())
             result["data"] = data
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
-        protocol |= trained_with(folder)
+        protocol |= trained_with(folder) | ({"failed, and left out": ", ".join(failed)} if failed else {})
         result |= {
             "command": command_line(),
             "protocol": protocol | versions(),
@@ -84,6 +108,8 @@ def finish(config: CompareConfig, folder: Path, can_see: str) -> Path:
         for name in ("success", "levels", "contrasts", "validity"):
             write_csv(folder / f"{name}.csv", result[name])
         write_report(report, comparison_report(result))
+        if not failed:
+            shutil.rmtree(folder / "cache", ignore_errors=True)  # tokens that the last process left
     for row in result["success"]:
         if row["group"] == "plain":
             print(f"  {row['arm']:28} {demonstrations(row['demonstrations']):34} {interval(row)}")
@@ -118,7 +144,8 @@ def power(config: CompareConfig) -> str:
     text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {points(seeds, episodes)}"
     if planned > 1:
         text += f" ({points(seeds, episodes, 0.05 / planned)} where it is the strictest of {planned} corrected ones)"
-    _, levels = checked(replace(config.eval, env=env_name(config)), {})
+    with inside("eval."):
+        _, levels = checked(replace(config.eval, env=env_name(config)), {})
     if config.eval.split_episodes and levels:
         text += f"; each split level sees {points(seeds, config.eval.split_episodes)}"
     text += f"; 10 points take {episodes_needed(0.1, seeds)} episodes"

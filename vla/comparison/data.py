@@ -1,11 +1,14 @@
 """The data sets of a comparison: what encoders are trained on, what policies clone, and play beside them."""
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from envs import make_env
 from vla.config import CompareConfig, EnvConfig, SweepConfig
-from vla.data.episodes import fingerprint, read_episodes, task_of_episode
+from vla.data.episodes import Episodes, fingerprint, read_episodes, task_of_episode
 from vla.data.frames import open_pictures
 from vla.files import write_json
 from vla.integrations.collect import checked_tasks, collect
@@ -32,6 +35,7 @@ def make_data(config: CompareConfig) -> None:
             raise UserError(
                 f"{root}: has episodes of {sorted(there - set(tasks))[0]}, which transfer keeps apart; choose another root"
             )
+        check_sizes(config, episodes)
         cache = config.align.data.cache if root == config.align.data.root else None
         open_pictures(episodes, replace(config.align.data, cache=cache))
         record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
@@ -86,6 +90,22 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
     return {"root": root, "fingerprint": episodes.fingerprint, **counts(episodes), "collected with": made_with}
 
 
+def link_frames(config: CompareConfig | SweepConfig, root: str, cache: Path) -> None:
+    """Let a cache folder of its own share the decoded pictures of a data set."""
+    cache.mkdir(parents=True, exist_ok=True)
+    data = config.align.data
+    shared = Path(data.cache) if data.cache and root == data.root else Path(root) / ".concord"
+    for store in shared.glob("frames_*.npy"):
+        if not (cache / store.name).exists():
+            try:
+                os.link(store, cache / store.name)
+            except FileExistsError:  # another process was first
+                continue
+            except OSError:  # another file system, or a file system without links
+                with suppress(FileExistsError):
+                    (cache / store.name).symlink_to(store.resolve())
+
+
 def data_sets(config: CompareConfig) -> tuple[Path, ...]:
     """A file of every data set that `make_data` collects or finds."""
     roots = {config.align.data.root, cloned_root(config), *((play_root(config),) if config.play_scenes else ())}
@@ -128,3 +148,30 @@ def record_of(root: str) -> dict:
 def env_name(config: CompareConfig | SweepConfig) -> str:
     """The environment that is evaluated in: the one that is named, else that of the demonstrations."""
     return config.eval.env or record_of(config.align.data.root).get("env", config.collect.env.name)
+
+
+def evaluated_tasks(config: CompareConfig | SweepConfig) -> tuple[str, ...]:
+    """The tasks that policies are evaluated on: those that are named, those of the demonstrations, or all of the environment's."""
+    made_with = tuple(record_of(config.align.data.root).get("tasks", ()))
+    own = checked_tasks(config.collect) if env_name(config) == config.collect.env.name else ()
+    return config.eval.tasks or made_with or own
+
+
+def check_sizes(config: CompareConfig | SweepConfig, episodes: Episodes) -> None:
+    """Refuse demonstrations of another robot than the environment's, whose policies could not be evaluated in it.
+
+    Raises:
+        UserError: names the data set and both sizes.
+    """
+    name = env_name(config)
+    environment = make_env(name)
+    for what, values, space in (
+        ("state", episodes.state, environment.observation_space["agent_pos"]),
+        ("action", episodes.action, environment.action_space),
+    ):
+        if values.shape[1] != space.shape[0]:
+            raise UserError(
+                f"{episodes.root}: has {values.shape[1]} {what} dimensions, {name}, which policies are evaluated in, has {space.shape[0]}; "
+                "name another environment with --eval.env"
+            )
+    environment.close()

@@ -11,6 +11,7 @@ from vla.comparison.chosen import chosen_arms
 from vla.comparison.data import env_name
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig, SweepConfig, TowerConfig
+from vla.config_io import inside
 from vla.eval.evaluate import checked
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
@@ -27,7 +28,8 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     forward, training = tower_speed(config)
     batch, policy = config.align.batch, config.policy
     env = env_name(config)
-    _, levels = checked(replace(config.eval, env=env), {})
+    with inside("eval."):
+        _, levels = checked(replace(config.eval, env=env), {})
     pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
     timesteps, look, episode = TYPICAL[env]
     evaluated = config.eval.episodes + len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes

@@ -81,8 +81,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None], sett
                 if take(job, jobs, folder, say, settings):
                     break
             except UserError as error:
-                failed[job.name] = str(error)
-                say(f"  {job.name} failed: {error}")
+                failed[job.name] = str(error).replace("add --resume=true", "run the same command again")
+                say(f"  {job.name} failed: {failed[job.name]}")
                 break
         else:
             time.sleep(POLL)

@@ -56,6 +56,9 @@ def keep_records(run: Path, archive: Path) -> None:
     with zipfile.ZipFile(archive, "w") as packed:
         for path in sorted(paths):
             name = path.relative_to(run)
-            if not set(LEFT_OUT) & set(name.parts):
+            unfinished = (
+                path.name == "begun.json" and path.parent != run and not (path.parent / "report.html").is_file()
+            )
+            if not unfinished and not set(LEFT_OUT) & set(name.parts):
                 entry = zipfile.ZipInfo(name.as_posix())  # of 1980, whenever it was written
                 packed.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED, 9)

@@ -20,6 +20,7 @@ from vla.comparison.work import (
     measure,
 )
 from vla.config import CompareConfig
+from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.align import train_align
 
 
@@ -44,7 +45,7 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
                 jobs.append(
                     Job(
                         f"policy-{name}-{count}-{seed}",
-                        run / "policy",
+                        run / "policy" / WEIGHTS,
                         partial(make_policy, config, name, arm, count, seed),
                         ("data",) if arm.source == "named" else (encoder, *after),
                     )
@@ -78,7 +79,7 @@ def encoder_jobs(config: CompareConfig, source: str, seed: int) -> list[Job]:
         jobs.append(
             Job(
                 f"cloning-{seed}",
-                run / "policy",
+                run / "policy" / WEIGHTS,
                 partial(clone_everything, config, seed),
                 (f"encoder-random-{seed}",),
             )

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 from vla.comparison.chosen import SET_BY_POINTS, SET_HERE
 from vla.config import SweepConfig
-from vla.config_io import ConfigError, check, set_field
+from vla.config_io import ConfigError, check, inside, set_field
 from vla.training.policy import check_head
 
 SWEPT = ("align", "policy")  # stages whose fields can be swept
@@ -55,7 +55,8 @@ def at_point(config: SweepConfig, point: Point) -> SweepConfig:
             )
         set_field(config, name, text, where="sweep", from_text=True)
     check(config)
-    check_head(config.policy)
+    with inside("policy."):
+        check_head(config.policy)
     return config
 
 

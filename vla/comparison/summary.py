@@ -204,7 +204,7 @@ def validity(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
     }
     rows = []
     for count in config.demonstrations:
-        there = {name: arm for name, arm in arms.items() if (name, count) in runs}
+        there = {name: arm for name, arm in arms.items() if (name, count) in runs and is_measured(config, arm)}
         if len(there) < FEWEST_ENCODERS:
             continue
         measured = [mean_measures(config, arm) for arm in there.values()]
@@ -233,10 +233,19 @@ def validity(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
     return rows
 
 
+def measures_of(config: CompareConfig, arm: Arm) -> list[Path]:
+    """Where the measures of an arm's encoders are, one of each training seed."""
+    return [encoder_folder(config, arm.encoder, seed).parent / "measures.json" for seed in config.seeds]
+
+
+def is_measured(config: CompareConfig, arm: Arm) -> bool:
+    """Whether no measures of an arm's encoders failed."""
+    return all(file.is_file() for file in measures_of(config, arm))
+
+
 def mean_measures(config: CompareConfig, arm: Arm) -> dict[str, float]:
     """An encoder's alignment measures, averaged over training seeds; those that every seed has."""
-    files = [encoder_folder(config, arm.encoder, seed).parent / "measures.json" for seed in config.seeds]
-    seeds = [json.loads(file.read_text()) for file in files]
+    seeds = [json.loads(file.read_text()) for file in measures_of(config, arm)]
     return {name: float(np.mean([m[name] for m in seeds])) for name in seeds[0] if all(name in m for m in seeds)}
 
 

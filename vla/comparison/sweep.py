@@ -8,9 +8,11 @@ configuration as it is. Points that differ in stage two alone share their alignm
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from vla.comparison.begun import check_same, comparable, with_precision
 from vla.comparison.chosen import SET_BY_POINTS, SET_HERE, check_episodes, check_set_here
 from vla.comparison.compare import leave_the_launcher
-from vla.comparison.data import check_data_there
+from vla.comparison.data import check_data_there, check_sizes, env_name, link_frames
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
@@ -35,8 +37,8 @@ from vla.comparison.points import (
 )
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
 from vla.comparison.sweep_report import MEASURES, measured, sweep_report
-from vla.config import SweepConfig
-from vla.config_io import ConfigError, to_dict
+from vla.config import PolicyTrainConfig, SweepConfig
+from vla.config_io import ConfigError, inside, to_dict
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_pictures
 from vla.eval.evaluate import evaluate
@@ -44,6 +46,7 @@ from vla.eval.report import with_interval, write_report
 from vla.files import write_json
 from vla.integrations.collect import collect
 from vla.locks import waiting_lock
+from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.align import train_align
 from vla.training.align_export import export_share
 from vla.training.align_setup import check_alignment
@@ -74,11 +77,17 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
     configured = [(point, at_point(config, point)) for point in chosen]
     refuse_unused_fields(configured)
     by_name: dict[str, tuple[Job, SweepConfig]] = {}
-    for point, at in configured:
-        check_alignment(at.align, "align.")
+    for _, at in configured:
+        with inside("align."):
+            check_alignment(at.align)
         if at.policy.aligned_pooler:
             check_pooler(at.policy.head, at.align.loss)
-        by_name |= {job.name: (job, at) for seed in config.seeds for job in jobs_of(at, folder, point, seed)}
+    users: dict[Path, list[Path]] = {}  # the policies that read each cache of tokens
+    for (point, at), seed in product(configured, config.seeds):
+        users.setdefault(cache_folder(at, folder, point, seed), []).append(policy_folder(folder, point, seed))
+    for (point, at), seed in product(configured, config.seeds):
+        readers = users[cache_folder(at, folder, point, seed)]
+        by_name |= {job.name: (job, at) for job in jobs_of(at, folder, point, seed, readers)}
     left = {
         job.name for job in needed([job for job, _ in by_name.values()])
     }  # others need no estimate, nor what it loads
@@ -89,6 +98,8 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
         print_left(jobs)
         return None
     failed = run_jobs(jobs, folder / "jobs", print, comparable(config))
+    if not failed:
+        shutil.rmtree(folder / "cache", ignore_errors=True)  # tokens that the last process left
     done = [point for point in chosen if all(result_of(folder, point, seed).is_file() for seed in config.seeds)]
     if done:
         finish(config, swept, done, chosen, folder)
@@ -153,6 +164,26 @@ def share_folder(folder: Path, point: Point, seed: int, share: float) -> Path:
     return alignment_folder(folder, point, seed) / "wise_ft" / f"{share:g}"
 
 
+def policy_folder(folder: Path, point: Point, seed: int) -> Path:
+    """The policy of a point and training seed."""
+    return folder / "policy" / folder_name(point) / str(seed) / "policy"
+
+
+def cache_folder(config: SweepConfig, folder: Path, point: Point, seed: int) -> Path:
+    """Where the tokens of the encoder of a point and training seed are kept while policies read them."""
+    share = share_of(config, point)
+    return folder / "cache" / f"{alignment_of(point)}{'' if share is None else f'@{share:g}'}-{seed}"
+
+
+def make_policy(config: SweepConfig, policy: PolicyTrainConfig, readers: Sequence[Path]) -> None:
+    """Train a policy; the cache of its encoder's tokens goes with the last of the policies that read it."""
+    cache = Path(policy.data.cache)
+    link_frames(config, policy.data.root, cache)
+    train_policy(policy)
+    if all(path.exists() for path in readers):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
 def result_of(folder: Path, point: Point, seed: int) -> Path:
     """The evaluation of a point and training seed."""
     return folder / "eval" / folder_name(point) / str(seed) / "eval.json"
@@ -181,31 +212,31 @@ def finish(
     print(f"wrote {folder / 'sweep.json'} and {folder / 'report.html'}")
 
 
-def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> list[Job]:
-    """The jobs of one point and training seed; points may share the first ones."""
+def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int, readers: Sequence[Path]) -> list[Job]:
+    """The jobs of one point and training seed; points may share the first ones, and `readers` are the policies that share its encoder."""
     aligned = alignment_folder(folder, point, seed)
-    run = folder / "policy" / folder_name(point) / str(seed)
+    trained = policy_folder(folder, point, seed)
     result = folder / "eval" / folder_name(point) / str(seed)
     share = share_of(config, point)
     encoder = (aligned if share is None else share_folder(folder, point, seed, share)) / "clip"
     align = replace(config.align, output=str(aligned), seed=seed, resume=True)
     align = align if share is None else replace(align, wise_ft=())
-    policy = replace(
-        config.policy, output=str(run), encoder=str(encoder), data=config.align.data, seed=seed, resume=True
-    )
-    evaluation = replace(config.eval, policy=str(run / "policy"), output=str(result), workers=1)
+    data = replace(config.align.data, cache=str(cache_folder(config, folder, point, seed)))
+    policy = replace(config.policy, output=str(trained.parent), encoder=str(encoder), data=data, seed=seed, resume=True)
+    evaluation = replace(config.eval, policy=str(trained), output=str(result), env=env_name(config), workers=1)
     there = (Path(config.align.data.root) / "meta" / "info.json",)
-    data = Job("data", folder / "data.json", partial(make_data, config), beside=there)
+    demonstrations = Job("data", folder / "data.json", partial(make_data, config), beside=there)
     first = Job(f"align-{alignment_of(point)}-{seed}", aligned / "report.html", partial(train_align, align), ("data",))
     taken = first
     if share is not None:
         name = f"share-{alignment_of(point)}-{share:g}-{seed}"
         taken = Job(name, encoder, partial(export_share, align, share), (first.name,))
-    second = Job(f"policy-{folder_name(point)}-{seed}", run / "policy", partial(train_policy, policy), (taken.name,))
+    make = partial(make_policy, config, policy, readers)
+    second = Job(f"policy-{folder_name(point)}-{seed}", trained / WEIGHTS, make, (taken.name,))
     third = Job(
         f"eval-{folder_name(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,)
     )
-    return [data, first, *([taken] if taken is not first else []), second, third]
+    return [demonstrations, first, *([taken] if taken is not first else []), second, third]
 
 
 def make_data(config: SweepConfig) -> None:
@@ -218,6 +249,7 @@ def make_data(config: SweepConfig) -> None:
     if not (Path(data.root) / "meta" / "info.json").is_file():
         collect(replace(config.collect, output=data.root))
     episodes = read_episodes(data.root, data.camera)
+    check_sizes(config, episodes)
     open_pictures(episodes, data)
     check_data_there(Path(config.output))
     write_json(Path(config.output) / "data.json", {"root": data.root, "fingerprint": episodes.fingerprint})

@@ -1,8 +1,6 @@
 """What the jobs of a comparison do: make and measure encoders, train policies and evaluate them."""
 
-import os
 import shutil
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vla.comparison.arms import Arm
 from vla.comparison.chosen import chosen_arms, named, numbers_of
-from vla.comparison.data import aligned_beside, cloned_root, env_name, record_of
+from vla.comparison.data import aligned_beside, cloned_root, env_name, evaluated_tasks, link_frames
 from vla.config import CompareConfig
 from vla.data.batches import TripletSource
 from vla.data.episodes import limit_per_task, rows_of
@@ -20,7 +18,6 @@ from vla.data.mixture import open_mixture, root_and_weight
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.files import write_json
-from vla.integrations.collect import checked_tasks
 from vla.models.clip import (
     load_clip,
     resize_positions,
@@ -182,24 +179,7 @@ def clone_everything(config: CompareConfig, seed: int) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
 
-def link_frames(config: CompareConfig, root: str, cache: Path) -> None:
-    """Let a cache folder of its own share the decoded pictures of a data set."""
-    cache.mkdir(parents=True, exist_ok=True)
-    data = config.align.data
-    shared = Path(data.cache) if data.cache and root == data.root else Path(root) / ".concord"
-    for store in shared.glob("frames_*.npy"):
-        if not (cache / store.name).exists():
-            try:
-                os.link(store, cache / store.name)
-            except FileExistsError:  # another process was first
-                continue
-            except OSError:  # another file system, or a file system without links
-                with suppress(FileExistsError):
-                    (cache / store.name).symlink_to(store.resolve())
-
-
 def evaluate_policy(config: CompareConfig, policy: Path, output: Path) -> None:
     """Evaluate a policy on the tasks of the demonstrations, whatever it was trained on, unless transfer or `eval.tasks` names others."""
-    made_with = tuple(record_of(config.align.data.root).get("tasks", ()))
-    tasks = config.transfer or config.eval.tasks or made_with or checked_tasks(config.collect)
+    tasks = config.transfer or evaluated_tasks(config)
     evaluate(replace(config.eval, policy=str(policy), output=str(output), env=env_name(config), tasks=tasks, workers=1))

@@ -228,7 +228,10 @@ def choose_camera(root: Path, features: dict, camera: str | None) -> str:
         raise UserError(f"{root}: has no image feature, {IMAGE_KEY} or {IMAGES_PREFIX}NAME")
     if camera is None:
         if len(cameras) != 1:
-            raise UserError(f"{root}: name one of its cameras, {listed}, with --data.camera=KEY (doctor: --camera=KEY)")
+            raise UserError(
+                f"{root}: name one of its cameras, {listed}, with --data.camera=KEY (doctor: --camera=KEY); a data set of --more needs "
+                "one camera alone, or one named like data.root's"
+            )
         return cameras[0]
     if camera not in cameras:
         raise UserError(f"{root}: data.camera {camera!r} is not one of its cameras ({listed})")

@@ -185,11 +185,18 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
 
 
 def picture_text_measures(vision: np.ndarray, language: np.ndarray, batch: TripletBatch) -> dict[str, float]:
-    """R@1, R@5 and R@10 between the pictures of b rows and the distinct texts among them: (b, d), and (u, d) of all texts."""
-    texts, first = np.unique(batch.text_id, return_index=True)
-    similarity = vision @ language[texts].T  # (b, distinct)
-    same_goal = batch.goal_id[:, None] == batch.goal_id[first][None, :]
-    return recalls("image_to_text", similarity, same_goal) | recalls("text_to_image", similarity.T, same_goal.T)
+    """R@1, R@5 and R@10 between the distinct pictures and texts of b rows: (b, d), and (u, d) of all texts.
+
+    A text is right for a picture if a goal that was told by it was asked of that picture; goals of one scene may share its first one.
+    """
+    pictures, shown, picture = np.unique(batch.frame_of_row, return_index=True, return_inverse=True)
+    texts, text = np.unique(batch.text_id, return_inverse=True)
+    goals, goal = np.unique(batch.goal_id, return_inverse=True)
+    asked, told = (np.zeros((count, len(goals)), bool) for count in (len(pictures), len(texts)))
+    asked[picture, goal] = told[text, goal] = True
+    similarity = vision[shown] @ language[texts].T  # (pictures, texts)
+    right = asked @ told.T
+    return recalls("image_to_text", similarity, right) | recalls("text_to_image", similarity.T, right.T)
 
 
 def recalls(name: str, similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]:
@@ -271,9 +278,11 @@ def probe_measures(seen: Embedded, held_out: Embedded, source: TripletSource) ->
             source.episodes.target[source.episodes.start[e.batch.episode_id] + e.batch.timestep]
             for e in (seen, held_out)
         ]
-        if np.isfinite(targets[0]).all() and np.isfinite(targets[1]).all():
+        known = [np.isfinite(target).all(1) for target in targets]
+        if all(rows.any() for rows in known):
             for name, features in (("target_probe_r2", "pooled_context"), ("target_probe_r2_no_text", "pooled_scene")):
-                measures[name] = ridge_r2(getattr(seen, features), targets[0], getattr(held_out, features), targets[1])
+                fitted, asked = (getattr(e, features)[rows] for e, rows in zip((seen, held_out), known, strict=True))
+                measures[name] = ridge_r2(fitted, targets[0][known[0]], asked, targets[1][known[1]])
     return measures
 
 

@@ -34,13 +34,13 @@ def write_alignment_report(folder: Path) -> Path:
         sections=(
             Section(
                 "Held-out measures",
-                "Every measure stands beside its chance level.",
+                "Every measure that has a chance level stands beside it.",
                 (measure_table(record["metrics"]),),
             ),
             Section("Measures over training", "", tuple(measure_figures(validation))),
             Section(
                 "Held-out rows",
-                "Pictures and instructions that stage one has not trained on.",
+                "Pictures of episodes that stage one has not trained on, and what was asked in them.",
                 tuple(view_figures(load_views(folder / "views.safetensors"))),
             ),
             *([way_section(record["way"])] if record["way"] else []),
@@ -71,7 +71,7 @@ def answers(metrics: dict[str, float]) -> list[str]:
     sentences = []
     if "zero_shot" in metrics:
         sentences.append(
-            f"Shown a held-out picture, the encoder picks the right instruction among those of the scene (of all held-out goals where the "
+            f"Shown a picture of the second half of a held-out episode, the encoder picks the right instruction among those of the scene (of all held-out goals where the "
             f"scene is unknown or has one) "
             f"{percent(metrics['zero_shot'])} of the time; chance is {percent(metrics['zero_shot/chance'])}."
         )

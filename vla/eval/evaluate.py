@@ -15,7 +15,7 @@ import cv2
 from envs import env_class, make_env
 from envs.metaworld.gl import RenderingError
 from vla.config import EvalConfig
-from vla.config_io import to_dict
+from vla.config_io import changed, filled, to_dict
 from vla.eval.evaluation_report import evaluation_report, failures_report
 from vla.eval.golden import check_golden
 from vla.eval.grounding import grounding_specs, grounding_summary
@@ -24,6 +24,7 @@ from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_wo
 from vla.eval.statistics import summarise
 from vla.files import write_json
 from vla.locks import lock_folder
+from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
 from vla.types import UserError
 from vla.versions import command_line, versions
@@ -167,14 +168,21 @@ def begin(output: Path, config: EvalConfig) -> bool:
     Raises:
         UserError: `output` holds an evaluation of another policy or configuration.
     """
-    weights = Path(config.policy) / "model.safetensors"
-    comparable = {k: v for k, v in to_dict(config).items() if k not in ("workers", "batch_size")}
+    weights = Path(config.policy) / WEIGHTS
+    comparable, usual = (
+        {k: v for k, v in to_dict(c).items() if k not in ("workers", "batch_size")} for c in (config, EvalConfig())
+    )
     stamp = {"config": comparable, "weights": [weights.stat().st_size, weights.stat().st_mtime_ns]}
     path = output / "begun.json"
-    if path.is_file() and json.loads(path.read_text()) != stamp:
-        raise UserError(
-            f"{output}: holds an evaluation of another policy or configuration; delete it or choose another --output"
-        )
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        found = list(changed(filled(begun["config"], usual), comparable).values())
+        if begun["weights"] != stamp["weights"]:
+            found.append("other weights")
+        if found:
+            raise UserError(
+                f"{output}: holds an evaluation with {'; '.join(found)}; delete it or choose another --output"
+            )
     write_json(path, stamp)
     return not (output / "report.html").is_file()
 

@@ -320,8 +320,7 @@ def image_statistics(source: str | Path) -> tuple[Sequence[float], Sequence[floa
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except OSError:
-        if not Path(source).is_dir():  # a hub model may have one that is not here
-            print(f"{source}: no image processor is at hand; pictures are normalised by ImageNet's statistics")
+        print(f"{source}: no image processor is at hand; pictures are normalised by ImageNet's statistics")
         return IMAGE_MEAN, IMAGE_STD
     if not processor.get("do_normalize", True):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

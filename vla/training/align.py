@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from vla.config import AlignConfig
+from vla.config import AlignConfig, LossConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
@@ -29,7 +29,7 @@ from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
 from vla.losses.rowwise import Term
-from vla.models.alignment import AlignmentModel
+from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
 from vla.models.clip import tokenize
 from vla.models.finetuning import add_lora, interpolated
 from vla.training.align_export import export, export_encoder
@@ -88,7 +88,7 @@ def train_align(config: AlignConfig) -> Path:
     torch.set_num_threads(config.threads)
     if config.chunk:
         keep_few_kernels()
-    config = replace(config, precision=begun_precision(Path(config.output), config.precision))
+    config = replace(config, precision=begun_precision(Path(config.output), config.precision, END))
     accelerator = make_accelerator(config.precision)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if accelerator.gradient_accumulation_steps > 1:
@@ -204,7 +204,8 @@ def train_align(config: AlignConfig) -> Path:
             metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
             settled = done >= warmup_steps(config.steps, config.optimizer.warmup) + SETTLED
-            stuck = [term for term in at_chance(metrics) if term not in warned] if settled else []
+            found = [*at_chance(metrics), *absent(metrics, config.loss)] if settled else []
+            stuck = [term for term in found if term not in warned]
             warned += stuck
             run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
             if stuck and run.writes:
@@ -382,11 +383,16 @@ def at_chance(metrics: dict[str, float]) -> list[str]:
     return [name for name in names if stays(name)]
 
 
+def absent(metrics: dict[str, float], loss: LossConfig) -> list[str]:
+    """The terms that are switched on and that no batch had the rows for."""
+    return [name for name in (*PAIRS, *TRANSITIONS) if getattr(loss, name) and f"{name}/loss" not in metrics]
+
+
 def alarm(step: int, terms: list[str]) -> str:
-    """What is said of terms that are still at their chance level after a step."""
+    """What is said of terms that are still at their chance level after a step, or that no batch has the rows for."""
     return (
-        f"step {step}: {', '.join(terms)} still at its chance level: it teaches nothing yet. Are the instructions "
-        "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)?"
+        f"step {step}: {', '.join(terms)} still at its chance level, or without rows that it compares: it teaches nothing yet. Are the "
+        "instructions those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl) and frames of an episode?"
     )
 
 

@@ -24,15 +24,15 @@ from vla.training.run import FREE_FIELDS
 from vla.types import Indexed, UserError
 
 
-def check_alignment(config: AlignConfig, path: str = "") -> None:
-    """Refuse what no run of stage one can be made of; `path` leads to the configuration.
+def check_alignment(config: AlignConfig) -> None:
+    """Refuse what no run of stage one can be made of.
 
     Raises:
         UserError: names the field.
     """
     check_start(config)
     check_terms(config)
-    check_snapshots(config, path)
+    check_snapshots(config)
 
 
 def check_terms(config: AlignConfig) -> None:
@@ -65,11 +65,11 @@ def check_terms(config: AlignConfig) -> None:
         )
 
 
-def check_snapshots(config: AlignConfig, path: str = "") -> None:
-    """Refuse snapshots that no step takes; `path` leads to the configuration."""
+def check_snapshots(config: AlignConfig) -> None:
+    """Refuse snapshots that no step takes."""
     beyond = [step for step in config.snapshots if not 0 < step <= config.steps]
     if beyond:
-        raise UserError(f"config error: {path}snapshots: {beyond[0]} is not a step of 1 to {config.steps}")
+        raise UserError(f"config error: snapshots: {beyond[0]} is not a step of 1 to {config.steps}")
 
 
 # What processes of one run may have each for itself: where things are, and what decides no batch and no update.

@@ -26,6 +26,7 @@ from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
+from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.auxiliary import Auxiliary
 from vla.training.checkpoint import (
     how_to_replay,
@@ -51,6 +52,7 @@ from vla.training.tokens import open_tokens, weights_digest
 from vla.training.words import Words
 from vla.types import ACTION_KEY, STATE_KEY, UserError
 
+END = f"policy/{WEIGHTS}"  # what a run writes last
 VALIDATED = 4096  # held-out rows that are measured, at most
 
 
@@ -61,7 +63,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         UserError: unusable data, encoder or run folder, or a loss that is not finite.
     """
     torch.set_num_threads(config.threads)
-    config = replace(config, precision=begun_precision(Path(config.output), config.precision))
+    config = replace(config, precision=begun_precision(Path(config.output), config.precision, END))
     accelerator = make_accelerator(config.precision)
     if accelerator.num_processes > 1:
         raise UserError("stage two runs in one process here; for several, `lerobot-train --policy.type=concord`")
@@ -69,8 +71,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         raise UserError("stage two does not accumulate gradients; set --batch_size instead")
     check_head(config)
     torch.manual_seed(config.seed)
-    run = RunFolder(Path(config.output), config, end="policy", resume=config.resume)
-    if run.end.is_dir():
+    run = RunFolder(Path(config.output), config, end=END, resume=config.resume)
+    if run.end.is_file():
         check_finished_on(config, run.folder / "policy")
         accelerator.print(f"{run.folder}: finished already")
         return run.folder / "policy"

@@ -58,7 +58,8 @@ class RunFolder:
             self._refuse_other_config(config)
         self._lock = lock_folder(folder)
         save_yaml(config, folder / "config.yaml")
-        write_versions(folder / "versions.json")
+        if not self.end.exists():
+            write_versions(folder / "versions.json")
         with (folder / "log.txt").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {command_line()}\n")
 
@@ -104,20 +105,24 @@ class RunFolder:
             raise UserError(f"{self.folder}: {does} begun with {'; '.join(found)}; choose another --output")
 
 
-def begun_precision(folder: Path, wanted: str) -> str:
-    """Either "no" or "bf16": of "auto", what the run in `folder` has a checkpoint of, else what suits this machine."""
+def begun_precision(folder: Path, wanted: str, end: str) -> str:
+    """Either "no" or "bf16": of "auto", that of the run in `folder` if it has a checkpoint or its `end`, else what suits this machine."""
     path = folder / "config.yaml"  # not there where checkpoints alone were copied from another machine
-    if wanted == "auto" and latest_checkpoint(folder) is not None and path.is_file():
+    there = latest_checkpoint(folder) is not None or (folder / end).exists()
+    if wanted == "auto" and there and path.is_file():
         wanted = read_yaml(path)["precision"]
     return chosen_precision(wanted)
 
 
 def write_versions(path: Path) -> None:
-    """The versions now, and under `commits` all that a run was begun or resumed at."""
-    before = json.loads(path.read_text()).get("commits", []) if path.is_file() else []
+    """The versions now; under `commits` all that a run was begun or resumed at, and under `before` other versions that it had."""
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    commits, before = old.pop("commits", []), old.pop("before", [])
     now = versions()
-    commits = list(dict.fromkeys([*before, now["commit"]])) if "commit" in now else before
-    write_whole(path, json.dumps(now | {"commits": commits}, indent=1) + "\n")
+    commits = list(dict.fromkeys([*commits, now["commit"]])) if "commit" in now else commits
+    old.pop("commit", None)
+    before += [old] if old and old != {k: v for k, v in now.items() if k != "commit"} and old not in before else []
+    write_whole(path, json.dumps(now | {"commits": commits} | ({"before": before} if before else {}), indent=1) + "\n")
 
 
 def _step_of(line: str) -> int:
