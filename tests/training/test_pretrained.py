@@ -26,6 +26,7 @@ from vla.training.align_export import export_share
 from vla.training.align_setup import old_data
 from vla.training.optim import make_optimizers
 from vla.training.pretrained import rate_groups, take_up
+from vla.training.ranges import header_of
 from vla.types import UserError
 
 SIZES = {"image_size": 24, "patch_size": 12, "width": 16, "layers": 2, "heads": 2, "embed_dim": 8}
@@ -167,7 +168,19 @@ def test_a_start_that_stage_one_wrote_brings_what_lies_beside_its_encoder(align_
     assert before.keys() == after.keys()
     for name, value in after.items():
         assert torch.equal(value, before[name]), name
-    assert "not taken up" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not taken up" not in out
+    assert "other ranges" not in out
+
+
+def test_a_start_that_knows_other_ranges_of_actions_says_so(align_config, encoder, tmp_path, capsys):
+    shutil.copytree(encoder.parent, tmp_path / "start")
+    path = tmp_path / "start" / "alignment.safetensors"
+    (low, high), header = json.loads(header_of(path)["action"]), header_of(path)
+    header["action"] = json.dumps([[2 * value for value in low], [2 * value for value in high]])
+    save_file(load_file(path), path, metadata=header)
+    train_align(standing_still(align_config, tmp_path / "start" / "clip", tmp_path / "run"))
+    assert f"{path}: was trained where action had other ranges than in this data" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_named_and_the_rest_taken_up(align_config, encoder, tmp_path, capsys):

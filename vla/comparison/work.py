@@ -30,6 +30,7 @@ from vla.models.clip import (
 from vla.policies.concord import ConcordPolicy
 from vla.training.align_setup import make_encoders, make_model, make_stats
 from vla.training.policy import train_policy
+from vla.training.ranges import header_of
 from vla.types import UserError
 
 # Sources that are alignments, named by what of the triplets is shuffled.
@@ -49,12 +50,12 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
     image_size = config.align.data.image_size
     aligned = Path(config.output) / "align" / "none" / str(seed)
     text_clip, tokenizer = load_clip(aligned / "clip")
-    extra = {}
+    extra, header = {}, {}
     if source in ALIGNED:
         run = Path(config.output) / "align" / source / str(seed)
         run = run / "snapshots" / snapshot if snapshot else run
         clip, _ = load_clip(run / "clip")
-        extra = load_file(run / "alignment.safetensors")
+        extra, header = load_file(run / "alignment.safetensors"), header_of(run / "alignment.safetensors")
     elif source == "cloned":
         policy = ConcordPolicy.from_pretrained(Path(config.output) / "policy" / "cloning" / str(seed) / "policy")
         clip = policy.clip
@@ -72,7 +73,7 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
     clip = with_text_of(clip, text_clip)
     clip_folder.parent.mkdir(parents=True, exist_ok=True)
     if extra:
-        save_file(extra, clip_folder.parent / "alignment.safetensors")
+        save_file(extra, clip_folder.parent / "alignment.safetensors", metadata=header)
     partial_folder = clip_folder.with_name("clip.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     save_clip(partial_folder, clip, tokenizer)

@@ -59,7 +59,7 @@ from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
 from vla.training.optim import Optimizers, make_optimizers, schedule, warmup_steps
 from vla.training.prefetch import prefetch
-from vla.training.pretrained import HeldOut, along_the_way, rate_groups, start_digest, take_up
+from vla.training.pretrained import HeldOut, along_the_way, beside, from_stage_one, rate_groups, start_digest, take_up
 from vla.training.processes import (
     Processes,
     check_same_data,
@@ -70,6 +70,7 @@ from vla.training.processes import (
     make_accelerator,
     refusal,
 )
+from vla.training.ranges import other_ranges
 from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.types import TripletBatch, UserError
 
@@ -134,6 +135,12 @@ def train_align(config: AlignConfig) -> Path:
         lambda: begin_model(config, episodes, resumed, partial(say, accelerator)),
         mine_first=accelerator.is_local_main_process,
     )
+    if (
+        start
+        and from_stage_one(config.tower.pretrained)
+        and (note := other_ranges(beside(config.tower.pretrained), source.stats))
+    ):
+        say(accelerator, note)
     optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
@@ -216,7 +223,7 @@ def train_align(config: AlignConfig) -> Path:
             measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
         if run.writes and done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
-            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer)
+            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer, source.stats)
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
             checkpoint(run, done, model, optimizer, episodes, start_from, elapsed)
@@ -234,9 +241,11 @@ def train_align(config: AlignConfig) -> Path:
             way = along_the_way(start.weights, trained, tokenizer, sorted({0.0, *config.wise_ft, 1.0}), data)
             for share in config.wise_ft:
                 encoder = interpolated(start.weights, trained, share)
-                export_encoder(run.folder / "wise_ft" / f"{share:g}", model, tokenizer, encoder)
+                export_encoder(run.folder / "wise_ft" / f"{share:g}", model, tokenizer, source.stats, encoder)
         warnings = [alarm(step, terms) for step, terms in run.logged(STUCK).items()]
-        export(run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way, warnings)
+        export(
+            run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way, warnings, source.stats
+        )
         write_alignment_report(run.folder)
         run.close()
     accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from vla.config import AlignConfig
 from vla.data.episodes import Episodes
 from vla.data.mixture import open_mixture
+from vla.data.normalization import Normalizers
 from vla.files import write_json, write_whole
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, load_clip, save_clip
@@ -18,6 +19,7 @@ from vla.training.align_setup import held_out_data, make_encoders
 from vla.training.checkpoint import latest_checkpoint
 from vla.training.pretrained import along_the_way, start_digest
 from vla.training.processes import Processes
+from vla.training.ranges import ranges_of
 from vla.types import UserError
 from vla.versions import versions
 
@@ -33,9 +35,10 @@ def export(
     processes: Processes,
     way: list[dict[str, float]],
     warnings: list[str],
+    stats: Normalizers,
 ) -> None:
     """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
-    export_encoder(folder, model, tokenizer)
+    export_encoder(folder, model, tokenizer, stats)
     record = {
         "loss": asdict(config.loss),
         "precision": config.precision,
@@ -83,14 +86,16 @@ def export_share(config: AlignConfig, share: float) -> None:
     write_clip(target / "clip", interpolated(weights, trained, share), tokenizer)
 
 
-def export_encoder(folder: Path, model: AlignmentModel, tokenizer, clip: Encoder | None = None) -> None:
-    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model.
+def export_encoder(
+    folder: Path, model: AlignmentModel, tokenizer, stats: Normalizers, clip: Encoder | None = None
+) -> None:
+    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model, with its ranges in the header.
 
     `clip` is written in place of the model's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
-    save_file(others, folder / "alignment.safetensors")
+    save_file(others, folder / "alignment.safetensors", metadata=ranges_of(stats))
     write_clip(folder / "clip", clip or model.exported_clip(), tokenizer)
 
 

@@ -29,6 +29,7 @@ from vla.training.align_setup import (
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import load_tensors
 from vla.training.device_batch import on_device
+from vla.training.ranges import other_ranges
 from vla.types import TripletBatch, UserError
 
 
@@ -75,6 +76,8 @@ class Auxiliary:
         beside = Path(encoder).parent / "alignment.safetensors"
         if encoder != "random" and beside.is_file():
             load_rest(self.model, beside, pair_temperatures(loss))
+            if note := other_ranges(beside, stats):
+                print(f"auxiliary: {note}")
         else:
             print(
                 f"auxiliary: its action encoder and projections start untrained; encoder {encoder} has none beside it"
