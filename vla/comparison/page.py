@@ -17,8 +17,8 @@ from finished runs; edit neither. [comparison.md](comparison.md) says what the a
 Tables of earlier versions took more degrees of freedom than tests do now: [limits.md](limits.md#comparison) names the claims that no longer hold.
 """
 RECORDS = """
-Every episode and every measure of training: [{name}.zip]({link}). Unpacked into `outputs/{kind}/{name}` it is a finished run without weights: the command above, with that folder as its `--output`
-and the precision that its `begun.json` names (`--align.precision`, `--policy.precision`), makes its report again, or goes on with further training seeds.
+Every episode and every measure of training: [{name}.zip]({link}). Unpacked into `outputs/{kind}/{name}` it is a finished run without weights: the command above, with that folder as its `--output`,
+makes its report again, or goes on with further training seeds.
 """
 RECORDED = ("*.json", "*.jsonl", "eval/**/report.html")  # the last says that an evaluation is done
 LEFT_OUT = ("episodes.jsonl", "checkpoints", "clip")  # eval.json has the episodes; the others go with weights
