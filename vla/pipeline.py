@@ -55,8 +55,10 @@ def pipeline(config: PipelineConfig) -> Path:
         try:
             run()
         except UserError as error:
-            told = str(error).replace("choose another --output", "start anew with --fresh=true")
-            raise UserError(told.replace("add --resume=true", "run the same command again")) from error
+            told = str(error).replace("add --resume=true", "run the same command again")
+            if "begun with" in told or "holds an evaluation" in told:  # of another configuration
+                told = told.replace("choose another --output", "start anew with --fresh=true")
+            raise UserError(told) from error
         finally:  # an interrupted stage took its time, too
             seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
             write_json(record, {"name": config.name, "seconds": seconds, "versions": versions()})

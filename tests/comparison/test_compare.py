@@ -159,7 +159,7 @@ def test_a_vision_model_alone_reads_with_the_aligned_text_tower(finished):
 
 
 def test_token_caches_are_gone(finished):
-    assert not (finished / "cache").exists()
+    assert not list((finished / "cache").iterdir())
 
 
 def test_every_job_was_run_once(finished):
@@ -289,6 +289,30 @@ def test_a_job_that_fails_leaves_the_other_arms_and_their_report(data_root, tmp_
     result = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert list(result["arms"]) == ["random-frozen"]
     assert result["protocol"]["failed, and left out"] == "policy-aligned-frozen-1-0"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "compare").symlink_to(tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "run").symlink_to(tmp_path / "run")
+    assert comparison_page(ResultsConfig(runs=str(tmp_path / "runs"), docs=str(tmp_path / "docs"))) is None
+    monkeypatch.undo()
+    compare(config)
+    result = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert list(result["arms"]) == ["random-frozen", "aligned-frozen"]
+
+
+def test_a_report_that_lacks_an_arm_does_not_take_the_place_of_a_whole_one(finished, data_root, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    before = (tmp_path / "run" / "comparison.json").read_text()
+    config = of_one_arm(tmp_path / "run", data_root)
+    config.arms = ("aligned-frozen", "no-language")
+
+    def diverges(policy):
+        raise UserError("loss is not finite at step 1")
+
+    monkeypatch.setattr(work, "train_policy", diverges)
+    with pytest.raises(UserError, match=r"policy-no-language-1-0 .*failed"):
+        compare(config)
+    assert (tmp_path / "run" / "comparison.json").read_text() == before
 
 
 def test_the_records_of_an_unfinished_evaluation_are_left_out(finished, tmp_path):

@@ -248,7 +248,7 @@ def test_a_term_that_no_batch_has_rows_for_raises_the_alarm(stuck):
     train_align(replace(stuck, loss=loss, batch=batch))
     first = json.loads((Path(stuck.output) / "metrics.jsonl").read_text().splitlines()[0])
     assert "state/loss" not in first
-    assert "state" in first["at_chance"]
+    assert "state (no batch has rows for it)" in first["at_chance"]
 
 
 def test_a_short_run_has_settled_as_its_warm_up_is_short(stuck, monkeypatch):

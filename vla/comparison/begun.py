@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from vla.comparison.data import check_data_there
 from vla.config import CompareConfig, SweepConfig
 from vla.config_io import changed, filled, to_dict
 from vla.files import write_json
+from vla.locks import waiting_lock
 from vla.precision import chosen_precision
 from vla.training import run
 from vla.types import UserError
@@ -29,38 +31,42 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
         UserError: a field that changes results differs from what the folder, or a job in it, was begun with, a name had another folder, or the
             demonstrations have changed.
     """
-    path = folder / "begun.json"
-    given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
-    begun = without(json.loads(path.read_text()), FREE_FIELDS) if path.is_file() else comparable(config) | given
-    if found := changes(begun, config):
-        raise UserError(f"{folder}: was begun with {'; '.join(found)}; choose another --output")
-    for job in sorted(folder.glob("jobs/*/settings.json")):
-        if found := changes(json.loads(job.read_text()), config):
-            raise UserError(f"{job.parent}: was run with {'; '.join(found)}; results of both are not one comparison")
-    for field, folders in given.items():
-        before = begun.get(field, {})
-        for name in folders:
-            if before.get(name, folders[name]) != folders[name]:
-                raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
-        begun[field] = before | folders
-        for name, given_folder in folders.items():
-            now = weights_of(Path(given_folder))
-            if begun.setdefault("weights", {}).setdefault(f"{field}.{name}", now) != now:
+    with waiting_lock(folder / "jobs" / "begun") if keep else nullcontext():
+        path = folder / "begun.json"
+        given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
+        begun = without(json.loads(path.read_text()), FREE_FIELDS) if path.is_file() else comparable(config) | given
+        if found := changes(begun, config):
+            raise UserError(f"{folder}: was begun with {'; '.join(found)}; choose another --output")
+        for job in sorted(folder.glob("jobs/*/settings.json")):
+            if found := changes(json.loads(job.read_text()), config):
                 raise UserError(
-                    f"{folder}: {field}: the weights in {given_folder} have changed since {name!r} was first compared; choose another name"
+                    f"{job.parent}: was run with {'; '.join(found)}; results of both are not one comparison"
                 )
-    check_data_there(folder)
-    if keep:
-        write_json(path, begun)
+        for field, folders in given.items():
+            before = begun.get(field, {})
+            for name in folders:
+                if before.get(name, folders[name]) != folders[name]:
+                    raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
+            begun[field] = before | folders
+            for name, given_folder in folders.items():
+                now = weights_of(Path(given_folder))
+                if now and begun.setdefault("weights", {}).setdefault(f"{field}.{name}", now) != now:
+                    raise UserError(
+                        f"{folder}: {field}: the weights in {given_folder} have changed since {name!r} was first compared; choose another name"
+                    )
+        check_data_there(folder)
+        if keep:
+            write_json(path, begun)
 
 
 def weights_of(folder: Path) -> str:
-    """A digest of the weights in a model's folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    """A digest of the weights in a model's folder and of the pooler beside it; empty where the weights are gone."""
+    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    for path in (*paths, folder.parent / "alignment.safetensors") if paths else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if paths else ""
 
 
 def changes(begun: dict, config: CompareConfig | SweepConfig) -> list[str]:
@@ -89,6 +95,9 @@ def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> 
 def comparable(config: CompareConfig | SweepConfig) -> dict:
     """What changes results, and may not change within a folder."""
     fields = {key: value for key, value in to_dict(config).items() if key not in GROWING}
+    fields["policy"] = {
+        key: value for key, value in fields["policy"].items() if key != "tower"
+    }  # of encoder=random alone
     return json.loads(json.dumps(without(fields, FREE_FIELDS)))
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from vla.comparison.arms import ARMS, CONTRASTS
 from vla.comparison.begun import check_same, check_same_data, comparable, records, with_precision
 from vla.comparison.chosen import chosen_arms, numbers_of
-from vla.comparison.data import env_name
+from vla.comparison.data import drop_caches, env_name
 from vla.comparison.estimates import with_estimates
 from vla.comparison.jobs import in_short, print_left, refuse_failed, run_jobs
 from vla.comparison.plan import plan_jobs
@@ -50,10 +49,20 @@ def compare(config: CompareConfig) -> Path | None:
         print_left(jobs)
         return None
     failed = run_jobs(jobs, folder / "jobs", print, comparable(config))
-    done = finished_part(config) if failed else config
-    report = finish(done, folder, can_see, tuple(failed)) if done else None
-    refuse_failed(failed, folder)
-    return report
+    if not failed:
+        drop_caches((folder / "cache").glob("*"))  # tokens that were left behind
+        return finish(config, folder, can_see)
+    try:
+        if (part := finished_part(config)) and not reported_whole(folder):
+            finish(part, folder, can_see, tuple(failed))
+    finally:
+        refuse_failed(failed, folder)
+
+
+def reported_whole(folder: Path) -> bool:
+    """Whether there is a report of arms of which none failed; one that lacks some does not take its place."""
+    path = folder / "comparison.json"
+    return path.is_file() and not json.loads(path.read_text()).get("failed")
 
 
 def finished_part(config: CompareConfig) -> CompareConfig | None:
@@ -100,6 +109,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[s
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
         protocol |= trained_with(folder) | ({"failed, and left out": ", ".join(failed)} if failed else {})
         result |= {
+            "failed": list(failed),
             "command": command_line(),
             "protocol": protocol | versions(),
             "config": to_dict(config),
@@ -108,8 +118,6 @@ def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[s
         for name in ("success", "levels", "contrasts", "validity"):
             write_csv(folder / f"{name}.csv", result[name])
         write_report(report, comparison_report(result))
-        if not failed:
-            shutil.rmtree(folder / "cache", ignore_errors=True)  # tokens that the last process left
     for row in result["success"]:
         if row["group"] == "plain":
             print(f"  {row['arm']:28} {demonstrations(row['demonstrations']):34} {interval(row)}")
@@ -121,7 +129,8 @@ def trained_with(folder: Path) -> dict[str, str]:
     """The commits and processors that encoders and policies were trained with; the report may be of others."""
     made = records(folder, "versions.json").values()
     commits = {commit for record in made for commit in record.get("commits", [record.get("commit")]) if commit}
-    processors = {record["processor"] for record in made if "processor" in record}
+    every = [one for record in made for one in (record, *record.get("before", []))]
+    processors = {record["processor"] for record in every if "processor" in record}
     return {
         "trained at commit": ", ".join(sorted(commits)) or "unknown",
         "trained on": ", ".join(sorted(processors)) or "unknown",

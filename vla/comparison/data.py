@@ -1,17 +1,22 @@
 """The data sets of a comparison: what encoders are trained on, what policies clone, and play beside them."""
 
+import fcntl
 import json
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from envs import make_env
 from vla.config import CompareConfig, EnvConfig, SweepConfig
+from vla.config_io import inside
 from vla.data.episodes import Episodes, fingerprint, read_episodes, task_of_episode
 from vla.data.frames import open_pictures
+from vla.eval.evaluate import check_sizes
 from vla.files import write_json
 from vla.integrations.collect import checked_tasks, collect
+from vla.locks import LOCK_NAME
 from vla.types import UserError
 
 
@@ -35,7 +40,7 @@ def make_data(config: CompareConfig) -> None:
             raise UserError(
                 f"{root}: has episodes of {sorted(there - set(tasks))[0]}, which transfer keeps apart; choose another root"
             )
-        check_sizes(config, episodes)
+        check_evaluable(config, episodes)
         cache = config.align.data.cache if root == config.align.data.root else None
         open_pictures(episodes, replace(config.align.data, cache=cache))
         record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
@@ -90,9 +95,27 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
     return {"root": root, "fingerprint": episodes.fingerprint, **counts(episodes), "collected with": made_with}
 
 
-def link_frames(config: CompareConfig | SweepConfig, root: str, cache: Path) -> None:
-    """Let a cache folder of its own share the decoded pictures of a data set."""
+@contextmanager
+def token_cache(config: CompareConfig | SweepConfig, roots: Iterable[str], cache: Path) -> Iterator[None]:
+    """A cache folder of an encoder's own that shares the decoded pictures of some data sets, and stays while the block runs."""
     cache.mkdir(parents=True, exist_ok=True)
+    with (cache / LOCK_NAME).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        for root in roots:
+            link_frames(config, root, cache)
+        yield
+
+
+def drop_caches(caches: Iterable[Path]) -> None:
+    """Delete cache folders, but for those that a process is using."""
+    for cache in caches:
+        with suppress(FileNotFoundError, BlockingIOError), (cache / LOCK_NAME).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+def link_frames(config: CompareConfig | SweepConfig, root: str, cache: Path) -> None:
+    """Let a cache folder share the decoded pictures of a data set."""
     data = config.align.data
     shared = Path(data.cache) if data.cache and root == data.root else Path(root) / ".concord"
     for store in shared.glob("frames_*.npy"):
@@ -150,28 +173,18 @@ def env_name(config: CompareConfig | SweepConfig) -> str:
     return config.eval.env or record_of(config.align.data.root).get("env", config.collect.env.name)
 
 
-def evaluated_tasks(config: CompareConfig | SweepConfig) -> tuple[str, ...]:
+def evaluated_tasks(config: CompareConfig) -> tuple[str, ...]:
     """The tasks that policies are evaluated on: those that are named, those of the demonstrations, or all of the environment's."""
     made_with = tuple(record_of(config.align.data.root).get("tasks", ()))
     own = checked_tasks(config.collect) if env_name(config) == config.collect.env.name else ()
     return config.eval.tasks or made_with or own
 
 
-def check_sizes(config: CompareConfig | SweepConfig, episodes: Episodes) -> None:
-    """Refuse demonstrations of another robot than the environment's, whose policies could not be evaluated in it.
+def check_evaluable(config: CompareConfig | SweepConfig, episodes: Episodes) -> None:
+    """Refuse demonstrations of another robot than the environment's, before policies are trained that could not be evaluated in it.
 
     Raises:
-        UserError: names the data set and both sizes.
+        UserError: names both sizes.
     """
-    name = env_name(config)
-    environment = make_env(name)
-    for what, values, space in (
-        ("state", episodes.state, environment.observation_space["agent_pos"]),
-        ("action", episodes.action, environment.action_space),
-    ):
-        if values.shape[1] != space.shape[0]:
-            raise UserError(
-                f"{episodes.root}: has {values.shape[1]} {what} dimensions, {name}, which policies are evaluated in, has {space.shape[0]}; "
-                "name another environment with --eval.env"
-            )
-    environment.close()
+    with inside("eval."):
+        check_sizes(env_name(config), episodes.state.shape[1], episodes.action.shape[1], f"the data in {episodes.root}")

@@ -86,7 +86,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None], sett
                 break
         else:
             time.sleep(POLL)
-    return failed
+    done = {job.name for job in jobs if job.done}
+    return {name: error for name, error in failed.items() if name not in done}
 
 
 def reachable(jobs: Sequence[Job], failed: Collection[str]) -> list[Job]:

@@ -31,7 +31,7 @@ def comparison_page(config: ResultsConfig) -> Path | None:
     for kind, (file, report) in KINDS.items():
         folder = Path(config.docs) / kind
         for path in sorted((Path(config.runs) / kind).glob(f"*/{file}")):
-            if path.parent.name != "debug":
+            if path.parent.name != "debug" and not (kind == "compare" and json.loads(path.read_text()).get("failed")):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{path.parent.name}.json").write_text(path.read_text())
                 keep_records(path.parent, folder / f"{path.parent.name}.zip")

@@ -8,7 +8,6 @@ configuration as it is. Points that differ in stage two alone share their alignm
 
 import csv
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 from vla.comparison.begun import check_same, comparable, with_precision
 from vla.comparison.chosen import SET_BY_POINTS, SET_HERE, check_episodes, check_set_here
 from vla.comparison.compare import leave_the_launcher
-from vla.comparison.data import check_data_there, check_sizes, env_name, link_frames
+from vla.comparison.data import check_data_there, check_evaluable, drop_caches, env_name, token_cache
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
@@ -41,6 +40,7 @@ from vla.config import PolicyTrainConfig, SweepConfig
 from vla.config_io import ConfigError, inside, to_dict
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_pictures
+from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.evaluate import evaluate
 from vla.eval.report import with_interval, write_report
 from vla.files import write_json
@@ -99,7 +99,7 @@ def sweep(config: SweepConfig, swept: dict[str, tuple[str, ...]]) -> Path | None
         return None
     failed = run_jobs(jobs, folder / "jobs", print, comparable(config))
     if not failed:
-        shutil.rmtree(folder / "cache", ignore_errors=True)  # tokens that the last process left
+        drop_caches((folder / "cache").glob("*"))  # tokens that were left behind
     done = [point for point in chosen if all(result_of(folder, point, seed).is_file() for seed in config.seeds)]
     if done:
         finish(config, swept, done, chosen, folder)
@@ -178,10 +178,15 @@ def cache_folder(config: SweepConfig, folder: Path, point: Point, seed: int) -> 
 def make_policy(config: SweepConfig, policy: PolicyTrainConfig, readers: Sequence[Path]) -> None:
     """Train a policy; the cache of its encoder's tokens goes with the last of the policies that read it."""
     cache = Path(policy.data.cache)
-    link_frames(config, policy.data.root, cache)
-    train_policy(policy)
-    if all(path.exists() for path in readers):
-        shutil.rmtree(cache, ignore_errors=True)
+    with token_cache(config, (policy.data.root, *cloned_beside(config)), cache):
+        train_policy(policy)
+    if all((path / WEIGHTS).exists() for path in readers):
+        drop_caches([cache])
+
+
+def cloned_beside(config: SweepConfig) -> list[str]:
+    """The further data sets that policies clone."""
+    return [root_and_weight(text)[0] for text in config.policy.more]
 
 
 def result_of(folder: Path, point: Point, seed: int) -> Path:
@@ -249,8 +254,10 @@ def make_data(config: SweepConfig) -> None:
     if not (Path(data.root) / "meta" / "info.json").is_file():
         collect(replace(config.collect, output=data.root))
     episodes = read_episodes(data.root, data.camera)
-    check_sizes(config, episodes)
+    check_evaluable(config, episodes)
     open_pictures(episodes, data)
+    for root in cloned_beside(config):
+        open_pictures(read_episodes(root, camera_in(root, data.camera), partial=True), replace(data, cache=None))
     check_data_there(Path(config.output))
     write_json(Path(config.output) / "data.json", {"root": data.root, "fingerprint": episodes.fingerprint})
 

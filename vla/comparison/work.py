@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vla.comparison.arms import Arm
 from vla.comparison.chosen import chosen_arms, named, numbers_of
-from vla.comparison.data import aligned_beside, cloned_root, env_name, evaluated_tasks, link_frames
+from vla.comparison.data import aligned_beside, cloned_root, drop_caches, env_name, evaluated_tasks, token_cache
 from vla.config import CompareConfig
 from vla.data.batches import TripletSource
 from vla.data.episodes import limit_per_task, rows_of
@@ -28,6 +28,7 @@ from vla.models.clip import (
     with_vision_of,
 )
 from vla.policies.concord import ConcordPolicy
+from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.align_setup import make_encoders, make_model, make_stats
 from vla.training.policy import train_policy
 from vla.training.ranges import header_of
@@ -122,62 +123,63 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
     broad = config.align.data.root
     more = (f"{broad}={config.transfer_weight}",) if config.transfer and config.transfer_weight else ()
     more += config.policy.more
-    for root in (cloned_root(config), *(root_and_weight(text)[0] for text in more)):
-        link_frames(config, root, cache)
+    roots = (cloned_root(config), *(root_and_weight(text)[0] for text in more))
     data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
     optimizer = config.policy.optimizer
     if arm.after:
         optimizer = replace(optimizer, lr=optimizer.lr * config.tuned_lr_scale)
-    train_policy(
-        replace(
-            config.policy,
-            output=str(folder / "policy" / name / str(count) / str(seed)),
-            encoder=encoder,
-            start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
-            data=data,
-            more=more,
-            optimizer=optimizer,
-            aligned_pooler=config.policy.aligned_pooler and (Path(encoder).parent / "alignment.safetensors").is_file(),
-            tune=tune,
-            tuned_part=arm.tuned_part if tune else "all",
-            pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
-            encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
-            auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
-            hide=arm.hide,
-            steps=steps,
-            seed=seed,
-            resume=True,
+    with token_cache(config, roots, cache):
+        train_policy(
+            replace(
+                config.policy,
+                output=str(folder / "policy" / name / str(count) / str(seed)),
+                encoder=encoder,
+                start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
+                data=data,
+                more=more,
+                optimizer=optimizer,
+                aligned_pooler=config.policy.aligned_pooler
+                and (Path(encoder).parent / "alignment.safetensors").is_file(),
+                tune=tune,
+                tuned_part=arm.tuned_part if tune else "all",
+                pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
+                encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
+                auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
+                hide=arm.hide,
+                steps=steps,
+                seed=seed,
+                resume=True,
+            )
         )
-    )
     arms = chosen_arms(config)
     siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].encoder == arm.encoder]
     runs = [(other, number) for other in siblings for number in numbers_of(config, arms[other])]
     paths = [folder / "policy" / other / str(number) / str(seed) / "policy" for other, number in runs]
-    if all(path.exists() for path in paths):
-        shutil.rmtree(cache, ignore_errors=True)
+    if all((path / WEIGHTS).exists() for path in paths):
+        drop_caches([cache])
 
 
 def clone_everything(config: CompareConfig, seed: int) -> None:
     """Train an untrained tower by cloning on all demonstrations: the encoder that the cloning-pretrained arm freezes."""
     cache = Path(config.output) / "cache" / f"cloning-{seed}"
-    link_frames(config, config.align.data.root, cache)
-    train_policy(
-        replace(
-            config.policy,
-            output=str(Path(config.output) / "policy" / "cloning" / str(seed)),
-            encoder=str(encoder_folder(config, "random", seed)),
-            data=replace(config.align.data, cache=str(cache)),
-            aligned_pooler=False,
-            auxiliary=0.0,
-            tune=True,
-            tuned_part="vision",
-            encoder_lr_scale=1.0,
-            steps=config.cloning_steps,
-            seed=seed,
-            resume=True,
+    with token_cache(config, [config.align.data.root], cache):
+        train_policy(
+            replace(
+                config.policy,
+                output=str(Path(config.output) / "policy" / "cloning" / str(seed)),
+                encoder=str(encoder_folder(config, "random", seed)),
+                data=replace(config.align.data, cache=str(cache)),
+                aligned_pooler=False,
+                auxiliary=0.0,
+                tune=True,
+                tuned_part="vision",
+                encoder_lr_scale=1.0,
+                steps=config.cloning_steps,
+                seed=seed,
+                resume=True,
+            )
         )
-    )
-    shutil.rmtree(cache, ignore_errors=True)
+    drop_caches([cache])
 
 
 def evaluate_policy(config: CompareConfig, policy: Path, output: Path) -> None:

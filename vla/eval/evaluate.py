@@ -52,7 +52,7 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     trained = trained_on(policy_folder)
     config = replace(config, env=config.env or trained.get("env") or "tabletop")
     tasks, splits = checked(config, trained)
-    check_sizes(config.env, tasks, policy)
+    check_sizes(config.env, *sizes_of(policy), "the policy")
     output = Path(config.output) if config.output else default_output(config, policy_folder)
     lock = lock_folder(output)
     if not begin(output, config):
@@ -140,18 +140,26 @@ def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...
     return tasks, [(name, level) for name in names for level in known[name]]
 
 
-def check_sizes(env: str, tasks: tuple[str, ...], policy: LeRobotChunkPolicy) -> None:
-    """Refuse a policy of another robot."""
-    environment = make_env(env, tasks=tasks)
-    features = policy.policy.config
-    for name, feature, space in (
-        ("state", features.robot_state_feature, environment.observation_space["agent_pos"]),
-        ("action", features.action_feature, environment.action_space),
+def sizes_of(policy: LeRobotChunkPolicy) -> list[int | None]:
+    """The dimensions of a policy's state and action; None of what it does not say."""
+    config = policy.policy.config
+    return [feature and feature.shape[0] for feature in (config.robot_state_feature, config.action_feature)]
+
+
+def check_sizes(env: str, state: int | None, action: int | None, whose: str) -> None:
+    """Refuse a policy, or demonstrations, of another robot.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    environment = make_env(env)
+    for name, size, space in (
+        ("state", state, environment.observation_space["agent_pos"]),
+        ("action", action, environment.action_space),
     ):
-        if feature is not None and tuple(feature.shape) != space.shape:
+        if size is not None and (size,) != space.shape:
             raise UserError(
-                f"config error: env: {env} has {space.shape[0]} {name} dimensions, the policy {feature.shape[0]}; "
-                "it was trained on another environment"
+                f"config error: env: {env} has {space.shape[0]} {name} dimensions, {whose} {size}; it is of another environment"
             )
     environment.close()
 

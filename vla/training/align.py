@@ -171,6 +171,7 @@ def train_align(config: AlignConfig) -> Path:
         return batch
 
     window: list[dict[str, float]] = []
+    seen = {name for name in switched_on(config.loss) if run.logged(f"{name}/loss")}
     warned = [term for terms in run.logged(STUCK).values() for term in terms]
     model.train()
     started = time.perf_counter()
@@ -211,7 +212,9 @@ def train_align(config: AlignConfig) -> Path:
             metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
             settled = done >= warmup_steps(config.steps, config.optimizer.warmup) + SETTLED
-            found = [*at_chance(metrics), *absent(metrics, config.loss)] if settled else []
+            seen |= {name for name in switched_on(config.loss) if f"{name}/loss" in metrics}
+            absent = [f"{name} (no batch has rows for it)" for name in switched_on(config.loss) if name not in seen]
+            found = [*at_chance(metrics), *absent] if settled else []
             stuck = [term for term in found if term not in warned]
             warned += stuck
             run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
@@ -392,16 +395,16 @@ def at_chance(metrics: dict[str, float]) -> list[str]:
     return [name for name in names if stays(name)]
 
 
-def absent(metrics: dict[str, float], loss: LossConfig) -> list[str]:
-    """The terms that are switched on and that no batch had the rows for."""
-    return [name for name in (*PAIRS, *TRANSITIONS) if getattr(loss, name) and f"{name}/loss" not in metrics]
+def switched_on(loss: LossConfig) -> list[str]:
+    """The terms that have a weight."""
+    return [name for name in (*PAIRS, *TRANSITIONS) if getattr(loss, name)]
 
 
 def alarm(step: int, terms: list[str]) -> str:
-    """What is said of terms that are still at their chance level after a step, or that no batch has the rows for."""
+    """What is said of terms that are still at their chance level after a step, or that no batch has rows for."""
     return (
-        f"step {step}: {', '.join(terms)} still at its chance level, or without rows that it compares: it teaches nothing yet. Are the "
-        "instructions those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl) and frames of an episode?"
+        f"step {step}: {', '.join(terms)} still at its chance level: it teaches nothing yet. Are the instructions "
+        "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)?"
     )
 
 

@@ -137,7 +137,7 @@ def restoring(path: Path) -> Iterator[None]:
     except (ValueError, KeyError, RuntimeError) as error:
         what = str(error).strip().splitlines()[-1].strip()
         raise UserError(
-            f"{path}: does not fit ({what}); go on with the version that wrote it (versions.json; its `before`, if there is one, has what was earlier), or choose another --output"
+            f"{path}: does not fit ({what}); go on with the version that wrote it (versions.json; earlier ones are in its `commits` and `before`), or choose another --output"
         ) from error
 
 
