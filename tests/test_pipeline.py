@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from vla.config import PipelineConfig
+from vla.pipeline import pipeline
+from vla.types import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,3 +54,21 @@ def test_beginning_anew_deletes_no_evaluation_of_another_policy(tmp_path):
         "mine: an evaluation of its own, which fresh would delete; move it out of outputs/eval/debug" in result.stderr
     )
     assert kept.is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("run: was begun with steps=1, not 2; choose another --output", r"not 2; start anew with --fresh=true"),
+        ("run: another process is writing into it; wait for it or choose another --output", r"choose another --output"),
+        ("run: disk full; free some space, then add --resume=true", r"then run the same command again"),
+    ],
+)
+def test_what_a_stage_refuses_is_told_in_what_the_pipeline_has(error, told, tmp_path, monkeypatch):
+    def refuses(config):
+        raise UserError(error)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vla.integrations.collect.collect", refuses)
+    with pytest.raises(UserError, match=told):
+        pipeline(PipelineConfig(name="debug"))

@@ -15,6 +15,7 @@ from vla.eval.alignment import (
     class_probe,
     embed_rows,
     of_another_goal,
+    probe_measures,
     retrieval_measures,
     spread_rows,
     zero_shot_measures,
@@ -148,6 +149,18 @@ def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode
     np.testing.assert_allclose(found.context, context(rows, rows), atol=1e-5)
     np.testing.assert_allclose(found.context_of_other_text, context(rows, other), atol=1e-5)
     np.testing.assert_allclose(found.context_of_other_image, context(other, rows), atol=1e-5)
+
+
+def test_a_target_that_is_unknown_in_some_rows_is_read_in_the_others(align_config):
+    episodes = read_episodes(align_config.data.root)
+    target = episodes.target.copy()
+    target[episodes.start[0]] = np.nan
+    episodes, rows = replace(episodes, target=target), np.arange(len(episodes.timestep))
+    source = make_source(episodes, open_pictures(episodes, align_config.data), rows, align_config.horizon)
+    clip, tokenizer = make_encoders(align_config.tower, align_config.data.image_size, episodes.texts)
+    model = make_model(align_config, clip, episodes).eval()
+    found = embed_rows(model, source, spread_rows(source, np.arange(5), 3), *tokenize(tokenizer, episodes.texts))
+    assert np.isfinite(probe_measures(found, found, source)["target_probe_r2"])
 
 
 def test_the_other_row_is_of_another_goal_where_there_is_one():

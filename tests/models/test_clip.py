@@ -1,5 +1,6 @@
 """The aligned encoder is a native CLIPModel folder."""
 
+import shutil
 import warnings
 
 import numpy as np
@@ -168,6 +169,15 @@ def test_the_saved_model_of_other_image_statistics_sees_the_same_by_its_own_proc
 
 
 @torch.no_grad()
+def test_a_folder_without_an_image_processor_says_which_statistics_are_taken_for_its_own(openai_clip, tmp_path, capsys):
+    shutil.copytree(openai_clip, tmp_path / "clip")
+    load_clip(tmp_path / "clip")
+    assert "no image processor" not in capsys.readouterr().out
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    load_clip(tmp_path / "clip")
+    assert "no image processor is at hand; pictures are normalised by ImageNet's statistics" in capsys.readouterr().out
+
+
 def test_image_statistics_are_absorbed_at_another_image_size_too(openai_clip, frames):
     model = resize_positions(CLIPModel.from_pretrained(openai_clip), 48).eval()
     processor = CLIPImageProcessor.from_pretrained(openai_clip)

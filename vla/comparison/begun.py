@@ -28,8 +28,8 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
     Args:
         keep: write down what the folder was begun with.
     Raises:
-        UserError: a field that changes results differs from what the folder, or a job in it, was begun with, a name had another folder, or the
-            demonstrations have changed.
+        UserError: a field that changes results differs from what the folder, or a job in it, was begun with, a name had another folder or
+            other weights in it, or the demonstrations have changed.
     """
     with waiting_lock(folder / "jobs" / "begun") if keep else nullcontext():
         path = folder / "begun.json"
@@ -44,11 +44,10 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
                 )
         for field, folders in given.items():
             before = begun.get(field, {})
-            for name in folders:
-                if before.get(name, folders[name]) != folders[name]:
-                    raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
             begun[field] = before | folders
             for name, given_folder in folders.items():
+                if before.get(name, given_folder) != given_folder:
+                    raise UserError(f"{folder}: {field}: {name!r} was {before[name]} before; choose another name")
                 now = weights_of(Path(given_folder))
                 if now and begun.setdefault("weights", {}).setdefault(f"{field}.{name}", now) != now:
                     raise UserError(
@@ -95,9 +94,7 @@ def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> 
 def comparable(config: CompareConfig | SweepConfig) -> dict:
     """What changes results, and may not change within a folder."""
     fields = {key: value for key, value in to_dict(config).items() if key not in GROWING}
-    fields["policy"] = {
-        key: value for key, value in fields["policy"].items() if key != "tower"
-    }  # of encoder=random alone
+    del fields["policy"]["tower"]  # used only with encoder=random, which no policy here has
     return json.loads(json.dumps(without(fields, FREE_FIELDS)))
 
 

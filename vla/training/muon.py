@@ -13,7 +13,7 @@ AT_ONCE = 1 << 20  # numbers orthogonalised at once, which bounds the memory tha
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which takes one matrix after the other.
 
-    Matrices of one shape are orthogonalised together, wide and tall ones alike (arXiv:2502.16982): a third of the time on a processor with AMX.
+    Matrices of one shape are orthogonalised together, wide and tall ones alike (arXiv:2502.16982), which is quicker.
     `dtype` is that of the products, for torch's bfloat16, which is slow where it is only emulated. State and options are torch's.
     """
 
