@@ -28,6 +28,7 @@ from vla.losses.rowwise import Term, in_parts, spans
 
 GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
+WORDS = 128  # that are compared: a multiple of it, since kernels are compiled for every shape
 KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
 
 
@@ -165,7 +166,8 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
         sharpness: of the softmax over patches; infinite is the maximum.
     """
     real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
-    named = words.flatten(0, 1)[real]  # (w, d)
+    filled = nn.functional.pad(real, (0, -len(real) % WORDS))  # what is added counts for nothing
+    named = words.flatten(0, 1)[filled]  # (w, d)
 
     def best_of(named: Tensor, block: Tensor) -> Tensor:
         # The products are the towers' work, in their precision; everything after is float32.
@@ -180,7 +182,7 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpne
         best = torch.cat(blocks, dim=1)
     text = real // words_mask.shape[1]  # (w,)
     share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
-    return best.new_zeros(len(words), len(patches)).index_add(0, text, best * share[:, None]).T
+    return best.new_zeros(len(words), len(patches)).index_add(0, text, best[: len(real)] * share[:, None]).T
 
 
 def soft_term(

@@ -37,6 +37,7 @@ from vla.types import UserError, first_line
 # ImageNet statistics: the ones LeRobot's policies normalise with by default.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+TEXTS = 16  # a batch's texts are embedded in multiples of it
 Encoder = CLIPModel | VisionTextDualEncoderModel
 FAMILIES = (
     "CLIP (OpenAI's, OpenCLIP's in transformers' format), or a VisionTextDualEncoder of DINOv2 or ViT and a text tower"
@@ -453,6 +454,17 @@ def text_features(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> 
     """(b, n) ids -> word tokens (b, n, w), final-layer-normed, and the pooled feature (b, w) before the projection."""
     output = model.text_model(input_ids=input_ids, attention_mask=attention_mask)
     return output.last_hidden_state, output.pooler_output
+
+
+def text_features_of_batch(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`text_features` of a batch whose number of texts changes from step to step, computed of a multiple of `TEXTS`.
+
+    A kernel is compiled for every shape; those of ever new shapes push each other out and leave memory in pieces, which slows every allocation.
+    """
+    n = len(input_ids)
+    texts = torch.arange(n + -n % TEXTS, device=input_ids.device).clamp(max=n - 1)  # the last one again and again
+    words, pooled = text_features(model, input_ids[texts], attention_mask[texts])
+    return words[:n], pooled[:n]
 
 
 def patch_embeds(model: Encoder, tokens: Tensor) -> Tensor:

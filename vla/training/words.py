@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vla.data.augmentation import hide_words
-from vla.models.clip import text_features, tokenize
+from vla.models.clip import text_features, text_features_of_batch, tokenize
 from vla.policies.concord import ConcordPolicy
 
 VARIANTS = 4  # encodings of each text of a frozen tower beside the plain one, other words hidden in each
@@ -51,5 +51,5 @@ class Words:
         mask = self.mask[distinct, :length]
         if rng is not None:
             mask = hide_words(mask, self.dropout, rng)
-        features, _ = text_features(self.policy.clip, self.ids[distinct, :length], mask)
+        features, _ = text_features_of_batch(self.policy.clip, self.ids[distinct, :length], mask)
         return features[row], mask[row]
