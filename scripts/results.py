@@ -1,4 +1,4 @@
-"""Write docs/results.md from result files; finished runs under outputs/ are copied to docs/results first.
+"""Write docs/results.md and docs/comparison_results.md from result files; finished runs under outputs/ are copied to docs/results first.
 
     python scripts/results.py
 

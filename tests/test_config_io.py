@@ -104,6 +104,13 @@ def test_lists_come_from_flags_separated_by_commas():
     assert load_config(EvalConfig, ["--splits=light,camera"]).splits == ("light", "camera")
 
 
+@pytest.mark.parametrize(
+    ("text", "roots"), [("[a,b]", ("a", "b")), ("(a, b)", ("a", "b")), ("data(2)", ("data(2)",)), ("a,b]", ("a", "b]"))]
+)
+def test_brackets_belong_to_a_list_only_around_all_of_it(text, roots):
+    assert load_config(AlignConfig, [f"--more={text}"]).more == roots
+
+
 def test_a_flag_without_value_is_refused():
     with pytest.raises(ConfigError, match="--steps needs a value"):
         load_config(AlignConfig, ["--steps", "--seed=1"])

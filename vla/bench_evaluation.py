@@ -13,7 +13,6 @@ from vla.types import UserError
 TASK = "place"
 SEED = 1_000_000
 TOGETHER = 50  # environments in lerobot-eval's larger setting
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def evaluation_speed(policy: Path, episodes: int, output: Path) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def lerobot_eval(policy: Path, episodes: int, output: Path, flags: list[str]) ->
 
 def evaluate(policy: Path, episodes: int, output: Path, cores: int, flags: list[str]) -> dict[str, Any]:
     """This project's command; its own measure of the seconds leaves out starting and loading, too."""
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), f"--policy={policy}", f"--output={output}"]
+    command = [sys.executable, "-m", "vla.cli", "evaluate", f"--policy={policy}", f"--output={output}"]
     command += [f"--tasks=[{TASK}]", f"--episodes={episodes}", f"--seed={SEED}", "--splits=[none]", "--videos=0"]
     seconds = timed([*command, "--grounding_episodes=0", "--failures=0", f"--workers={cores}", *flags])
     result = json.loads((output / "eval.json").read_text())

@@ -92,7 +92,7 @@ def split_flags(argv: list[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]
             rest.append(argument)
             continue
         name, _, values = argument.removeprefix("--sweep.").partition("=")
-        texts = tuple(value.strip() for value in values.strip("[]").split(",") if value.strip())
+        texts = tuple(_listed(values))
         if not texts or name in swept or len(set(texts)) < len(texts):
             raise ConfigError(f"{argument}: a sweep is --sweep.FIELD=a,b,c with different values, each field once")
         swept[name] = texts
@@ -103,12 +103,9 @@ def find_config(path: str) -> Path:
     """The file as given, or the one shipped with the package (`configs/align/tabletop.yaml`)."""
     if Path(path).is_file():
         return Path(path)
-    shipped = Path(str(resources.files("vla"))).parent / path
+    shipped = Path(str(resources.files("vla"))) / path
     if shipped.is_file():
         return shipped
-    installed = Path(str(resources.files("vla"))) / path
-    if installed.is_file():
-        return installed
     raise ConfigError(f"{path}: {'a folder; name a file in it' if Path(path).is_dir() else 'no such file'}")
 
 
@@ -198,8 +195,7 @@ def _from_text(text: str, hint: Any) -> Any:
         return None
     base = _optional(hint) or hint
     if get_origin(base) is tuple:
-        inner = text.strip("[]() ")
-        return tuple(_from_text(part.strip(), get_args(base)[0]) for part in inner.split(",") if part.strip())
+        return tuple(_from_text(part, get_args(base)[0]) for part in _listed(text))
     if base is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if base in (int, float):
@@ -209,6 +205,14 @@ def _from_text(text: str, hint: Any) -> Any:
             except ValueError:
                 continue
     return text
+
+
+def _listed(text: str) -> list[str]:
+    """What a list names, with or without brackets around it: `[a, b]`, `(a, b)` or `a,b`."""
+    text = text.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _checked(value: Any, hint: Any) -> Any:
@@ -249,14 +253,14 @@ def _optional(hint: Any) -> Any:
 
 
 def check(config: Any, path: str = "") -> None:
-    """Ranges and multiples, from each field's metadata: `range` is (lowest, highest), inclusive, None for open."""
+    """Ranges and multiples, from each field's metadata: `range` is (lowest, highest), inclusive, a highest of None for open."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             check(value, f"{path}{field.name}.")
         elif "range" in field.metadata and value is not None:
             low, high = field.metadata["range"]
-            if (low is not None and value < low) or (high is not None and value > high):
+            if value < low or (high is not None and value > high):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{path}{field.name} must be {bounds}, got {value!r}")
             if (multiple := field.metadata["multiple"]) > 1 and value % multiple:

@@ -26,6 +26,10 @@ SUCCESS_KEY = "success"
 TARGET_KEY = "target_position"
 
 
+# Of q99 - q01 and of the standard deviation of actions and states, in their units: a dimension that hardly varies does not blow up.
+RANGE_FLOOR = 1e-2
+
+
 class UserError(Exception):
     """A mistake the user can mend. The message is one line and holds the next command; exit status 2."""
 
@@ -49,7 +53,7 @@ class TripletBatch:
 
     frames: (f, H, W, 3) uint8, distinct, read when indexed. frame_of_row: (b,) int64, which of them a row shows.
     state: (b, s) float32, normalised, NaN where unknown. action_chunk: (b, h, a) float32, normalised.
-    action_is_pad: (b, h) bool, True means ignore. still: (b,) bool, the state stays where it is throughout the chunk. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
+    action_is_pad: (b, h) bool, True means ignore. still: (b,) bool, state and action stay where they are throughout the chunk. The ids are (b,) int64; `text_id` indexes `texts` of the episodes;
     `goal_id` is -1 for a row without an instruction.
     progress: (b,) float32 in (0, 1], share of the episode that has passed.
     pair_id: (b,) a text that differs in one word and names what the row's scene lacks, -1 if there is none; see `MinimalPairs`.

@@ -1,10 +1,12 @@
 """Groups of episodes: what counts as one observation, and correlations of few encoders."""
 
+import json
+
 import numpy as np
 import pytest
 
 from vla.comparison.report import answers, comparison_report
-from vla.comparison.summary import contrasts, estimate, fisher_interval, mcnemar_p_values
+from vla.comparison.summary import contrasts, estimate, fisher_interval, mcnemar_p_values, read_outcomes
 
 
 def outcomes(success: np.ndarray) -> dict:
@@ -55,6 +57,16 @@ def test_mcnemar_is_of_each_seed_and_silent_about_scenes_shown_twice():
     assert [p < 0.01 for p in mcnemar_p_values(runs[:2], runs[2:])] == [True, True]
     levels = outcomes(rng.random((2, 40)) < 0.5)
     assert mcnemar_p_values([levels], [levels]) is None
+
+
+def test_every_split_that_changes_no_words_and_combinations_counts_as_perturbed(tmp_path):
+    splits = ("train", "paraphrase", "synonym", "combination", "light", "a new one")
+    episodes = [{"kind": "success", "split": s, "level": 1, "task": "push", "seed": 0, "success": True} for s in splits]
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"episodes": episodes}))
+    outcomes = read_outcomes(path)
+    assert {split for split, *_ in outcomes["perturbed"]} == {"light", "a new one"}
+    assert {split for split, *_ in outcomes["plain"]} == {"train"}
 
 
 def test_a_perfect_correlation_of_few_encoders_is_not_certain():

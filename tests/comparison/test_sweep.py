@@ -1,6 +1,8 @@
 """A whole small sweep down to closed-loop success, and what is refused before anything runs."""
 
 import csv
+import errno
+import fcntl
 import json
 import re
 import shutil
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from vla.comparison import sweep as sweeping
-from vla.comparison.data import drop_caches, env_name
+from vla.comparison.data import drop_caches, env_name, token_cache
 from vla.comparison.estimates import MEASURED
 from vla.comparison.page import comparison_page
 from vla.comparison.points import at_point, folder_name, label, points
@@ -64,6 +66,24 @@ def test_the_report_has_a_figure_for_each_field(finished):
 
 def test_token_caches_are_gone(finished):
     assert not list((finished / "cache").iterdir())
+
+
+def test_caches_are_locked_as_a_network_file_system_wants_it(config, tmp_path, monkeypatch):
+    """There a shared lock needs a file that can be read, an exclusive one a file that can be written."""
+    lock = fcntl.flock
+
+    def strict(file, kind):
+        if not (file.readable() if kind & fcntl.LOCK_SH else file.writable()):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    cache = tmp_path / "cache"
+    with token_cache(config, (config.align.data.root,), cache):
+        drop_caches([cache])
+        assert cache.is_dir()
+    drop_caches([cache])
+    assert not cache.exists()
 
 
 def test_a_cache_stays_while_another_policy_reads_it_or_will(config, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_parts_of_the_pairs_give_the_value_and_the_gradients_of_all_at_once(term
     leaves, *rest = batch()
     whole = term(leaves, *rest)
     expected = torch.autograd.grad(whole.loss, leaves, allow_unused=True)
-    monkeypatch.setattr(rowwise, "PAIRS", pairs)
+    monkeypatch.setattr(rowwise, "PAIRS_AT_ONCE", pairs)
     parts = term(leaves, *rest)
     for name in ("loss", "chance", "floor"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-6, atol=0)

@@ -1,5 +1,6 @@
 """The aligned encoder is a native CLIPModel folder."""
 
+import json
 import shutil
 import warnings
 
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 from vla.data.decoding import resize
 from vla.models.clip import (
+    IMAGE_MEAN,
     build_clip,
     load_clip,
     patch_tokens,
@@ -30,11 +32,13 @@ from vla.models.clip import (
     save_clip,
     sdpa_or_matmul,
     text_features,
+    text_features_of_batch,
     tokenize,
     untrained,
     vision_features,
     with_vision_of,
 )
+from vla.models.clip import TEXTS as TEXTS_AT_ONCE
 from vla.types import UserError
 
 TEXTS = ("push the red star to the left", "pick up the blue cross")
@@ -97,6 +101,34 @@ def test_the_saved_processor_prepares_pictures_and_texts_as_training_does(saved,
     )
     torch.testing.assert_close(processed["pixel_values"], pixel_values(frames[:2]), atol=1e-5, rtol=1e-5)
     assert torch.equal(processed["input_ids"], tokenize(tokenizer, TEXTS)[0])
+
+
+def test_the_image_processor_is_where_older_transformers_look_for_it(saved, frames):
+    folder, *_ = saved
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["image_mean"] == list(IMAGE_MEAN)
+    assert settings["size"] == {"height": frames.shape[1], "width": frames.shape[2]}
+
+
+@pytest.mark.parametrize("count", [1, 3, TEXTS_AT_ONCE, TEXTS_AT_ONCE + 1])
+def test_texts_of_a_batch_have_the_features_and_gradients_they_have_alone(saved, monkeypatch, count):
+    _, model, tokenizer = saved
+    texts = tuple(f"{TEXTS[i % len(TEXTS)]} {'again ' * (i // len(TEXTS))}" for i in range(count))
+    ids, mask = tokenize(tokenizer, texts)
+    sizes = []
+    model.text_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    def gradient(features):
+        words, pooled = features(model, ids, mask)
+        weight = next(model.text_model.parameters())
+        (found,) = torch.autograd.grad((words * mask[..., None]).square().sum() + pooled.sum(), weight)
+        return words.detach(), pooled.detach(), found
+
+    for alone, together in zip(gradient(text_features), gradient(text_features_of_batch), strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert sizes == [count, -(-count // TEXTS_AT_ONCE) * TEXTS_AT_ONCE]
 
 
 def test_the_saved_tokenizer_is_the_trained_one(saved):

@@ -323,8 +323,8 @@ def test_the_state_within_goals_is_the_loss_over_a_mask_of_all_pairs(partly, mon
     forward = soft_info_nce(scene, state, scale, targets, valid=valid, weights=weights)
     backward = soft_info_nce(state, scene, scale, targets, valid=valid, weights=weights)
     for pairs in (1 << 20, 5):
-        monkeypatch.setattr("vla.training.align_terms.PAIRS", pairs)
-        monkeypatch.setattr("vla.losses.rowwise.PAIRS", pairs)
+        monkeypatch.setattr("vla.training.align_terms.PAIRS_AT_ONCE", pairs)
+        monkeypatch.setattr("vla.losses.rowwise.PAIRS_AT_ONCE", pairs)
         got = terms_of(batch, WITHIN_GOAL)["state"].loss
         torch.testing.assert_close(got, (forward + backward) / 2, rtol=1e-6, atol=0)
 

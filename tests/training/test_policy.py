@@ -144,6 +144,13 @@ def test_an_aligned_pooler_stays_as_it_is_at_rate_zero(policy_config, tmp_path, 
     assert all(same) == stays
 
 
+def test_a_link_to_an_encoder_has_the_pooler_beside_what_it_links_to(policy_config, tmp_path):
+    link = tmp_path / "clip"
+    link.symlink_to(Path(policy_config.encoder).resolve())
+    config = replace(policy_config, encoder=str(link), aligned_pooler=True, steps=1, output=str(tmp_path / "run"))
+    assert (train_policy(config) / "model.safetensors").is_file()
+
+
 def test_a_pooler_that_starts_untrained_learns_at_the_heads_rate(policy_config, tmp_path):
     losses = []
     for scale in (0.0, 1.0):

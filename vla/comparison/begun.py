@@ -13,6 +13,7 @@ from vla.files import write_json
 from vla.locks import waiting_lock
 from vla.precision import chosen_precision
 from vla.training import run
+from vla.training.pretrained import beside
 from vla.types import UserError
 
 BEFORE = {"transfer_weight": 0.0}  # what versions without the field did with transfer
@@ -61,7 +62,7 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
 def weights_of(folder: Path) -> str:
     """A digest of the weights in a model's folder and of the pooler beside it; empty where the weights are gone."""
     digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-    for path in (*paths, folder.parent / "alignment.safetensors") if paths else ():
+    for path in (*paths, beside(folder)) if paths else ():
         if path.is_file():
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())

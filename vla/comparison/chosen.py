@@ -92,6 +92,13 @@ def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
     return config.demonstrations if not arm.snapshot else (ascending[len(ascending) // 2],)
 
 
+def steps_of(config: CompareConfig, arm: Arm) -> int:
+    """The steps of stage two of an arm."""
+    if arm.tuned_part == "nothing":
+        return config.policy.steps
+    return config.scratch_steps if arm.source == "random" else config.tuned_steps
+
+
 def named(pairs: tuple[str, ...], field: str) -> dict[str, Path]:
     """NAME=FOLDER texts as a mapping; UserError if one is not of that form, its name is another thing's, or its folder is absent."""
     folders = {}

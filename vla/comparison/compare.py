@@ -18,9 +18,10 @@ from vla.comparison.jobs import in_short, print_left, refuse_failed, run_jobs
 from vla.comparison.plan import plan_jobs
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
+from vla.comparison.work import evaluation_folder
 from vla.config import CompareConfig
 from vla.config_io import inside, to_dict
-from vla.eval.evaluate import checked
+from vla.eval.evaluate import tasks_and_splits
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
 from vla.files import write_json
@@ -69,8 +70,8 @@ def finished_part(config: CompareConfig) -> CompareConfig | None:
     """The comparison of what was evaluated with every training seed; None if nothing was."""
 
     def whole(name: str, counts: Iterable[int | str], seeds: Iterable[int]) -> bool:
-        folder = Path(config.output) / "eval"
-        return all((folder / f"{name}-{count}-{seed}" / "report.html").is_file() for count in counts for seed in seeds)
+        folders = [evaluation_folder(config, name, count, seed) for count in counts for seed in seeds]
+        return all((folder / "report.html").is_file() for folder in folders)
 
     arms = {name for name, arm in chosen_arms(config).items() if whole(name, numbers_of(config, arm), config.seeds)}
     part = replace(
@@ -150,18 +151,20 @@ def power(config: CompareConfig) -> str:
     seeds, episodes = len(config.seeds), config.eval.episodes
     planned = sum(first in config.arms and second in config.arms for first, second, _ in CONTRASTS)
     planned += len(config.encoders) if "aligned-frozen" in config.arms else 0
-    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {points(seeds, episodes)}"
+    text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {seen_points(seeds, episodes)}"
     if planned > 1:
-        text += f" ({points(seeds, episodes, 0.05 / planned)} where it is the strictest of {planned} corrected ones)"
+        text += (
+            f" ({seen_points(seeds, episodes, 0.05 / planned)} where it is the strictest of {planned} corrected ones)"
+        )
     with inside("eval."):
-        _, levels = checked(replace(config.eval, env=env_name(config)), {})
+        _, levels = tasks_and_splits(replace(config.eval, env=env_name(config)), {})
     if config.eval.split_episodes and levels:
-        text += f"; each split level sees {points(seeds, config.eval.split_episodes)}"
+        text += f"; each split level sees {seen_points(seeds, config.eval.split_episodes)}"
     text += f"; 10 points take {episodes_needed(0.1, seeds)} episodes"
     return text + " (80 % power at success around 70 %, if training seeds agree)"
 
 
-def points(seeds: int, episodes: int, alpha: float = 0.05) -> str:
+def seen_points(seeds: int, episodes: int, alpha: float = 0.05) -> str:
     """The smallest difference that is seen, in words."""
     difference = visible_difference(seeds, episodes, alpha=alpha)
     return f"a difference of {100 * difference:.0f} points" if difference < 1 else "no difference"

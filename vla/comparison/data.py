@@ -99,7 +99,7 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
 def token_cache(config: CompareConfig | SweepConfig, roots: Iterable[str], cache: Path) -> Iterator[None]:
     """A cache folder of an encoder's own that shares the decoded pictures of some data sets, and stays while the block runs."""
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / LOCK_NAME).open("w") as lock:
+    with (cache / LOCK_NAME).open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         for root in roots:
             link_frames(config, root, cache)
@@ -109,7 +109,7 @@ def token_cache(config: CompareConfig | SweepConfig, roots: Iterable[str], cache
 def drop_caches(caches: Iterable[Path]) -> None:
     """Delete cache folders, but for those that a process is using."""
     for cache in caches:
-        with suppress(FileNotFoundError, BlockingIOError), (cache / LOCK_NAME).open("r") as lock:
+        with suppress(FileNotFoundError, BlockingIOError), (cache / LOCK_NAME).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(cache, ignore_errors=True)
 

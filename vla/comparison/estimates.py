@@ -5,14 +5,13 @@ import time
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from vla.comparison.chosen import chosen_arms
+from vla.comparison.chosen import chosen_arms, steps_of
 from vla.comparison.data import env_name
 from vla.comparison.jobs import Job
 from vla.config import CompareConfig, SweepConfig, TowerConfig
 from vla.config_io import inside
-from vla.eval.evaluate import checked
+from vla.eval.evaluate import tasks_and_splits
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
 from vla.training.align_setup import make_encoders
@@ -29,7 +28,7 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     batch, policy = config.align.batch, config.policy
     env = env_name(config)
     with inside("eval."):
-        _, levels = checked(replace(config.eval, env=env), {})
+        _, levels = tasks_and_splits(replace(config.eval, env=env), {})
     pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
     timesteps, look, episode = TYPICAL[env]
     evaluated = config.eval.episodes + len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
@@ -59,7 +58,7 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
         if stage == "cloning":
             return config.cloning_steps * stages["tuned step"]
         if stage == "policy" and (arm := arms[rest.rsplit("-", 2)[0]]).tuned_part != "nothing":
-            return (config.scratch_steps if arm.source == "random" else config.tuned_steps) * stages["tuned step"]
+            return steps_of(config, arm) * stages["tuned step"]
         return stages.get(stage, 10.0)
 
     return [replace(job, seconds=seconds(job)) for job in jobs]
@@ -76,16 +75,19 @@ def tower_speed(config: CompareConfig | SweepConfig) -> tuple[float, float]:
 
 def measured_speed(tower: TowerConfig, size: int, precision: str) -> tuple[float, float]:
     """What `tower_speed` says, measured."""
-    clip, _ = make_encoders(tower, size, ("a text",))
-    pictures = torch.zeros(32, 3, size, size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clip = make_encoders(tower, size, ("a text",))[0].to(device)
+    pictures = torch.zeros(32, 3, size, size, device=device)
     times: list[float] = []
 
-    def step(gradients: bool) -> Tensor:
-        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=precision == "bf16"):
+    def step(gradients: bool) -> None:
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.set_grad_enabled(gradients), bf16:
             total = patch_tokens(clip, pictures).float().sum()
         if gradients:
             total.backward()
-        return total
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     for gradients in (False, True):
         step(gradients)

@@ -13,11 +13,14 @@ from vla.comparison.jobs import Job
 from vla.comparison.work import (
     ALIGNED,
     clone_everything,
+    cloning_run,
     encoder_folder,
     evaluate_policy,
+    evaluation_folder,
     make_encoder,
     make_policy,
     measure,
+    policy_run,
 )
 from vla.config import CompareConfig
 from vla.policies.concord.modeling_concord import WEIGHTS
@@ -39,7 +42,7 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
             if arm.snapshot or arm.source == "vision":
                 jobs += finished_encoder_jobs(config, arm.encoder, seed, ("data", f"align-none-{seed}"))
             for count in numbers_of(config, arm):
-                run = folder / "policy" / name / str(count) / str(seed)
+                run = policy_run(config, name, count, seed)
                 encoder = f"encoder-{arm.encoder}-{seed}"
                 after = (f"policy-{arm.after}-{count}-{seed}",) if arm.after else ()
                 jobs.append(
@@ -50,9 +53,9 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
                         ("data",) if arm.source == "named" else (encoder, *after),
                     )
                 )
-                jobs.append(evaluation_job(config, f"{name}-{count}-{seed}", run / "policy", (jobs[-1].name,)))
+                jobs.append(evaluation_job(config, (name, count, seed), run / "policy", (jobs[-1].name,)))
     for name, policy in named(config.policies, "policies").items():
-        jobs.append(evaluation_job(config, f"{name}-given-0", policy, ()))
+        jobs.append(evaluation_job(config, (name, "given", 0), policy, ()))
     return jobs
 
 
@@ -75,7 +78,7 @@ def encoder_jobs(config: CompareConfig, source: str, seed: int) -> list[Job]:
         )
         needs = (*needs, jobs[-1].name)
     if source == "cloned":
-        run = folder / "policy" / "cloning" / str(seed)
+        run = cloning_run(config, seed)
         jobs.append(
             Job(
                 f"cloning-{seed}",
@@ -98,7 +101,9 @@ def finished_encoder_jobs(config: CompareConfig, encoder: str, seed: int, needs:
     ]
 
 
-def evaluation_job(config: CompareConfig, name: str, policy: Path, needs: tuple[str, ...]) -> Job:
+def evaluation_job(
+    config: CompareConfig, which: tuple[str, int | str, int], policy: Path, needs: tuple[str, ...]
+) -> Job:
     """The evaluation of one policy, the same episodes for all."""
-    output = Path(config.output) / "eval" / name
-    return Job(f"eval-{name}", output / "report.html", partial(evaluate_policy, config, policy, output), needs)
+    output = evaluation_folder(config, *which)
+    return Job(f"eval-{output.name}", output / "report.html", partial(evaluate_policy, config, policy, output), needs)

@@ -1,7 +1,7 @@
 """From evaluations to answers: success with intervals, differences of arms, and which measure tells success."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -12,19 +12,20 @@ from scipy import stats
 
 from vla.comparison.arms import CONTRASTS, Arm
 from vla.comparison.chosen import chosen_arms, named, numbers_of
-from vla.comparison.work import encoder_folder
+from vla.comparison.work import cloning_run, encoder_folder, evaluation_folder, policy_run
 from vla.config import CompareConfig
+from vla.eval.evaluation_report import LANGUAGE
 from vla.eval.statistics import Estimate, crossed_interval, holm, paired_p_value
 from vla.types import UserError
 
 # Which episodes a number is of: by kind of episode and split.
-GROUPS: dict[str, tuple[str, frozenset[str] | None]] = {
-    "plain": ("success", frozenset({"train"})),
-    "perturbed": ("success", frozenset({"distractors", "light", "texture", "camera", "position"})),
-    "held-out combinations": ("success", frozenset({"combination"})),
-    "paraphrases": ("success", frozenset({"paraphrase"})),
-    "unseen words": ("success", frozenset({"synonym"})),
-    "swapped instructions": ("swap", None),
+GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "plain": ("success", lambda split: split == "train"),
+    "perturbed": ("success", lambda split: split not in ("train", *LANGUAGE)),
+    "held-out combinations": ("success", lambda split: split == "combination"),
+    "paraphrases": ("success", lambda split: split == "paraphrase"),
+    "unseen words": ("success", lambda split: split == "synonym"),
+    "swapped instructions": ("swap", lambda split: True),
 }
 FEWEST_ENCODERS = 5  # fewer say nothing about a correlation
 Outcomes = dict[tuple, bool]  # (split, level, task, seed) -> success
@@ -35,8 +36,8 @@ def read_outcomes(path: Path) -> dict[str, Outcomes]:
     """The episodes of one eval.json, by group."""
     episodes = json.loads(path.read_text())["episodes"]
     outcomes: dict[str, Outcomes] = {}
-    for group, (kind, splits) in GROUPS.items():
-        chosen = [e for e in episodes if e["kind"] == kind and (splits is None or e["split"] in splits)]
+    for group, (kind, belongs) in GROUPS.items():
+        chosen = [e for e in episodes if e["kind"] == kind and belongs(e["split"])]
         if chosen:
             outcomes[group] = {(e["split"], e["level"], e["task"], e["seed"]): e["success"] for e in chosen}
     return outcomes
@@ -92,17 +93,17 @@ def mcnemar_p_values(firsts: list[Outcomes], seconds: list[Outcomes]) -> list[fl
 
 def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
     """Everything the report says, as plain data."""
-    folder, arms = Path(config.output), chosen_arms(config)
+    arms = chosen_arms(config)
     runs: Runs = {}
     rows, minutes, levels = [], {}, []
     for name, arm in arms.items():
         for count in numbers_of(config, arm):
-            files = [folder / "eval" / f"{name}-{count}-{seed}" / "eval.json" for seed in config.seeds]
+            files = [evaluation_folder(config, name, count, seed) / "eval.json" for seed in config.seeds]
             runs[name, count] = [read_outcomes(file) for file in files]
             levels += level_rows(name, count, [read_levels(file) for file in files])
-            minutes[name, count] = np.mean([wall_minutes(config, name, count, seed) for seed in config.seeds])
+            minutes[name, count] = np.mean([wall_minutes(config, name, arm, count, seed) for seed in config.seeds])
     for name in named(config.policies, "policies"):
-        file = folder / "eval" / f"{name}-given-0" / "eval.json"
+        file = evaluation_folder(config, name, "given", 0) / "eval.json"
         runs[name, None] = [read_outcomes(file)]
         levels += level_rows(name, None, [read_levels(file)])
     for (name, count), members in runs.items():
@@ -136,16 +137,15 @@ def level_rows(name: str, count: int | None, members: list[dict[str, Outcomes]])
     ]
 
 
-def wall_minutes(config: CompareConfig, name: str, count: int, seed: int) -> float:
+def wall_minutes(config: CompareConfig, name: str, arm: Arm, count: int, seed: int) -> float:
     """Minutes of training behind one policy, what pretrained its encoder included."""
-    folder, arm = Path(config.output), chosen_arms(config)[name]
-    seconds = trained_seconds(folder / "policy" / name / str(count) / str(seed))
+    seconds = trained_seconds(policy_run(config, name, count, seed))
     if arm.after:
-        seconds += trained_seconds(folder / "policy" / arm.after / str(count) / str(seed))
+        seconds += trained_seconds(policy_run(config, arm.after, count, seed))
     if arm.source == "cloned":
-        seconds += trained_seconds(folder / "policy" / "cloning" / str(seed))
+        seconds += trained_seconds(cloning_run(config, seed))
     elif arm.source not in ("random", "named", "vision"):
-        record = json.loads((folder / "align" / arm.source / str(seed) / "alignment.json").read_text())
+        record = json.loads((Path(config.output) / "align" / arm.source / str(seed) / "alignment.json").read_text())
         seconds += record["seconds"] * (arm.snapshot / record["steps"] if arm.snapshot else 1)
     return seconds / 60
 

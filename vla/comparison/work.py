@@ -1,6 +1,5 @@
 """What the jobs of a comparison do: make and measure encoders, train policies and evaluate them."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vla.comparison.arms import Arm
-from vla.comparison.chosen import chosen_arms, named, numbers_of
+from vla.comparison.chosen import chosen_arms, named, numbers_of, steps_of
 from vla.comparison.data import aligned_beside, cloned_root, drop_caches, env_name, evaluated_tasks, token_cache
 from vla.config import CompareConfig
 from vla.data.batches import TripletSource
@@ -21,7 +20,6 @@ from vla.files import write_json
 from vla.models.clip import (
     load_clip,
     resize_positions,
-    save_clip,
     tokenize,
     untrained,
     with_text_of,
@@ -29,8 +27,10 @@ from vla.models.clip import (
 )
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import WEIGHTS
+from vla.training.align_export import write_clip
 from vla.training.align_setup import make_encoders, make_model, make_stats
 from vla.training.policy import train_policy
+from vla.training.pretrained import beside, from_stage_one
 from vla.training.ranges import header_of
 from vla.types import UserError
 
@@ -42,6 +42,21 @@ OWN_POOLER = ("none", "cloned")  # sources whose pooler was trained on the text 
 def encoder_folder(config: CompareConfig, encoder: str, seed: int) -> Path:
     """Where an encoder that arms start from is."""
     return Path(config.output) / "encoders" / encoder / str(seed) / "clip"
+
+
+def policy_run(config: CompareConfig, name: str, count: int, seed: int) -> Path:
+    """The stage-two run of an arm, number of demonstrations and training seed."""
+    return Path(config.output) / "policy" / name / str(count) / str(seed)
+
+
+def cloning_run(config: CompareConfig, seed: int) -> Path:
+    """The run that trains an encoder by cloning on all demonstrations."""
+    return Path(config.output) / "policy" / "cloning" / str(seed)
+
+
+def evaluation_folder(config: CompareConfig, name: str, count: int | str, seed: int) -> Path:
+    """The evaluation of a policy; of one that is given, the count is "given" and the seed 0."""
+    return Path(config.output) / "eval" / f"{name}-{count}-{seed}"
 
 
 def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
@@ -56,9 +71,9 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
         run = Path(config.output) / "align" / source / str(seed)
         run = run / "snapshots" / snapshot if snapshot else run
         clip, _ = load_clip(run / "clip")
-        extra, header = load_file(run / "alignment.safetensors"), header_of(run / "alignment.safetensors")
+        extra, header = load_file(beside(run / "clip")), header_of(beside(run / "clip"))
     elif source == "cloned":
-        policy = ConcordPolicy.from_pretrained(Path(config.output) / "policy" / "cloning" / str(seed) / "policy")
+        policy = ConcordPolicy.from_pretrained(cloning_run(config, seed) / "policy")
         clip = policy.clip
         pooler = policy.network.pooler.state_dict()
         extra = {f"pooler.{name}": value.contiguous() for name, value in pooler.items()}
@@ -74,11 +89,8 @@ def make_encoder(config: CompareConfig, encoder: str, seed: int) -> None:
     clip = with_text_of(clip, text_clip)
     clip_folder.parent.mkdir(parents=True, exist_ok=True)
     if extra:
-        save_file(extra, clip_folder.parent / "alignment.safetensors", metadata=header)
-    partial_folder = clip_folder.with_name("clip.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    save_clip(partial_folder, clip, tokenizer)
-    partial_folder.rename(clip_folder)
+        save_file(extra, beside(clip_folder), metadata=header)
+    write_clip(clip_folder, clip, tokenizer)
 
 
 def measure(config: CompareConfig, encoder: str, seed: int) -> None:
@@ -94,7 +106,7 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     limited = limit_per_task(episodes, own, align.data.episodes_per_task, seed)
     stats = make_stats(episodes, rows_of(episodes, np.concatenate([limited, *mixture.train[1:]])))  # the alignment's
     model = make_model(align, clip, episodes)
-    extra = folder.parent / "alignment.safetensors"
+    extra = beside(folder)
     if extra.is_file():
         surplus = model.load_state_dict(load_file(extra), strict=False).unexpected_keys
         if surplus:
@@ -119,7 +131,6 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
         encoder = str(encoder_folder(config, arm.encoder, seed))
         cache = folder / "cache" / f"{arm.encoder}-{seed}"
     tune = arm.tuned_part != "nothing"
-    steps = config.policy.steps if not tune else config.scratch_steps if arm.source == "random" else config.tuned_steps
     broad = config.align.data.root
     more = (f"{broad}={config.transfer_weight}",) if config.transfer and config.transfer_weight else ()
     more += config.policy.more
@@ -132,21 +143,20 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
         train_policy(
             replace(
                 config.policy,
-                output=str(folder / "policy" / name / str(count) / str(seed)),
+                output=str(policy_run(config, name, count, seed)),
                 encoder=encoder,
-                start=str(folder / "policy" / arm.after / str(count) / str(seed) / "policy") if arm.after else None,
+                start=str(policy_run(config, arm.after, count, seed) / "policy") if arm.after else None,
                 data=data,
                 more=more,
                 optimizer=optimizer,
-                aligned_pooler=config.policy.aligned_pooler
-                and (Path(encoder).parent / "alignment.safetensors").is_file(),
+                aligned_pooler=config.policy.aligned_pooler and from_stage_one(encoder),
                 tune=tune,
                 tuned_part=arm.tuned_part if tune else "all",
                 pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
                 encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
                 auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
                 hide=arm.hide,
-                steps=steps,
+                steps=steps_of(config, arm),
                 seed=seed,
                 resume=True,
             )
@@ -154,7 +164,7 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
     arms = chosen_arms(config)
     siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].encoder == arm.encoder]
     runs = [(other, number) for other in siblings for number in numbers_of(config, arms[other])]
-    paths = [folder / "policy" / other / str(number) / str(seed) / "policy" for other, number in runs]
+    paths = [policy_run(config, other, number, seed) / "policy" for other, number in runs]
     if all((path / WEIGHTS).exists() for path in paths):
         drop_caches([cache])
 
@@ -166,7 +176,7 @@ def clone_everything(config: CompareConfig, seed: int) -> None:
         train_policy(
             replace(
                 config.policy,
-                output=str(Path(config.output) / "policy" / "cloning" / str(seed)),
+                output=str(cloning_run(config, seed)),
                 encoder=str(encoder_folder(config, "random", seed)),
                 data=replace(config.align.data, cache=str(cache)),
                 aligned_pooler=False,

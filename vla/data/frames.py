@@ -80,7 +80,7 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
 def _remove_abandoned(path: Path) -> None:
     """Delete what builds of this store left that were killed: as much as a whole one each."""
     for left in path.parent.glob(f"{path.stem}.*.partial"):
-        with contextlib.suppress(OSError), left.open("rb") as file:  # locked: somebody builds
+        with contextlib.suppress(OSError), left.open("r+b") as file:  # locked: somebody builds
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - left.stat().st_mtime > 60:  # and is not about to lock it
                 left.unlink()

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from vla.types import RANGE_FLOOR
+
 RECURS = (5, 2e-4)  # rows at an extreme, and their share, from which on it is a command and not a glitch or a tail
-RANGE_FLOOR = 1e-2  # of q99 - q01, and of the standard deviation, in data units: a constant dimension stays finite
 
 
 @dataclass(frozen=True)

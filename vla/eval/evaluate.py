@@ -51,7 +51,7 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     policy = make_policy()  # fails early, before anything is simulated
     trained = trained_on(policy_folder)
     config = replace(config, env=config.env or trained.get("env") or "tabletop")
-    tasks, splits = checked(config, trained)
+    tasks, splits = tasks_and_splits(config, trained)
     check_sizes(config.env, *sizes_of(policy), "the policy")
     output = Path(config.output) if config.output else default_output(config, policy_folder)
     lock = lock_folder(output)
@@ -111,7 +111,7 @@ def trained_on(policy_folder: Path) -> dict[str, Any]:
     return record | {"image_size": shapes[0][-1]} if shapes else record
 
 
-def checked(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+def tasks_and_splits(config: EvalConfig, trained: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """The tasks and the further (split, level) pairs to evaluate."""
     try:
         environment = env_class(config.env)
@@ -271,15 +271,13 @@ def summary(config: EvalConfig, records: list[EpisodeRecord]) -> dict[str, Any]:
 
 
 def write(output: Path, result: dict[str, Any], records: list[EpisodeRecord]) -> None:
-    """eval.json, whole or not at all, and the same episodes as CSV."""
-    partial_path = output / "eval.partial"
-    partial_path.write_text(json.dumps(result, indent=1) + "\n")
+    """The episodes as CSV, then all of it as eval.json, whole or not at all."""
     with (output / "episodes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[k for k in asdict(records[0]) if k not in ("achieved", "video")])
         writer.writeheader()
         for record in records:
             writer.writerow({k: v for k, v in asdict(record).items() if k in writer.fieldnames})
-    partial_path.rename(output / "eval.json")
+    write_json(output / "eval.json", result)
 
 
 def table(result: dict[str, Any]) -> str:

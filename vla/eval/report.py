@@ -7,7 +7,6 @@ phone, with a keyboard and with a screen reader.
 import base64
 import html
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
+
+from vla.files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -73,9 +74,7 @@ def write_report(path: Path, report: Report) -> None:
     """Render to `path`, which appears whole."""
     environment = Environment(loader=PackageLoader("vla.eval", "templates"), autoescape=select_autoescape())
     environment.globals.update(kind=lambda block: type(block).__name__, video_data=_video_data, svg=Markup)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(environment.get_template("report.html.jinja").render(report=report))
-    partial.rename(path)
+    write_whole(path, environment.get_template("report.html.jinja").render(report=report))
 
 
 def markdown(report: Report, title: str, pictures: Path, prefix: str) -> str:

@@ -1,4 +1,4 @@
-"""Retrieval and classification with several right answers, always beside their chance level."""
+"""Measures of embeddings: retrieval with several right answers beside its chance level, how they fill the space."""
 
 import numpy as np
 from scipy.spatial.distance import pdist

@@ -1,5 +1,6 @@
 """Episodes of a collected data set recorded once more: whether the environment here is the one that it was collected in."""
 
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -54,25 +55,25 @@ def replay(episodes: Episodes) -> Replay | None:
     jobs = [job for shard in plan_shards(config, checked_tasks(config)) for job in shard]
     if len(jobs) != len(episodes.episode_index):
         return None
-    env = environment_of(config)
     pictures = StreamedFrames(episodes, config.env.image_size)
     chosen = spread(np.arange(len(jobs)), REPLAYED).tolist()
     worst, numbers, reworded = 0.0, 0.0, ""
-    for position in chosen:
-        again = recorded(config, env, *jobs[position])
-        rows = np.arange(episodes.start[position], episodes.start[position + 1])
-        told, now = (len(rows), bool(episodes.success[position])), (len(again.action), again.success)
-        if told != now:
-            return Replay(
-                len(chosen), problem=f"episode {position} had {in_words(*told)}, now {in_words(*now)}; {ADVICE}"
-            )
-        said = episodes.texts[episodes.text_id[position]]
-        if said and said != again.instruction:
-            reworded = f"episode {position} was told {said!r}, the environment says {again.instruction!r} now"
-        stored = episodes.gather_frames(pictures, rows).astype(np.float32)
-        worst = max(worst, float(np.abs(stored - again.frames).mean((1, 2, 3)).max()))
-        for old, new in ((episodes.state[rows], again.state), (episodes.action[rows], again.action)):
-            numbers = max(numbers, float(np.abs(old - new).max()))
+    with closing(environment_of(config)) as env:
+        for position in chosen:
+            again = recorded(config, env, *jobs[position])
+            rows = np.arange(episodes.start[position], episodes.start[position + 1])
+            told, now = (len(rows), bool(episodes.success[position])), (len(again.action), again.success)
+            if told != now:
+                return Replay(
+                    len(chosen), problem=f"episode {position} had {in_words(*told)}, now {in_words(*now)}; {ADVICE}"
+                )
+            said = episodes.texts[episodes.text_id[position]]
+            if said and said != again.instruction:
+                reworded = f"episode {position} was told {said!r}, the environment says {again.instruction!r} now"
+            stored = episodes.gather_frames(pictures, rows).astype(np.float32)
+            worst = max(worst, float(np.abs(stored - again.frames).mean((1, 2, 3)).max()))
+            for old, new in ((episodes.state[rows], again.state), (episodes.action[rows], again.action)):
+                numbers = max(numbers, float(np.abs(old - new).max()))
     differ = worst > PICTURE_LIMIT or numbers > NUMBER_LIMIT
     what = f"they differ by {worst:.2g} of 255 in a picture and by {numbers:.2g} in states and actions; {ADVICE}"
     return Replay(len(chosen), worst, numbers, what if differ else "", reworded)

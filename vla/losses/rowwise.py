@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAIRS = 1 << 20  # pairs that are compared at a time
+PAIRS_AT_ONCE = 1 << 20  # pairs that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def in_parts(part: Part, rows: int, columns: int, *tensors: Tensor, pairs: int |
         part: the share of a span of the rows; must read what needs a gradient from `tensors`.
         rows, columns: how many there are.
         tensors: embeddings and scales.
-        pairs: rows times columns of a part at most, but one row at least. Default: `PAIRS`.
+        pairs: rows times columns of a part at most, but one row at least. Default: `PAIRS_AT_ONCE`.
     """
-    size = max(1, (pairs or PAIRS) // max(1, columns))
+    size = max(1, (pairs or PAIRS_AT_ONCE) // max(1, columns))
     return Term(*_InParts.apply(part, tuple(spans(rows, size)), *tensors))
 
 

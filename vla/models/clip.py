@@ -366,6 +366,7 @@ def save_clip(folder: Path, model: Encoder, tokenizer: PreTrainedTokenizerBase) 
         image_std=list(IMAGE_STD),
     )
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    image_processor.save_pretrained(folder)  # where transformers before version 5 looks for it
 
 
 def with_text_of[E: Encoder](model: E, other: Encoder) -> E:

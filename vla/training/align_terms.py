@@ -18,7 +18,7 @@ from vla.losses.alignment import (
     word_patch_term,
 )
 from vla.losses.pairing import distinct, pairing
-from vla.losses.rowwise import PAIRS, Term, spans
+from vla.losses.rowwise import PAIRS_AT_ONCE, Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds
 from vla.training.device_batch import DeviceBatch
 
@@ -106,7 +106,7 @@ def state_pairs(
     def invalid(rows: slice) -> Tensor:
         return near(rows) | of_other_goals(asked, stated, rows)
 
-    parts = spans(len(stated), max(1, PAIRS // len(stated)))
+    parts = spans(len(stated), max(1, PAIRS_AT_ONCE // len(stated)))
     return invalid, torch.cat([((~invalid(rows)).sum(1) > 1).float() for rows in parts])
 
 

@@ -29,6 +29,7 @@ from vla.training.align_setup import (
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import load_tensors
 from vla.training.device_batch import on_device
+from vla.training.pretrained import beside, from_stage_one
 from vla.training.ranges import other_ranges
 from vla.types import TripletBatch, UserError
 
@@ -73,10 +74,9 @@ class Auxiliary:
         self.sampler = make_sampler(config.batch, config.seed, episodes, parts, weights)
         self.model = make_model(align, policy.clip, episodes)
         encoder = started_encoder(Path(config.start)) if config.start else config.encoder
-        beside = Path(encoder).parent / "alignment.safetensors"
-        if encoder != "random" and beside.is_file():
-            load_rest(self.model, beside, pair_temperatures(loss))
-            if note := other_ranges(beside, stats):
+        if encoder != "random" and from_stage_one(encoder):
+            load_rest(self.model, beside(encoder), pair_temperatures(loss))
+            if note := other_ranges(beside(encoder), stats):
                 print(f"auxiliary: {note}")
         else:
             print(

@@ -27,7 +27,7 @@ class DeviceBatch:
     pair_of_row: Tensor  # (b,) text that differs in one word and is wrong of the row, -1 where there is none
     action_chunk: Tensor  # (b, h, a)
     action_is_pad: Tensor  # (b, h)
-    still: Tensor  # (b,) bool, the state stays where it is throughout the chunk
+    still: Tensor  # (b,) bool, state and action stay where they are throughout the chunk
     state: Tensor  # (f, s)
     ids: dict[str, Tensor]  # goal_id, scene_id, episode_id, timestep, progress: (b,) each
     asked_in: Tensor  # (n, 2) scenes and the goals that are asked in them

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from vla.training.checkpoint import (
     restore_rng,
     rng_tensors,
 )
-from vla.training.optim import Optimizers, make_optimizers, schedule
+from vla.training.optim import make_optimizers, schedule
 from vla.training.policy_data import CloningBatch, cloned_episodes, digest, gather, needed_tokens
 from vla.training.policy_export import (
     averaged_weights,
@@ -113,13 +112,10 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     groups = [(policy.network.pooler, pooler_lr), (policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
     groups += [(auxiliary.model, config.optimizer.lr)] if auxiliary else []
     optimizer = make_optimizers(groups, config.optimizer.weight_decay, config.precision)
-    policy, *members = accelerator.prepare(policy, *optimizer.members)
-    optimizer = Optimizers(tuple(members))
-    unwrapped: ConcordPolicy = accelerator.unwrap_model(policy)
     tokens = None
     if not config.tune and config.cached_shifts:
         tokens = open_tokens(
-            unwrapped.clip,
+            policy.clip,
             episodes,
             frames,
             needed_tokens(config, len(episodes.frame_row), draw, validation_rows),
@@ -128,22 +124,22 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             accelerator=accelerator,
         )
     reads_alike = not (config.tune and config.tuned_part == "all")
-    words = Words(unwrapped, episodes.texts, dropout=config.data.word_dropout, frozen=reads_alike)
-    averaged = {name: p.detach().clone() for name, p in trained_parameters(unwrapped).items()}
+    words = Words(policy, episodes.texts, dropout=config.data.word_dropout, frozen=reads_alike)
+    averaged = {name: p.detach().clone() for name, p in trained_parameters(policy).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
     first, before = (
-        restore(run, unwrapped, optimizer, averaged, others, episodes, encoder_digest, stats)
+        restore(run, policy, optimizer, averaged, others, episodes, encoder_digest, stats)
         if config.resume
         else (0, 0.0)
     )
-    accelerator.print(describe(config, episodes, train, validation, unwrapped, first))
+    accelerator.print(describe(config, episodes, train, validation, policy, first))
 
     def make_batch(step: int) -> CloningBatch:
         batch = gather(config, episodes, frames, tokens, stats, *draw(step))
         return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
 
     window: list[dict[str, float]] = []
-    unwrapped.train()
+    policy.train()
     bar = tqdm(total=config.steps, initial=first, desc="policy", unit="step", mininterval=1.0)
     started = time.perf_counter()
     for step, batch, waited in prefetch(make_batch, first, config.steps):
@@ -151,19 +147,19 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         with accelerator.autocast():
             rng = np.random.default_rng([config.seed, step, 5])
-            features = embed(unwrapped, batch, words, rng, config.head.token_noise)
-        loss = cloning_loss(unwrapped, features.float(), batch, accelerator)
-        accelerator.backward(loss)
+            features = embed(policy, batch, words, rng, config.head.token_noise)
+        loss = cloning_loss(policy, features.float(), batch)
+        loss.backward()
         terms = auxiliary.add_gradients(step, batch.triplets, accelerator.autocast) if auxiliary else {}
-        parameters = [*unwrapped.parameters(), *others.values()]
-        grad_norm = accelerator.clip_grad_norm_(parameters, config.optimizer.clip_norm)
+        parameters = [*policy.parameters(), *others.values()]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
         if not torch.isfinite(loss + grad_norm):
             stop_on_nonfinite(run.folder, step, batch)
         optimizer.step()
         optimizer.zero_grad()
         if auxiliary:
             auxiliary.model.clamp_scales()
-        update_average(averaged, trained_parameters(unwrapped), min(config.ema, (step + 1) / (step + 10)))
+        update_average(averaged, trained_parameters(policy), min(config.ema, (step + 1) / (step + 10)))
 
         seconds = time.perf_counter() - begun + waited
         window.append(
@@ -185,14 +181,14 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             bar.set_postfix(loss=f"{metrics['loss']:.4f}")
             window.clear()
         if (config.eval_every and done % config.eval_every == 0) or done == config.steps:
-            with averaged_weights(unwrapped, averaged):
-                run.log(done, validate(config, unwrapped, episodes, frames, tokens, words, stats, validation_rows))
+            with averaged_weights(policy, averaged):
+                run.log(done, validate(config, policy, episodes, frames, tokens, words, stats, validation_rows))
         if config.rollouts_every and done % config.rollouts_every == 0:
-            with averaged_weights(unwrapped, averaged):
+            with averaged_weights(policy, averaged):
                 folder = export(
                     run.folder / "rollouts" / "policy",
                     config,
-                    unwrapped,
+                    policy,
                     stats,
                     episodes,
                     frames,
@@ -204,12 +200,12 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             restore_rng(random)  # training goes on as if nobody had looked
         if saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, unwrapped, optimizer, averaged, others, episodes, encoder_digest, stats, elapsed)
+            checkpoint(run, done, policy, optimizer, averaged, others, episodes, encoder_digest, stats, elapsed)
     bar.close()
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})
-    with averaged_weights(unwrapped, averaged):
-        folder = export(run.folder / "policy", config, unwrapped, stats, episodes, frames, parts[0], encoder_digest)
+    with averaged_weights(policy, averaged):
+        folder = export(run.folder / "policy", config, policy, stats, episodes, frames, parts[0], encoder_digest)
     run.close()
     simulated = "env" in (episodes.extra or {})
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
@@ -248,10 +244,10 @@ def embed(
     return policy.network.features(tokens, word_tokens, mask, similarity, torch.from_numpy(batch.state).to(device))
 
 
-def cloning_loss(policy: ConcordPolicy, features: Tensor, batch: CloningBatch, accelerator: Accelerator) -> Tensor:
+def cloning_loss(policy: ConcordPolicy, features: Tensor, batch: CloningBatch) -> Tensor:
     """() loss of the head, in float32."""
-    chunk = torch.from_numpy(batch.action_chunk).to(accelerator.device)
-    pad = torch.from_numpy(batch.action_is_pad).to(accelerator.device)
+    chunk = torch.from_numpy(batch.action_chunk).to(features.device)
+    pad = torch.from_numpy(batch.action_is_pad).to(features.device)
     return policy.network.head.loss(features, chunk, pad)
 
 

@@ -118,7 +118,7 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
         tell(f"{path}: not taken up, as it does not fit this run: {', '.join(sorted(unfit))}")
 
 
-def beside(source: str) -> Path:
+def beside(source: str | Path) -> Path:
     """Where stage one writes what it trained beside an encoder."""
     return Path(source).resolve().parent / "alignment.safetensors"
 

@@ -18,6 +18,7 @@ from vla.policies.loading import LOAD_ERRORS
 from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
 from vla.training.checkpoint import load_tensors
+from vla.training.pretrained import beside
 from vla.types import ACTION_KEY, STATE_KEY, UserError, first_line
 
 
@@ -45,7 +46,7 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
         clip = resize_positions(clip, config.data.image_size)
     policy = ConcordPolicy(policy_config(config, episodes), clip=clip, tokenizer=tokenizer)
     if starts_trained(config):
-        load_pooler(policy, Path(config.encoder).parent / "alignment.safetensors")
+        load_pooler(policy, beside(config.encoder))
     return policy
 
 

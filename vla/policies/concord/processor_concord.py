@@ -6,9 +6,7 @@ import torch
 from lerobot.processor import PolicyAction, PolicyProcessorPipeline, make_default_pre_post_processors
 
 from vla.policies.concord.configuration_concord import ConcordConfig
-from vla.types import ACTION_KEY, STATE_KEY
-
-RANGE_FLOOR = 1e-2  # of q99 - q01, in data units: a constant dimension must not blow up
+from vla.types import ACTION_KEY, RANGE_FLOOR, STATE_KEY
 
 
 def make_concord_pre_post_processors(
