@@ -214,7 +214,9 @@ def test_without_pairs_every_text_of_a_group_is_asked():
     assert all(group.asked == len(group.texts) for group in groups_of(pairs))
 
 
-def test_late_interaction_is_what_its_definition_says_word_by_word():
+@pytest.mark.parametrize("multiple", [1, 4, 7, 128])
+def test_late_interaction_is_what_its_definition_says_word_by_word(monkeypatch, multiple):
+    monkeypatch.setattr("vla.losses.alignment.WORDS", multiple)  # 7 are there
     generator = torch.Generator().manual_seed(5)
     patches = normalize(torch.randn(3, 4, 6, generator=generator, dtype=torch.float64), dim=-1)
     words = normalize(torch.randn(2, 5, 6, generator=generator, dtype=torch.float64), dim=-1)

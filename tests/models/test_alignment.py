@@ -30,6 +30,16 @@ def test_a_shared_picture_embeds_like_its_copies(model):
     torch.testing.assert_close(shared.vision[frame_of_row], copied.vision)
 
 
+def test_texts_of_a_batch_are_embedded_in_multiples(model):
+    model, (ids, mask) = model
+    sizes = []
+    model.clip.text_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert len(model.texts(ids, mask).words) == 3
+    assert sizes == [16]
+
+
 def test_scales_start_at_the_temperature_and_stop_at_a_hundred(model):
     model, _ = model
     assert model.scale("word_patch").item() == pytest.approx(1 / 0.07)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from vla.data.decoding import resize
 from vla.models.clip import (
     IMAGE_MEAN,
     build_clip,
+    in_multiples,
     load_clip,
     patch_tokens,
     pixel_values,
@@ -32,7 +34,6 @@ from vla.models.clip import (
     save_clip,
     sdpa_or_matmul,
     text_features,
-    text_features_of_batch,
     tokenize,
     untrained,
     vision_features,
@@ -111,7 +112,7 @@ def test_the_image_processor_is_where_older_transformers_look_for_it(saved, fram
 
 
 @pytest.mark.parametrize("count", [1, 3, TEXTS_AT_ONCE, TEXTS_AT_ONCE + 1])
-def test_texts_of_a_batch_have_the_features_and_gradients_they_have_alone(saved, monkeypatch, count):
+def test_texts_of_a_batch_have_the_features_and_gradients_they_have_alone(saved, count):
     _, model, tokenizer = saved
     texts = tuple(f"{TEXTS[i % len(TEXTS)]} {'again ' * (i // len(TEXTS))}" for i in range(count))
     ids, mask = tokenize(tokenizer, texts)
@@ -120,13 +121,15 @@ def test_texts_of_a_batch_have_the_features_and_gradients_they_have_alone(saved,
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
 
+    alone_features = partial(text_features, model)
+
     def gradient(features):
-        words, pooled = features(model, ids, mask)
+        words, pooled = features(ids, mask)
         weight = next(model.text_model.parameters())
         (found,) = torch.autograd.grad((words * mask[..., None]).square().sum() + pooled.sum(), weight)
         return words.detach(), pooled.detach(), found
 
-    for alone, together in zip(gradient(text_features), gradient(text_features_of_batch), strict=True):
+    for alone, together in zip(gradient(alone_features), gradient(partial(in_multiples, alone_features)), strict=True):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     assert sizes == [count, -(-count // TEXTS_AT_ONCE) * TEXTS_AT_ONCE]
 

@@ -51,6 +51,16 @@ def test_plain_words_are_those_of_the_policy(policy, frozen):
     assert torch.allclose(words[expected_mask], expected[expected_mask], atol=1e-5)
 
 
+def test_words_of_a_tuned_tower_are_computed_in_multiples(policy):
+    sizes = []
+    hook = policy.clip.text_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    words, _ = Words(policy, TEXTS, dropout=0.0, frozen=False).of(np.array([2, 0, 0]), None)
+    hook.remove()
+    assert (len(words), sizes) == (3, [16])
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_training_hides_words_and_the_others_know_nothing_of_them(policy, frozen):
     policy.eval()

@@ -109,7 +109,7 @@ def token_cache(config: CompareConfig | SweepConfig, roots: Iterable[str], cache
 def drop_caches(caches: Iterable[Path]) -> None:
     """Delete cache folders, but for those that a process is using."""
     for cache in caches:
-        with suppress(FileNotFoundError, BlockingIOError), (cache / LOCK_NAME).open("r+") as lock:
+        with suppress(FileNotFoundError, BlockingIOError, PermissionError), (cache / LOCK_NAME).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(cache, ignore_errors=True)
 

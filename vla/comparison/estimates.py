@@ -14,6 +14,7 @@ from vla.config_io import inside
 from vla.eval.evaluate import tasks_and_splits
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
+from vla.precision import multiplies_bf16
 from vla.training.align_setup import make_encoders
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
@@ -24,7 +25,8 @@ DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 
 def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     """Seconds of each stage with a frozen encoder, by the first word of the job's name; "tuned step" is of a fine-tuned one."""
-    forward, training = tower_speed(config)
+    forward, training = tower_speed(config, "cuda" if torch.cuda.is_available() else "cpu")
+    acting, _ = tower_speed(config, config.eval.device)
     batch, policy = config.align.batch, config.policy
     env = env_name(config)
     with inside("eval."):
@@ -44,7 +46,7 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
         "align": config.align.steps * pictures * training * 1.5,  # the words, the losses and the update
         "policy": seen * 8e-4 + encoded * forward,
         "tuned step": policy.batch_size * training * 1.3,
-        "eval": evaluated * looks * (forward + look),
+        "eval": evaluated * looks * (acting + look),
     }
 
 
@@ -64,24 +66,23 @@ def with_estimates(config: CompareConfig, jobs: list[Job]) -> list[Job]:
     return [replace(job, seconds=seconds(job)) for job in jobs]
 
 
-def tower_speed(config: CompareConfig | SweepConfig) -> tuple[float, float]:
-    """Seconds a picture of the vision tower, forward alone and with its gradients; measured once for each tower."""
+def tower_speed(config: CompareConfig | SweepConfig, device: str) -> tuple[float, float]:
+    """Seconds a picture of the vision tower on a device, forward alone and with its gradients; measured once for each tower."""
     tower, size = replace(config.align.tower, vocabulary=None, lexicon=None), config.align.data.image_size
-    key = repr((tower, size, config.align.precision))
+    key = repr((tower, size, config.align.precision, device))
     if key not in MEASURED:
-        MEASURED[key] = measured_speed(tower, size, config.align.precision)
+        MEASURED[key] = measured_speed(tower, size, config.align.precision, torch.device(device))
     return MEASURED[key]
 
 
-def measured_speed(tower: TowerConfig, size: int, precision: str) -> tuple[float, float]:
+def measured_speed(tower: TowerConfig, size: int, precision: str, device: torch.device) -> tuple[float, float]:
     """What `tower_speed` says, measured."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip = make_encoders(tower, size, ("a text",))[0].to(device)
     pictures = torch.zeros(32, 3, size, size, device=device)
     times: list[float] = []
 
     def step(gradients: bool) -> None:
-        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and multiplies_bf16(device))
         with torch.set_grad_enabled(gradients), bf16:
             total = patch_tokens(clip, pictures).float().sum()
         if gradients:

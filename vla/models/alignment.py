@@ -12,7 +12,7 @@ from transformers import CLIPModel
 from vla.losses.alignment import Group, grouped_late_interaction
 from vla.losses.contrastive import at_least_float32
 from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
-from vla.models.clip import patch_embeds, text_features_of_batch, vision_features, word_embeds
+from vla.models.clip import in_multiples, patch_embeds, text_features, vision_features, word_embeds
 from vla.models.finetuning import merged
 from vla.models.pooler import TextConditionedPooler
 
@@ -109,8 +109,12 @@ class AlignmentModel(nn.Module):
 
     def texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextEmbeds:
         """Embed the distinct texts of a batch, (u, l) ids and mask."""
-        words, pooled = text_features_of_batch(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
-        return TextEmbeds(words, word_embeds(self.clip, words), unit(self.clip.text_projection(pooled)))
+
+        def embed(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            words, pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
+            return words, word_embeds(self.clip, words), unit(self.clip.text_projection(pooled))
+
+        return TextEmbeds(*in_multiples(embed, input_ids, attention_mask))
 
     def rows(
         self,

@@ -6,7 +6,7 @@ which has the same parts; what is said of a CLIP model here holds for it, too. T
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -457,15 +457,16 @@ def text_features(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> 
     return output.last_hidden_state, output.pooler_output
 
 
-def text_features_of_batch(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`text_features` of a batch whose number of texts changes from step to step, computed of a multiple of `TEXTS`.
+def in_multiples(
+    embed: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, ...]:
+    """What `embed` makes of ids and mask, rows aligned, computed for a multiple of `TEXTS`: the number of texts changes from step to step.
 
     A kernel is compiled for every shape; those of ever new shapes push each other out and leave memory in pieces, which slows every allocation.
     """
     n = len(input_ids)
     texts = torch.arange(n + -n % TEXTS, device=input_ids.device).clamp(max=n - 1)  # the last one again and again
-    words, pooled = text_features(model, input_ids[texts], attention_mask[texts])
-    return words[:n], pooled[:n]
+    return tuple(made[:n] for made in embed(input_ids[texts], attention_mask[texts]))
 
 
 def patch_embeds(model: Encoder, tokens: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The words that stage two reads: those of a frozen text tower are encoded once, some of them hidden if asked for."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vla.data.augmentation import hide_words
-from vla.models.clip import text_features, text_features_of_batch, tokenize
+from vla.models.clip import in_multiples, text_features, tokenize
 from vla.policies.concord import ConcordPolicy
 
 VARIANTS = 4  # encodings of each text of a frozen tower beside the plain one, other words hidden in each
@@ -51,5 +53,5 @@ class Words:
         mask = self.mask[distinct, :length]
         if rng is not None:
             mask = hide_words(mask, self.dropout, rng)
-        features, _ = text_features_of_batch(self.policy.clip, self.ids[distinct, :length], mask)
+        features, _ = in_multiples(partial(text_features, self.policy.clip), self.ids[distinct, :length], mask)
         return features[row], mask[row]
