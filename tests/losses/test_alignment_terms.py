@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from vla.losses import rowwise
 from vla.losses.alignment import (
+    SoftBest,
     batch_health,
     grouped_late_interaction,
     groups_of,
@@ -229,6 +230,13 @@ def test_late_interaction_is_what_its_definition_says_word_by_word(monkeypatch, 
                 shares = (20 * cosines).exp() / (20 * cosines).exp().sum()
                 expected[image, text] += (shares * cosines).sum() / length
     torch.testing.assert_close(late_interaction(patches, words, mask), expected)
+
+
+def test_the_gradient_of_the_best_cosines_is_the_numerical_one(monkeypatch):
+    monkeypatch.setattr("vla.losses.alignment.COSINES", 40)  # two images at a time
+    generator = torch.Generator().manual_seed(6)
+    words, patches = (torch.randn(*shape, 3, generator=generator, dtype=torch.float64) for shape in ((5,), (7, 4)))
+    assert torch.autograd.gradcheck(SoftBest.apply, (words.requires_grad_(), patches.requires_grad_()))
 
 
 def test_late_interaction_of_some_of_the_images_is_that_of_their_groups(monkeypatch):

@@ -5,6 +5,7 @@ No term keeps a mask of all pairs: parts of the rows are compared with all colum
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from vla.losses.rowwise import Term, in_parts, spans
 GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
 WORDS = 128  # that are compared: a multiple of it, since kernels are compiled for every shape
-KEPT_COSINES = 1 << 23  # of a call, whose intermediate results are kept for the gradient; beyond they are computed anew
+SHARPNESS = 20.0  # of the softmax over patches
+KEPT_COSINES = 1 << 24  # of a call, whose slopes are kept for the gradient; beyond they are computed anew
 
 
 def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor) -> Term:
@@ -156,33 +158,55 @@ def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: S
     return in_parts(of_group, len(groups), 1, similarity, scale, pairs=1)
 
 
-def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor, sharpness: float = 20.0) -> Tensor:
+def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor) -> Tensor:
     """(b, u) mean over a text's words of the best cosine among an image's patches (arXiv:2111.07783).
 
     Best is a softmax-weighted mean, so that at the start, when all patches are equally wrong, all of them learn.
 
     Args:
         patches: (b, n, d) unit norm. words: (u, l, d) unit norm. words_mask: (u, l) true for words.
-        sharpness: of the softmax over patches; infinite is the maximum.
     """
     real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
     filled = nn.functional.pad(real, (0, -len(real) % WORDS))  # what is added counts for nothing
     named = words.flatten(0, 1)[filled]  # (w, d)
-
-    def best_of(named: Tensor, block: Tensor) -> Tensor:
-        # The products are the towers' work, in their precision; everything after is float32.
-        cosines = at_least_float32(named @ block.flatten(0, 1).T).unflatten(-1, block.shape[:2])  # (w, images, n)
-        return ((sharpness * cosines).softmax(-1) * cosines).sum(-1)
-
-    images = max(1, COSINES // max(1, len(named) * patches.shape[1]))
-    if len(patches) * len(named) * patches.shape[1] <= KEPT_COSINES:
-        best = torch.cat([best_of(named, block) for block in patches.split(images)], dim=1)  # (w, b)
+    images = max(1, KEPT_COSINES // max(1, len(named) * patches.shape[1]))
+    if len(patches) <= images:
+        best = SoftBest.apply(named, patches)  # (w, b)
     else:
-        blocks = [checkpoint(best_of, named, block, use_reentrant=False) for block in patches.split(images)]
-        best = torch.cat(blocks, dim=1)
+        anew = partial(checkpoint, SoftBest.apply, named, use_reentrant=False, preserve_rng_state=False)
+        best = torch.cat([anew(block) for block in patches.split(images)], dim=1)
     text = real // words_mask.shape[1]  # (w,)
     share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
     return best.new_zeros(len(words), len(patches)).index_add(0, text, best[: len(real)] * share[:, None]).T
+
+
+class SoftBest(torch.autograd.Function):
+    """(w, d) words and (b, n, d) patches -> (w, b) each word's mean cosine with an image's patches, weighted by their softmax.
+
+    The products are the towers' work, in their precision; everything after is float32. For the gradient the cosines' slopes alone are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, words: Tensor, patches: Tensor) -> Tensor:
+        kind = words.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else words.dtype
+        words, patches = words.to(precision), patches.to(precision)
+        slopes = at_least_float32(words[:0]).new_empty(len(words), *patches.shape[:2])
+        best = slopes.new_empty(slopes.shape[:2])
+        for images in spans(len(patches), max(1, COSINES // max(1, len(words) * patches.shape[1]))):
+            cosines = at_least_float32(words @ patches[images].flatten(0, 1).T).view_as(slopes[:, images])
+            weights = (SHARPNESS * cosines).softmax(-1)
+            best[:, images] = (weights * cosines).sum(-1)
+            away = cosines - best[:, images, None]
+            torch.addcmul(weights, weights, away, value=SHARPNESS, out=slopes[:, images])
+        ctx.save_for_backward(words, patches, slopes)
+        return best
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        words, patches, slopes = ctx.saved_tensors
+        of_cosines = (gradient[..., None] * slopes).flatten(1).to(words.dtype)  # (w, b * n)
+        return of_cosines @ patches.flatten(0, 1), (of_cosines.T @ words).view_as(patches)
 
 
 def soft_term(
