@@ -72,7 +72,8 @@ CONFIGS = {
 }
 
 
-OTHERS = ("field.subfield", "sweep.", "policy.type", "policy.vision_encoder_name")  # a placeholder, a prefix, LeRobot's
+LEROBOTS = ("policy.type", "policy.vision_encoder_name", "policy.image_resize_shape", "env.split")
+OTHERS = ("field.subfield", "sweep.", *LEROBOTS)  # a placeholder, a prefix
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:

@@ -24,6 +24,7 @@ from vla.training.optim import layer_groups
 from vla.training.tokens import weights_digest
 from vla.types import UserError
 
+ALIGNMENT = "alignment.safetensors"
 LORA_RATE = 0.1  # of low-rank updates, as a share of the full learning rate
 
 
@@ -119,8 +120,9 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
 
 
 def beside(source: str | Path) -> Path:
-    """Where stage one writes what it trained beside an encoder."""
-    return Path(source).resolve().parent / "alignment.safetensors"
+    """Where stage one writes what it trained beside an encoder; of a link what is beside it, else beside what it links to."""
+    here = Path(source).absolute().parent / ALIGNMENT
+    return here if here.is_file() else Path(source).resolve().parent / ALIGNMENT
 
 
 def from_stage_one(source: str | None) -> bool:
