@@ -31,6 +31,7 @@ GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
 WORDS = 128  # that are compared: a multiple of it, since kernels are compiled for every shape
 SHARPNESS = 20.0  # of the softmax over patches
+SLOPES = 1 << 22  # that lie together: glibc takes ever new memory for what is larger than 32 MiB
 KEPT_COSINES = 1 << 24  # of a call, whose slopes are kept for the gradient; beyond they are computed anew
 
 
@@ -169,12 +170,11 @@ def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor) -> Tens
     real = words_mask.flatten().nonzero()[:, 0]  # (w,) positions of words that are not padding
     filled = nn.functional.pad(real, (0, -len(real) % WORDS))  # what is added counts for nothing
     named = words.flatten(0, 1)[filled]  # (w, d)
-    images = max(1, KEPT_COSINES // max(1, len(named) * patches.shape[1]))
-    if len(patches) <= images:
-        best = SoftBest.apply(named, patches)  # (w, b)
-    else:
-        anew = partial(checkpoint, SoftBest.apply, named, use_reentrant=False, preserve_rng_state=False)
-        best = torch.cat([anew(block) for block in patches.split(images)], dim=1)
+    cosines = max(1, len(named) * patches.shape[1])  # of an image
+    best_of = partial(SoftBest.apply, named)
+    if torch.is_grad_enabled() and len(patches) * cosines > KEPT_COSINES:
+        best_of = partial(checkpoint, best_of, use_reentrant=False, preserve_rng_state=False)
+    best = torch.cat([best_of(block) for block in patches.split(max(1, SLOPES // cosines))], dim=1)  # (w, b)
     text = real // words_mask.shape[1]  # (w,)
     share = 1 / words_mask.sum(-1).to(best.dtype)[text]  # (w,)
     return best.new_zeros(len(words), len(patches)).index_add(0, text, best[: len(real)] * share[:, None]).T
