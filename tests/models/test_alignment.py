@@ -40,6 +40,17 @@ def test_texts_of_a_batch_are_embedded_in_multiples(model):
     assert sizes == [16]
 
 
+def test_images_of_a_batch_are_embedded_in_multiples(model):
+    model, (ids, mask) = model
+    sizes = []
+    model.clip.vision_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    pixels, rows = torch.rand(9, 3, 48, 48), torch.arange(3)
+    embeds = model.rows(model.texts(ids, mask), mask, pixels, rows, rows, None, None, None, acted=False)
+    assert (len(embeds.vision), sizes) == (9, [16])
+
+
 def test_scales_start_at_the_temperature_and_stop_at_a_hundred(model):
     model, _ = model
     assert model.scale("word_patch").item() == pytest.approx(1 / 0.07)

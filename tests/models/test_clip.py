@@ -129,7 +129,9 @@ def test_texts_of_a_batch_have_the_features_and_gradients_they_have_alone(saved,
         (found,) = torch.autograd.grad((words * mask[..., None]).square().sum() + pooled.sum(), weight)
         return words.detach(), pooled.detach(), found
 
-    for alone, together in zip(gradient(alone_features), gradient(partial(in_multiples, alone_features)), strict=True):
+    for alone, together in zip(
+        gradient(alone_features), gradient(partial(in_multiples, TEXTS_AT_ONCE, alone_features)), strict=True
+    ):
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     assert sizes == [count, -(-count // TEXTS_AT_ONCE) * TEXTS_AT_ONCE]
 

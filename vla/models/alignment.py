@@ -12,7 +12,7 @@ from transformers import CLIPModel
 from vla.losses.alignment import Group, grouped_late_interaction
 from vla.losses.contrastive import at_least_float32
 from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
-from vla.models.clip import in_multiples, patch_embeds, text_features, vision_features, word_embeds
+from vla.models.clip import IMAGES, TEXTS, in_multiples, patch_embeds, text_features, vision_features, word_embeds
 from vla.models.finetuning import merged
 from vla.models.pooler import TextConditionedPooler
 
@@ -114,7 +114,7 @@ class AlignmentModel(nn.Module):
             words, pooled = text_features(self.clip, input_ids, attention_mask)  # (u, l, w), (u, w)
             return words, word_embeds(self.clip, words), unit(self.clip.text_projection(pooled))
 
-        return TextEmbeds(*in_multiples(embed, input_ids, attention_mask))
+        return TextEmbeds(*in_multiples(TEXTS, embed, input_ids, attention_mask))
 
     def rows(
         self,
@@ -144,8 +144,12 @@ class AlignmentModel(nn.Module):
             text_gradient: share of the context term's gradient that reaches the words.
             acted: whether contexts and actions are to be embedded.
         """
-        tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
-        patches = patch_embeds(self.clip, tokens)
+
+        def embed(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            tokens, pooled = vision_features(self.clip, pixels)  # (f, n, w), (f, w)
+            return tokens, patch_embeds(self.clip, tokens), pooled
+
+        tokens, patches, pooled = in_multiples(IMAGES, embed, pixels)
         pooled_scene = None if state is None and self.transition_projection is None else self.scene_features(tokens)
         context = action = None
         if acted:

@@ -37,7 +37,8 @@ from vla.types import UserError, first_line
 # ImageNet statistics: the ones LeRobot's policies normalise with by default.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-TEXTS = 16  # a batch's texts are embedded in multiples of it
+IMAGES, TEXTS = 8, 16  # a batch's images and texts are embedded in multiples of them
+WORDS = 4  # a batch's texts are cut to a multiple of it
 Encoder = CLIPModel | VisionTextDualEncoderModel
 FAMILIES = (
     "CLIP (OpenAI's, OpenCLIP's in transformers' format), or a VisionTextDualEncoder of DINOv2 or ViT and a text tower"
@@ -457,16 +458,15 @@ def text_features(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> 
     return output.last_hidden_state, output.pooler_output
 
 
-def in_multiples(
-    embed: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, ...]:
-    """What `embed` makes of ids and mask, rows aligned, computed for a multiple of `TEXTS`: the number of texts changes from step to step.
+def in_multiples(multiple: int, embed: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What `embed` makes of the inputs, row by row, computed for a multiple of rows: their number changes from step to step.
 
     A kernel is compiled for every shape; those of ever new shapes push each other out and leave memory in pieces, which slows every allocation.
     """
-    n = len(input_ids)
-    texts = torch.arange(n + -n % TEXTS, device=input_ids.device).clamp(max=n - 1)  # the last one again and again
-    return tuple(made[:n] for made in embed(input_ids[texts], attention_mask[texts]))
+    n = len(inputs[0])
+    rows = torch.arange(n + -n % multiple, device=inputs[0].device).clamp(max=n - 1)  # the last one again and again
+    made = embed(*inputs) if len(rows) == n else embed(*(x.index_select(0, rows) for x in inputs))
+    return tuple(x[:n] for x in made)
 
 
 def patch_embeds(model: Encoder, tokens: Tensor) -> Tensor:

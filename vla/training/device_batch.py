@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vla.losses.alignment import Group, groups_of
 from vla.losses.pairing import Pairing, pairing
-from vla.models.clip import pixel_values
+from vla.models.clip import WORDS, pixel_values
 from vla.types import TripletBatch
 
 
@@ -72,6 +72,7 @@ def on_device(
     texts = torch.cat([asked, paired[paired >= 0]]).unique()
     whole = ~torch.isin(texts, asked)  # a minimal pair without the word that matters would be true
     length = int(attention_mask[texts].sum(1).max())
+    length += -length % WORDS
     mask = attention_mask[texts, :length]
     names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
     return DeviceBatch(

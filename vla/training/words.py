@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from vla.data.augmentation import hide_words
-from vla.models.clip import in_multiples, text_features, tokenize
+from vla.models.clip import TEXTS, in_multiples, text_features, tokenize
 from vla.policies.concord import ConcordPolicy
 
 VARIANTS = 4  # encodings of each text of a frozen tower beside the plain one, other words hidden in each
-TEXTS = 1024  # encoded at a time
+AT_ONCE = 1024  # texts that are encoded at a time
 
 
 class Words:
@@ -31,7 +31,7 @@ class Words:
 
     @torch.no_grad()
     def _encode(self, mask: Tensor) -> Tensor:
-        pieces = zip(self.ids.split(TEXTS), mask.split(TEXTS), strict=True)
+        pieces = zip(self.ids.split(AT_ONCE), mask.split(AT_ONCE), strict=True)
         return torch.cat([text_features(self.policy.clip, *piece)[0] for piece in pieces])
 
     def of(self, text_id: np.ndarray, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
@@ -53,5 +53,5 @@ class Words:
         mask = self.mask[distinct, :length]
         if rng is not None:
             mask = hide_words(mask, self.dropout, rng)
-        features, _ = in_multiples(partial(text_features, self.policy.clip), self.ids[distinct, :length], mask)
+        features, _ = in_multiples(TEXTS, partial(text_features, self.policy.clip), self.ids[distinct, :length], mask)
         return features[row], mask[row]
