@@ -7,7 +7,7 @@ import time
 import pytest
 
 from vla.bench import bench
-from vla.bench_alignment import run_together
+from vla.bench_alignment import best, run_together
 from vla.config import BenchConfig
 from vla.types import UserError
 
@@ -31,6 +31,11 @@ def test_bench_writes_every_figure(tmp_path, data_root):
     assert {task: row["successes"] for task, row in written["expert"]["plain"].items()} == dict.fromkeys(
         ("reach", "push", "pick", "place", "next_to", "separate"), 2
     )
+
+
+def test_of_equal_measurements_the_fastest_counts_with_the_most_memory():
+    turns = [{"seconds": s, "rows_per_s": 1 / s, "peak_mib": mib} for s, mib in ((3.0, 1.0), (2.0, 5.0), (4.0, 7.0))]
+    assert best(turns) == {"seconds": 2.0, "rows_per_s": 0.5, "peak_mib": 7.0}
 
 
 def test_when_one_process_fails_the_others_are_not_waited_for():
