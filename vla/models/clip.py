@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -412,16 +413,16 @@ def resize_positions[E: Encoder](model: E, image_size: int) -> E:
 
 def resized_grid(positions: Tensor, old: int, new: int) -> Tensor:
     """(k + old * old, w) -> (k + new * new, w): a square grid behind k others, interpolated."""
-    first, grid = positions[: -old * old], positions[-old * old :].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    first, grid = positions[: -old * old], rearrange(positions[-old * old :], "(h w) d -> 1 d h w", h=old)
     grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(new * new, -1)])
+    return torch.cat([first, rearrange(grid, "1 d h w -> (h w) d")])
 
 
 def pixel_values(frames: Tensor) -> Tensor:
     """(b, H, W, 3) uint8 -> (b, 3, H, W) float32, ImageNet-normalised."""
     mean = torch.tensor(IMAGE_MEAN, device=frames.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=frames.device).view(3, 1, 1)
-    return frames.permute(0, 3, 1, 2).contiguous().float().sub_(255 * mean).div_(255 * std)
+    return rearrange(frames, "b h w c -> b c h w").contiguous().float().sub_(255 * mean).div_(255 * std)
 
 
 def vision_features(model: Encoder, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Text-conditioned pooling of patch tokens: the reading glass that stage one and the policy share."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vla.losses.contrastive import at_least_float32
@@ -94,12 +95,12 @@ class ReadWords(nn.Module):
         """Returns (b, q, w) and the attention (b, heads, q, l)."""
 
         def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, heads, ., w / heads)
+            return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
 
         key, value = self.key_value(words).chunk(2, dim=-1)
         scores = split(self.query(x)) @ split(key).transpose(-1, -2) * (x.shape[-1] // self.heads) ** -0.5
         reading = at_least_float32(scores).masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
-        return self.out((reading @ split(value)).transpose(1, 2).flatten(2)), reading
+        return self.out(rearrange(reading @ split(value), "b h q d -> b q (h d)")), reading
 
 
 class LookAtPatches(nn.Module):
@@ -116,11 +117,14 @@ class LookAtPatches(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, codes: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (b, q, w) and the attention (b, q, heads, n); `named` (b, q, heads, n) is likeness to the words read."""
-        b, q, _ = x.shape
-        what = self.what(x).view(b, q * self.heads, -1) * self.token_width**-0.5  # (b, q * heads, t)
-        where = self.where(x).view(b, q * self.heads, -1)  # (b, q * heads, p)
+
+        def of_heads(y: Tensor) -> Tensor:
+            return rearrange(y, "b q (h t) -> b (q h) t", h=self.heads)
+
+        what, where = of_heads(self.what(x)) * self.token_width**-0.5, of_heads(self.where(x))
         scores = what @ tokens.transpose(1, 2) + where @ codes.T.to(where.dtype)  # (b, q * heads, n)
-        scores = scores + (self.gain * named).flatten(1, 2)
+        scores = scores + rearrange(self.gain * named, "b q h n -> b (q h) n")
         attention = at_least_float32(scores).softmax(-1).to(tokens.dtype)
         seen = torch.cat([attention @ tokens, attention @ codes.to(attention.dtype)], dim=-1)  # (b, q * heads, t + p)
-        return self.out(seen.reshape(b, q, -1)), attention.view(b, q, self.heads, -1)
+        seen, attention = (rearrange(y, "b (q h) n -> b q h n", h=self.heads) for y in (seen, attention))
+        return self.out(seen.flatten(2)), attention

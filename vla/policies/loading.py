@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from draccus.utils import DecodingError
+from einops import rearrange
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from safetensors import SafetensorError
@@ -38,7 +39,7 @@ class LeRobotChunkPolicy:
     def _batch(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> dict:
         return self.preprocess(
             {
-                self.camera: torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0,
+                self.camera: rearrange(torch.from_numpy(images), "b h w c -> b c h w").float() / 255.0,
                 STATE_KEY: torch.from_numpy(state).float(),
                 TASK_KEY: list(instructions),
             }
