@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import small_alignment_model
-from vla.models.alignment import MAX_LOGIT_SCALE
-from vla.models.clip import tokenize
+from vla.models.alignment import MAX_LOGIT_SCALE, unit
+from vla.models.clip import tokenize, vision_features
 
 TEXTS = ("push the red star left", "reach the blue circle", "pick up the green cross")
 
@@ -49,6 +49,8 @@ def test_images_of_a_batch_are_embedded_in_multiples(model):
     pixels, rows = torch.rand(9, 3, 48, 48), torch.arange(3)
     embeds = model.rows(model.texts(ids, mask), mask, pixels, rows, rows, None, None, None, acted=False)
     assert (len(embeds.vision), sizes) == (9, [16])
+    alone = torch.cat([vision_features(model.clip, pixel[None])[1] for pixel in pixels])
+    torch.testing.assert_close(embeds.vision, unit(model.clip.visual_projection(alone)))
 
 
 def test_scales_start_at_the_temperature_and_stop_at_a_hundred(model):

@@ -39,7 +39,7 @@ from vla.types import UserError, first_line
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 IMAGES, TEXTS = 8, 16  # a batch's images and texts are embedded in multiples of them
-WORDS = 4  # a batch's texts are cut to a multiple of it
+WORDS = 4  # the tokens that a batch's texts are cut to are a multiple of it
 Encoder = CLIPModel | VisionTextDualEncoderModel
 FAMILIES = (
     "CLIP (OpenAI's, OpenCLIP's in transformers' format), or a VisionTextDualEncoder of DINOv2 or ViT and a text tower"
