@@ -25,7 +25,7 @@ help:
 	@echo "make bench     throughput beside LeRobot's loader, policy latency"
 	@echo "make tabletop  all six tabletop tasks, from collection to report"
 	@echo "make metaworld five Meta-World tasks, the same"
-	@echo "make results   the tables in docs/results.md from finished runs"
+	@echo "make results   the tables in docs/ from finished runs, in place of kept ones of the same names"
 
 demo: .venv/ready
 	@$(RUN) scripts/pipeline.py --name=demo

@@ -25,6 +25,15 @@ def test_every_row_shows_its_own_picture(source):
     np.testing.assert_array_equal(batch.frames[batch.frame_of_row], source.episodes.gather_frames(source.frames, rows))
 
 
+def test_time_spent_on_pictures_counts_those_that_were_not_loaded_ahead(source):
+    frames = source.gather(np.arange(20)).frames
+    frames.load(slice(0, 5))
+    frames[slice(0, 5)]
+    assert frames.seconds == 0
+    frames[slice(5, 10)]
+    assert frames.seconds > 0
+
+
 def test_a_row_is_still_if_nothing_moves_through_its_chunk(source):
     episodes = source.episodes
     first, end = episodes.start[0], episodes.start[1]

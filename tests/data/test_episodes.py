@@ -13,6 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from vla.data.episodes import (
     data_files,
+    goals_of_texts,
     limit_per_task,
     named_goals,
     read_episodes,
@@ -213,6 +214,13 @@ def test_damage_is_named(copy, damage, message):
 def test_an_unknown_camera_lists_the_cameras(data_root):
     with pytest.raises(UserError, match=r"'observation\.images\.top' is not one of its cameras \(observation\.image\)"):
         read_episodes(data_root, "observation.images.top")
+
+
+def test_texts_that_the_tokenizer_reads_alike_are_one_goal():
+    texts = ["Pick up  the cube", "pick up the cube ", "pick up the caf\u00e9", "pick up the cafe\u0301"]
+    goal_id, goals = goals_of_texts(texts, np.array([1, 0, 2, 3]))
+    assert goal_id.tolist() == [0, 0, 1, 1]
+    assert goals == (texts[0], texts[2])
 
 
 def test_goals_without_names_may_be_numbers_of_any_size():

@@ -59,6 +59,14 @@ def test_goals_of_several_data_sets_are_told_by_name_and_scenes_are_apart(data_r
     np.testing.assert_array_equal(np.diff(both.start), np.tile(own.length(), 2))
 
 
+def test_one_instruction_spelt_in_two_ways_is_one_goal_of_two_data_sets(data_root):
+    own = read_episodes(data_root)
+    loud = replace(own, texts=tuple(text.upper() for text in own.texts), goals=tuple(g.upper() for g in own.goals))
+    both, count = joined([own, loud]), len(own.goal_id)
+    np.testing.assert_array_equal(both.goal_id[:count], both.goal_id[count:])
+    assert set(both.goals) == set(own.goals)
+
+
 def test_numbered_goals_mean_nothing_outside_their_data_set(data_root, tmp_path):
     own = read_episodes(data_root)
     numbered = replace(own, goals=tuple(str(i) for i in range(len(own.goals))), extra={}, root=tmp_path)

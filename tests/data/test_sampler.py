@@ -109,3 +109,14 @@ def test_a_seed_draws_the_batches_that_it_always_drew():
     """Kept results can be made again."""
     rows = sampler(goals=4, episodes=1).rows(3)
     assert rows.tolist() == [21, 24, 32, 36, 0, 5, 8, 18, 48, 51, 55, 61, 91, 94, 98, 106]
+
+
+def test_episodes_without_an_instruction_have_their_share_of_a_batch_and_no_more():
+    """Five goals of a hundred demonstrations each, and a hundred episodes of play: a sixth of the batch is play."""
+    goals = np.concatenate([np.repeat(np.arange(5), 100), np.full(100, -1)])
+    start = np.arange(0, 601 * 20, 20)
+    settings = {"goals": 96, "episodes": 1, "frames": 2, "gap": 3, "same_scene": 0.8, "seed": 0}
+    mixed = GoalSampler(start, goals, np.full(600, -1), np.arange(600), **settings)
+    for step in range(5):
+        drawn = np.unique(np.searchsorted(start, mixed.rows(step), side="right") - 1)
+        assert np.bincount(goals[drawn] + 1).tolist() == [16] * 6

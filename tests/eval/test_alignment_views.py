@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from tests.eval.test_alignment_measures import embedded
-from vla.eval.alignment_report import view_figures
+from vla.eval.alignment_report import answers, view_figures
 from vla.eval.alignment_views import load_views, save_views, views_of
 
 TEXTS = ("reach the red cube", "cost: $5 and $6", "push", "place")
@@ -56,3 +56,9 @@ def test_a_handful_of_rows_has_no_map():
     views = views_of(replace(few, batch=batch, context=few.context[:6], vision=few.vision[:6]), TEXTS)
     assert views.position.shape == (0, 2)
     assert len(view_figures(views)) == 2
+
+
+def test_no_sentence_of_the_report_speaks_of_a_context_that_nothing_trained():
+    metrics = {"context_to_action_r1": 0.5, "context_to_action_r1/chance": 0.1}
+    assert "find their own action chunk first 50 %" in answers(metrics, {"context_action": 1.0})[0]
+    assert answers(metrics, {"context_action": 0.0}) == []

@@ -28,6 +28,8 @@ from vla.models.clip import (
     build_clip,
     in_multiples,
     load_clip,
+    most_tokens,
+    note_of_cut,
     patch_tokens,
     pixel_values,
     resize_positions,
@@ -330,6 +332,13 @@ def test_an_untrained_twin_has_the_sizes_and_other_weights(saved):
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     assert not ours[name].equal(theirs[name])
+
+
+def test_texts_that_are_cut_are_counted(encoder):
+    _, tokenizer = load_clip(encoder)
+    most = most_tokens(tokenizer)
+    assert f"1 of 2 instructions have more than {most} tokens" in note_of_cut(tokenizer, ["push it", "push it " * 80])
+    assert note_of_cut(tokenizer, ["push it"]) == ""
 
 
 def test_texts_are_cut_to_what_the_tower_reads(encoder):

@@ -114,6 +114,17 @@ def test_encoders_on_the_way_are_exported(encoder, continued):
         torch.testing.assert_close(weight, before[name].lerp(after[name], 0.25))
 
 
+def test_what_the_start_brought_beside_its_encoder_goes_the_same_part_of_the_way(encoder, continued):
+    between, after = (
+        load_file(folder / "alignment.safetensors") for folder in (continued.parent / "wise_ft/0.25", continued.parent)
+    )
+    before = load_file(encoder.parent / "alignment.safetensors")
+    assert between.keys() == after.keys()
+    assert not torch.equal(before["pooler.queries"], after["pooler.queries"])
+    for name, value in between.items():  # scales stay: they belong to the loss that they were trained with
+        torch.testing.assert_close(value, after[name] if "logit" in name else before[name].lerp(after[name], 0.25))
+
+
 def test_the_way_is_measured_on_new_and_old_data_and_shown(continued):
     way = json.loads((continued.parent / "alignment.json").read_text())["way"]
     assert [point["share"] for point in way] == [0, 0.25, 1]
@@ -329,7 +340,13 @@ def test_a_share_of_the_way_from_a_start_that_has_changed_is_refused(align_confi
     config = replace(align_config, tower=tower, steps=1, output=str(tmp_path / "run"))
     train_align(config)
     export_share(config, 0.5)
-    assert (tmp_path / "run" / "wise_ft" / "0.5" / "clip" / "model.safetensors").is_file()
+    shared = tmp_path / "run" / "wise_ft" / "0.5"
+    assert (shared / "clip" / "model.safetensors").is_file()
+    assert header_of(shared / "alignment.safetensors") == header_of(tmp_path / "run" / "alignment.safetensors")
+    half, before, after = (
+        load_file(folder / "alignment.safetensors") for folder in (shared, start.parent, tmp_path / "run")
+    )
+    torch.testing.assert_close(half["pooler.queries"], before["pooler.queries"].lerp(after["pooler.queries"], 0.5))
     weights = load_file(start / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, start / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"start/clip: has changed since .*run began from it"):

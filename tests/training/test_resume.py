@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vla.config import LossConfig
 from vla.config_io import save_yaml
+from vla.models.clip import tokenize
 from vla.training import align
 from vla.training.align import train_align
 from vla.training.policy import train_policy
@@ -169,6 +170,45 @@ def test_an_encoder_that_changed_meanwhile_is_refused(policy_config, tmp_path):
     shutil.rmtree(tmp_path / "run" / "policy")
     with pytest.raises(UserError, match="step_000001: was trained on an encoder that has changed since"):
         train_policy(again)
+
+
+def test_other_token_ids_for_the_same_instructions_are_refused(align_config, tmp_path, monkeypatch):
+    config = replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run"))
+    train_align(config)
+    (tmp_path / "run" / "report.html").unlink()  # what says that a run has finished
+
+    def otherwise(tokenizer, texts):
+        input_ids, mask = tokenize(tokenizer, texts)
+        return input_ids.flip(0), mask
+
+    monkeypatch.setattr(align, "tokenize", otherwise)
+    with pytest.raises(UserError, match=r"step_000001: the instructions were other token ids"):
+        train_align(replace(config, resume=True))
+
+
+def test_a_run_stopped_while_it_exports_logs_its_last_measures_once(align_config, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    config = replace(align_config, steps=2, output=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(align, "export", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_align(config)
+    train_align(replace(config, resume=True))
+    last = [line for line in metrics(tmp_path / "run") if "validation/modality_gap" in line and line["step"] == 2]
+    assert len(last) == 1
+
+
+def test_checkpoints_alone_are_a_run_that_has_begun(align_config, tmp_path):
+    config = replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run"))
+    folder = train_align(config).parent
+    for name in ("metrics.jsonl", "report.html"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"holds a run already; add --resume=true"):
+        train_align(config)
+    with pytest.raises(UserError, match=r"cannot resume what was begun with batch\.goals="):
+        train_align(replace(config, batch=replace(config.batch, goals=7), resume=True))
 
 
 def test_a_snapshot_is_there_before_a_checkpoint_says_that_its_step_is_done(align_config, tmp_path, monkeypatch):

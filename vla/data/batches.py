@@ -1,6 +1,7 @@
 """From rows to triplets: what one step of stage one sees, as a pure function of (seed, step)."""
 
 import hashlib
+import time
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Pictures:
         self, episodes: Episodes, store: np.ndarray, rows: np.ndarray, augmentation: Augmentation | None = None
     ) -> None:
         self.episodes, self.store, self.rows, self.augmentation = episodes, store, rows, augmentation
+        self.seconds = 0.0  # spent reading those that were not loaded ahead of time
         self._loaded: tuple[slice, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -31,12 +33,18 @@ class Pictures:
         """(n, H, W, 3) uint8."""
         if isinstance(index, slice) and self._loaded is not None and self._loaded[0] == index:
             return self._loaded[1]
+        begun = time.perf_counter()
+        frames = self._read(index)
+        self.seconds += time.perf_counter() - begun
+        return frames
+
+    def _read(self, index: slice | np.ndarray) -> np.ndarray:
         frames = self.episodes.gather_frames(self.store, self.rows[index])
         return self.augmentation.apply(frames, np.arange(len(self))[index]) if self.augmentation else frames
 
     def load(self, index: slice) -> None:
         """Keep some of them in memory, ahead of time."""
-        self._loaded = (index, self[index])
+        self._loaded = (index, self._read(index))
 
 
 class TripletSource:

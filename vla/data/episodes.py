@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,7 +111,7 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
     if GOAL_KEY in optional:
         goal_id, goals = named_goals(root, of_episode(GOAL_KEY, 0), (extra or {}).get("goals"))
     else:
-        goal_id, goals = text_id.astype(np.int64), tuple(texts.tolist())
+        goal_id, goals = goals_of_texts(texts.tolist(), text_id)
     goal_id = np.where([bool(text.strip()) for text in episode_texts], goal_id, -1)
     return Episodes(
         root=root,
@@ -149,6 +151,20 @@ def named_goals(root: Path, goal_id: np.ndarray, names: list[str] | None) -> tup
     found = np.full_like(goal_id, -1)
     found[goal_id >= 0] = dense
     return found, tuple(str(value) for value in values)
+
+
+def as_read(text: str) -> str:
+    """A text as CLIP's tokenizer reads it, to which capitals, repeated spaces and composed accents are all the same."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def goals_of_texts(texts: Sequence[str], text_id: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(e,) goals, one for all texts that read the same, named by the first of them."""
+    named: dict[str, str] = {}
+    for text in texts:
+        named.setdefault(as_read(text), text)
+    number = {read: goal for goal, read in enumerate(named)}
+    return np.array([number[as_read(text)] for text in texts], np.int64)[text_id], tuple(named.values())
 
 
 def select(episodes: Episodes, positions: np.ndarray) -> Episodes:

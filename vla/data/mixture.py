@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vla.config import DataConfig
-from vla.data.episodes import Episodes, limit_per_task, read_episodes, split_episodes
+from vla.data.episodes import Episodes, as_read, limit_per_task, read_episodes, split_episodes
 from vla.data.frames import open_pictures
 from vla.types import UserError
 
@@ -119,14 +119,14 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
                 raise UserError(f"{part.root}: {name} has {size} dimensions, {first.root} has {expected}")
         if part.action.shape[1] and part.fps != first.fps:
             raise UserError(f"{part.root}: recorded at {part.fps} Hz, {first.root} at {first.fps} Hz")
-    texts = sorted({text for part in parts for text in part.texts})
-    goals = sorted({goal for part in parts for goal in goal_names(part)})
-    text_number, goal_number = ({name: i for i, name in enumerate(names)} for names in (texts, goals))
+    texts = {text for part in parts for text in part.texts}
+    goals = {key: name for part in reversed(parts) for key, name in goal_names(part)}  # as the first one spells it
+    text_number, goal_number = ({name: i for i, name in enumerate(sorted(names))} for names in (texts, goals))
     rows, episodes, scenes = 0, 0, 0
     columns: dict[str, list[np.ndarray]] = {}
     for part in parts:
         text_of = np.array([text_number[text] for text in part.texts])
-        goal_of = np.array([*(goal_number[goal] for goal in goal_names(part)), -1])  # the last of none
+        goal_of = np.array([*(goal_number[key] for key, _ in goal_names(part)), -1])  # the last of none
         shifted = {
             "state": widened(part.state, first.state.shape[1]),
             "action": widened(part.action, first.action.shape[1]),
@@ -152,18 +152,20 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
         camera=first.camera,
         fps=first.fps,
         **arrays,
-        texts=tuple(texts),
-        goals=tuple(goals),
+        texts=tuple(sorted(texts)),
+        goals=tuple(goals[key] for key in sorted(goals)),
         fingerprint=hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:16],
         target=None if first.target is None else np.concatenate([target_of(part) for part in parts]),
         extra=first.extra,
     )
 
 
-def goal_names(episodes: Episodes) -> list[str]:
-    """What its goals are called among several data sets: bare numbers mean nothing outside their own."""
-    named = "goals" in (episodes.extra or {}) or episodes.goals == episodes.texts
-    return list(episodes.goals) if named else [f"{episodes.root.resolve()}#{goal}" for goal in episodes.goals]
+def goal_names(episodes: Episodes) -> list[tuple[str, str]]:
+    """What tells its goals apart among several data sets, and their names: bare numbers mean nothing outside their own set."""
+    named = "goals" in (episodes.extra or {}) or set(episodes.goals) <= set(episodes.texts)
+    if named:
+        return [(as_read(goal), goal) for goal in episodes.goals]
+    return [(name, name) for name in (f"{episodes.root.resolve()}#{goal}" for goal in episodes.goals)]
 
 
 def widened(values: np.ndarray, size: int) -> np.ndarray:

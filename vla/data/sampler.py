@@ -17,6 +17,7 @@ class GoalSampler:
     instruction do not: nothing would tell whose actions follow.
     An episode too short for M frames gives fewer; a goal with fewer than K episodes gives what it has, and where there
     are fewer than P goals, K is raised accordingly. Further episodes of a goal bring their scenes as the first ones do.
+    Episodes without an instruction have the share of a batch that they have of all episodes, in place of as many goals.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class GoalSampler:
         seed: int,
     ) -> None:
         self.start, self.goal_id = start, goal_id
-        self.goals, self.frames, self.gap = goals, frames, gap
+        self.frames, self.gap = frames, gap
         self.same_scene, self.seed = same_scene, seed
         by_goal: dict[int, list[int]] = defaultdict(list)
         by_scene: dict[int, list[int]] = defaultdict(list)
@@ -43,8 +44,14 @@ class GoalSampler:
             if scene_id[position] >= 0:
                 by_scene[int(scene_id[position])].append(int(position))
         self.by_goal = {goal: np.array(members) for goal, members in by_goal.items()}
+        untold = sum(goal < 0 for goal in self.by_goal)
+        share = untold / len(positions)
+        self.untold = min(untold, round(goals * episodes * share))
+        self.goals = min(len(self.by_goal) - untold, round(goals * (1 - share)))
+        if 0 < untold < len(self.by_goal):  # at least one of each kind
+            self.untold, self.goals = max(1, self.untold), max(1, self.goals)
         # Where there are fewer goals than asked for, more episodes of each keep the batch as large.
-        self.episodes = max(episodes, -(-goals * episodes // len(self.by_goal)))
+        self.episodes = max(episodes, -(-(goals * episodes - self.untold) // max(1, self.goals)))
         self.positions = np.asarray(positions)
         self.shared_scenes = [np.array(m) for m in by_scene.values() if len({self._goal(p) for p in m}) > 1]
         self.scene_of = {int(p): members for members in self.shared_scenes for p in members}
@@ -54,6 +61,7 @@ class GoalSampler:
         rng = np.random.default_rng([self.seed, step])
         scenes = iter(rng.permutation(len(self.shared_scenes)))
         singles = iter(rng.permutation(self.positions))
+        left = {True: self.goals, False: self.untold}  # to be drawn, by whether there is an instruction
         drawn: dict[int, dict[int, bool]] = {}  # by goal: episodes in order, and whether they give their first frame
         others: dict[int, np.ndarray] = {}  # by goal: all episodes but its first one, in the order they are due in
 
@@ -61,14 +69,15 @@ class GoalSampler:
             for anchor in map(int, anchors):
                 goal = self._goal(anchor)
                 if goal not in drawn:
-                    if len(drawn) == self.goals:
+                    if not left[goal >= 0]:
                         continue
+                    left[goal >= 0] -= 1
                     members, drawn[goal] = self.by_goal[goal], {}
                     others[goal] = rng.permutation(members[members != anchor])
                 if len(drawn[goal]) < self.episodes:
                     drawn[goal].setdefault(anchor, len(anchors) > 1 and goal >= 0)
 
-        while len(drawn) < min(self.goals, len(self.by_goal)):
+        while any(left.values()):
             scene = next(scenes, None) if rng.random() < self.same_scene else None
             if scene is not None:
                 draw(rng.permutation(self.shared_scenes[scene]))

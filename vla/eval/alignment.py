@@ -58,7 +58,8 @@ def measure_alignment(
     for name in ("vision", "context", "action"):
         measures[f"rank_me_{name}"] = rank_me(getattr(held_out, name))
         measures[f"uniformity_{name}"] = uniformity(getattr(held_out, name))
-    measures["uniformity_language"] = uniformity(held_out.language[texts])
+    if len(texts) > 1:
+        measures["uniformity_language"] = uniformity(held_out.language[texts])
     goals = [held_out.context[held_out.batch.goal_id == goal] for goal in np.unique(held_out.batch.goal_id)]
     within = [uniformity(members) for members in goals if len(members) > 1]
     if within:

@@ -30,7 +30,10 @@ def write_alignment_report(folder: Path) -> Path:
     blocks: list[Table | Figure] = [loss_figure(train, name) for name in terms]
     report = Report(
         title="Stage one: alignment",
-        answers=(*answers(record["metrics"]), *(f"Warning: {text}" for text in record.get("warnings", ()))),
+        answers=(
+            *answers(record["metrics"], record["loss"]),
+            *(f"Warning: {text}" for text in record.get("warnings", ())),
+        ),
         sections=(
             Section(
                 "Held-out measures",
@@ -66,8 +69,8 @@ def write_alignment_report(folder: Path) -> Path:
     return path
 
 
-def answers(metrics: dict[str, float]) -> list[str]:
-    """The sentences at the top."""
+def answers(metrics: dict[str, float], weights: dict[str, float]) -> list[str]:
+    """The sentences at the top; none of the context if nothing trained its projection."""
     sentences = []
     if "zero_shot" in metrics:
         sentences.append(
@@ -80,10 +83,11 @@ def answers(metrics: dict[str, float]) -> list[str]:
             f"Told in other words, which the data set has for the same goals, {percent(metrics['zero_shot_reworded'])}; for the "
             f"same pictures in the episodes' own words {percent(metrics['zero_shot_reworded/own_words'])}."
         )
-    sentences.append(
-        f"Picture and instruction together find their own action chunk first {percent(metrics['context_to_action_r1'])} "
-        f"of the time; chance is {percent(metrics['context_to_action_r1/chance'])}."
-    )
+    if weights["context_action"]:
+        sentences.append(
+            f"Picture and instruction together find their own action chunk first {percent(metrics['context_to_action_r1'])} "
+            f"of the time; chance is {percent(metrics['context_to_action_r1/chance'])}."
+        )
     if "target_probe_r2" in metrics:
         sentences.append(
             f"A linear probe reads the instructed object's position from the text-conditioned context with R² "

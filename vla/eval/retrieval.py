@@ -45,6 +45,5 @@ def alignment(embeds: np.ndarray, partners: np.ndarray) -> float:
 
 
 def uniformity(embeds: np.ndarray) -> float:
-    """Log of the mean Gaussian potential exp(-2 |x - y|^2) between (b, d) unit vectors: 0 if all are equal (arXiv:2005.10242)."""
-    distances = pdist(embeds, "sqeuclidean")
-    return float(np.log(np.exp(-2 * distances).mean())) if len(distances) else float("nan")
+    """Log of the mean Gaussian potential exp(-2 |x - y|^2) between at least two (b, d) unit vectors: 0 if all are equal (arXiv:2005.10242)."""
+    return float(np.log(np.exp(-2 * pdist(embeds, "sqeuclidean")).mean()))

@@ -107,6 +107,10 @@ class AlignmentModel(nn.Module):
             self.clip.logit_scale.copy_(self.logit_scales["vision_language"])
         return merged(self.clip)
 
+    def beside_clip(self) -> dict[str, Tensor]:
+        """The tensors of what is trained beside the encoder."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("clip.")}
+
     def texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextEmbeds:
         """Embed the distinct texts of a batch, (u, l) ids and mask."""
 

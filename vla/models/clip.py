@@ -448,9 +448,22 @@ def patch_tokens(model: Encoder, pixels: Tensor) -> Tensor:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Texts -> input ids (b, n) and attention mask (b, n) int64, padded to the longest, truncated to 77 or what the tower reads."""
-    most = min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
-    encoded = tokenizer(list(texts), padding="longest", truncation=True, max_length=most, return_tensors="pt")
+    encoded = tokenizer(
+        list(texts), padding="longest", truncation=True, max_length=most_tokens(tokenizer), return_tensors="pt"
+    )
     return encoded["input_ids"], encoded["attention_mask"]
+
+
+def most_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of a text: what the tower reads, at most 77."""
+    return min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
+
+
+def note_of_cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
+    """A note if `tokenize` cuts texts; empty if it does not."""
+    most = most_tokens(tokenizer)
+    cut = sum(len(ids) > most for ids in tokenizer(list(texts), verbose=False)["input_ids"])
+    return f"{cut} of {len(texts)} instructions have more than {most} tokens; what is beyond is not read" if cut else ""
 
 
 def text_features(model: Encoder, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

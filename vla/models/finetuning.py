@@ -45,8 +45,14 @@ def merged(model: Encoder) -> Encoder:
 
 def interpolated(start: Mapping[str, Tensor], model: Encoder, share: float) -> Encoder:
     """A copy at `share` of the way from the `start` weights to the model's own (WiSE-FT, arXiv:2109.01903)."""
-    between = copy.deepcopy(merged(model))
-    weights = between.state_dict()
-    mixed = {name: start[name].to(weight.device).lerp(weight, share) for name, weight in weights.items()}
-    between.load_state_dict(mixed, strict=True)
-    return between
+    whole = copy.deepcopy(merged(model))
+    whole.load_state_dict(between(start, whole.state_dict(), share), strict=True)
+    return whole
+
+
+def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The `end` tensors, at `share` of the way from the `start` ones where there are such."""
+    return {
+        name: start[name].to(tensor.device).lerp(tensor, share) if name in start else tensor
+        for name, tensor in end.items()
+    }

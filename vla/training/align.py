@@ -30,9 +30,9 @@ from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
 from vla.losses.rowwise import Term
 from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
-from vla.models.clip import tokenize
-from vla.models.finetuning import add_lora, interpolated
-from vla.training.align_export import export, export_encoder
+from vla.models.clip import note_of_cut, tokenize
+from vla.models.finetuning import add_lora
+from vla.training.align_export import export, export_between, export_encoder
 from vla.training.align_setup import (
     check_alignment,
     make_encoders,
@@ -70,7 +70,7 @@ from vla.training.processes import (
     make_accelerator,
     refusal,
 )
-from vla.training.ranges import other_ranges
+from vla.training.ranges import other_ranges, ranges_of
 from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.types import TripletBatch, UserError
 
@@ -145,14 +145,15 @@ def train_align(config: AlignConfig) -> Path:
     model.to(accelerator.device)
     input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
     check_same_encoders(processes, input_ids, model)
+    if note := note_of_cut(tokenizer, episodes.texts):
+        say(accelerator, note)
     rest = resting_action(episodes, rows, source.stats.action)
 
-    start_from = start.digest if start else None
+    words = hashlib.sha256(input_ids.cpu().numpy().tobytes()).hexdigest()[:16]
+    began = {"start": start.digest if start else None, "words": words}  # what a resumed run must find as it was
     first, before = (0, 0.0)
     if config.resume:
-        first, before = in_turn(
-            accelerator, lambda: restore(run, model, optimizer, episodes, start_from), mine_first=writes
-        )
+        first, before = in_turn(accelerator, lambda: restore(run, model, optimizer, episodes, began), mine_first=writes)
     processes.share(model)
     say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
 
@@ -172,6 +173,9 @@ def train_align(config: AlignConfig) -> Path:
 
     window: list[dict[str, float]] = []
     seen = {name for name in switched_on(config.loss) if run.logged(f"{name}/loss")}
+    finished = first == config.steps and config.steps in run.logged(
+        "validation/modality_gap"
+    )  # stopped while exporting
     warned = [term for terms in run.logged(STUCK).values() for term in terms]
     model.train()
     started = time.perf_counter()
@@ -202,7 +206,7 @@ def train_align(config: AlignConfig) -> Path:
             step_metrics(terms, health, loss, grad_norm, model)
             | {
                 "triplets_per_s": len(batch.frame_of_row) / (seconds + waited),
-                "data_wait": waited / (seconds + waited),
+                "data_wait": (waited + batch.frames.seconds) / (seconds + waited),
             }
         )
         bar.update()
@@ -217,7 +221,8 @@ def train_align(config: AlignConfig) -> Path:
             found = [*at_chance(metrics), *absent] if settled else []
             stuck = [term for term in found if term not in warned]
             warned += stuck
-            run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
+            if run.writes:
+                run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
             if stuck and run.writes:
                 bar.write(alarm(done, stuck))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
@@ -229,13 +234,14 @@ def train_align(config: AlignConfig) -> Path:
             export_encoder(run.folder / "snapshots" / str(done), model, tokenizer, source.stats)
         if run.writes and saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, model, optimizer, episodes, start_from, elapsed)
+            checkpoint(run, done, model, optimizer, episodes, began, elapsed)
     bar.close()
 
     if run.writes:
         measured, held_out = measure(model, source, told, validation, input_ids, attention_mask)
         save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
-        run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
+        if not finished:
+            run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
         seconds = before + time.perf_counter() - started
         way = []
         if start is not None:
@@ -243,8 +249,16 @@ def train_align(config: AlignConfig) -> Path:
             trained = model.exported_clip()
             way = along_the_way(start.weights, trained, tokenizer, sorted({0.0, *config.wise_ft, 1.0}), data)
             for share in config.wise_ft:
-                encoder = interpolated(start.weights, trained, share)
-                export_encoder(run.folder / "wise_ft" / f"{share:g}", model, tokenizer, source.stats, encoder)
+                export_between(
+                    run.folder / "wise_ft" / f"{share:g}",
+                    share,
+                    config.tower.pretrained,
+                    start.weights,
+                    trained,
+                    model.beside_clip(),
+                    tokenizer,
+                    ranges_of(source.stats),
+                )
         warnings = [alarm(step, terms) for step, terms in run.logged(STUCK).items()]
         export(
             run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way, warnings, source.stats
@@ -333,23 +347,27 @@ def checkpoint(
     model: AlignmentModel,
     optimizer: Optimizers,
     episodes: Episodes,
-    start: str | None,
+    began: dict[str, str | None],
     seconds: float,
 ) -> None:
-    """Everything that step + 1 depends on, what tells data and start apart and the seconds spent so far; random states follow from the step."""
+    """Everything that step + 1 depends on, what tells data, start and tokenized words apart and the seconds spent so far; random states follow from the step."""
     tensors, meta = optimizer.tensors()
-    state = {"step": step, "optimizer": meta, "start": start, "seconds": seconds}
+    state = {"step": step, "optimizer": meta, "seconds": seconds} | began
     state |= {"data": episodes.fingerprint, "labels": episodes.labels()}
     save_checkpoint(run.folder, step, {"model": model.state_dict(), "optimizer": tensors}, state)
 
 
 def restore(
-    run: RunFolder, model: AlignmentModel, optimizer: Optimizers, episodes: Episodes, start: str | None
+    run: RunFolder,
+    model: AlignmentModel,
+    optimizer: Optimizers,
+    episodes: Episodes,
+    began: dict[str, str | None],
 ) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
-        UserError: a damaged checkpoint, or one of other data, another pretrained start or another version.
+        UserError: a damaged checkpoint, or one of other data, another pretrained start, tokenizer or version.
     """
     path = latest_checkpoint(run.folder)
     if path is None:
@@ -357,9 +375,17 @@ def restore(
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
-    if state.get("start", start) != start:  # an older version does not say
+    changed = [
+        name for name, value in began.items() if state.get(name, value) != value
+    ]  # an older version does not say
+    if "start" in changed:
         raise UserError(
             f"{path}: began from another encoder than tower.pretrained holds now; restore that, or choose another --output"
+        )
+    if "words" in changed:
+        raise UserError(
+            f"{path}: the instructions were other token ids when it was written: tower.vocabulary, or the tokenizers package, has changed; "
+            "restore that, or choose another --output"
         )
     with restoring(path):
         model.load_state_dict(tensors["model"], strict=True)

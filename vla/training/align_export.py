@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vla.config import AlignConfig
 from vla.data.episodes import Episodes
@@ -14,12 +16,12 @@ from vla.data.normalization import Normalizers
 from vla.files import write_json, write_whole
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, load_clip, save_clip
-from vla.models.finetuning import interpolated
+from vla.models.finetuning import between, interpolated
 from vla.training.align_setup import held_out_data, make_encoders
-from vla.training.checkpoint import latest_checkpoint
-from vla.training.pretrained import along_the_way, start_digest
+from vla.training.checkpoint import latest_checkpoint, load_tensors
+from vla.training.pretrained import ALIGNMENT, along_the_way, begun_with, start_digest
 from vla.training.processes import Processes
-from vla.training.ranges import ranges_of
+from vla.training.ranges import header_of, ranges_of
 from vla.types import UserError
 from vla.versions import versions
 
@@ -37,7 +39,7 @@ def export(
     warnings: list[str],
     stats: Normalizers,
 ) -> None:
-    """Write clip/, alignment.safetensors and alignment.json; each appears whole or not at all."""
+    """Write clip/, alignment.safetensors and alignment.json, which comes last; each appears whole or not at all."""
     export_encoder(folder, model, tokenizer, stats)
     record = {
         "loss": asdict(config.loss),
@@ -77,26 +79,45 @@ def export_share(config: AlignConfig, share: float) -> None:
         )
     trained, tokenizer = load_clip(folder / "clip")
     target = folder / "wise_ft" / f"{share:g}"
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "alignment.safetensors", target / "alignment.safetensors")
     weights = start.state_dict()
     data = held_out_data(config, open_mixture(config.data, config.more, config.seed))
     (measured,) = along_the_way(weights, trained, tokenizer, (share,), data)
     write_json(target / "measures.json", measured)
-    write_clip(target / "clip", interpolated(weights, trained, share), tokenizer)
+    others, header = load_tensors(folder / ALIGNMENT), header_of(folder / ALIGNMENT)
+    export_between(target, share, config.tower.pretrained, weights, trained, others, tokenizer, header)
 
 
-def export_encoder(
-    folder: Path, model: AlignmentModel, tokenizer, stats: Normalizers, clip: Encoder | None = None
+def export_between(
+    folder: Path,
+    share: float,
+    source: str,
+    start: Mapping[str, Tensor],
+    trained: Encoder,
+    others: Mapping[str, Tensor],
+    tokenizer,
+    header: dict[str, str],
 ) -> None:
-    """Write clip/, which appears whole or not at all, after alignment.safetensors, the rest of the model, with its ranges in the header.
+    """Write clip/ and alignment.safetensors at a share of the way from a start, whose weights are `start`, to the trained ones.
 
-    `clip` is written in place of the model's own.
+    Of `others`, what was trained beside the encoder, the scales and what the start at `source` did not bring stay as trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    others = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
-    save_file(others, folder / "alignment.safetensors", metadata=ranges_of(stats))
-    write_clip(folder / "clip", clip or model.exported_clip(), tokenizer)
+    write_beside(folder, between(begun_with(source, others), others, share), header)
+    write_clip(folder / "clip", interpolated(start, trained, share), tokenizer)
+
+
+def export_encoder(folder: Path, model: AlignmentModel, tokenizer, stats: Normalizers) -> None:
+    """Write clip/ after alignment.safetensors, the rest of the model, with its ranges in the header; each appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_beside(folder, model.beside_clip(), ranges_of(stats))
+    write_clip(folder / "clip", model.exported_clip(), tokenizer)
+
+
+def write_beside(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write alignment.safetensors, which appears whole or not at all."""
+    partial_file = folder / f"{ALIGNMENT}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial_file, metadata=metadata)
+    partial_file.replace(folder / ALIGNMENT)
 
 
 def write_clip(folder: Path, clip: Encoder, tokenizer) -> None:

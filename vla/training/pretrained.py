@@ -105,18 +105,35 @@ def take_up(model: AlignmentModel, source: str, configured: Iterable[str], tell:
             scale.copy_(model.clip.logit_scale.clamp(0, MAX_LOGIT_SCALE))
         return
     own, saved = (
-        {name: value for name, value in tensors.items() if not name.startswith("clip.") and name not in fixed}
-        for tensors in (model.state_dict(), load_tensors(path))
+        {name: value for name, value in tensors.items() if name not in fixed}
+        for tensors in (model.beside_clip(), load_tensors(path))
     )
+    fit, unfit = fitting(saved, own)
+    model.load_state_dict(fit, strict=False)
+    if unfit:
+        tell(f"{path}: not taken up, as it does not fit this run: {', '.join(sorted(unfit))}")
+
+
+def fitting(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """The saved tensors of the parts whose tensors all fit by name and shape, and the names of the other parts."""
     parts = {part_of(name) for name in saved}
     unfit = {
         part_of(name)
         for name in own.keys() | saved.keys()
         if part_of(name) in parts and (name not in own or name not in saved or own[name].shape != saved[name].shape)
     }
-    model.load_state_dict({name: value for name, value in saved.items() if part_of(name) not in unfit}, strict=False)
-    if unfit:
-        tell(f"{path}: not taken up, as it does not fit this run: {', '.join(sorted(unfit))}")
+    return {name: value for name, value in saved.items() if part_of(name) not in unfit}, unfit
+
+
+def begun_with(source: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a run took up from beside its start, scales apart, of the tensors that it `trained` beside its encoder."""
+    if not from_stage_one(source):
+        return {}
+    saved, own = (
+        {name: value for name, value in tensors.items() if not part_of(name).startswith("logit_scales.")}
+        for tensors in (load_tensors(beside(source)), trained)
+    )
+    return fitting(saved, own)[0]
 
 
 def beside(source: str | Path) -> Path:

@@ -45,7 +45,8 @@ class RunFolder:
 
     def __init__(self, folder: Path, config: Any, *, end: str, resume: bool, writes: bool = True) -> None:
         self.folder, self.end, self.writes = folder, folder / end, writes
-        begun = (folder / "metrics.jsonl").is_file()  # a run that ended before its first step may be started anew
+        # A run that ended before its first step may be started anew.
+        begun = (folder / "metrics.jsonl").is_file() or latest_checkpoint(folder) is not None
         if begun and not resume:
             raise UserError(
                 f"{folder}: holds a run already; add --resume=true to continue it, or choose another --output"
@@ -96,6 +97,8 @@ class RunFolder:
 
     def _refuse_other_config(self, config: Any) -> None:
         if latest_checkpoint(self.folder) is None and not self.end.exists():  # nothing to go on from: begins anew
+            return
+        if not (self.folder / "config.yaml").is_file():  # checkpoints alone were copied from another machine
             return
         old = read_yaml(self.folder / "config.yaml")
         old = filled(old, to_dict(type(config)()))  # fields that an older version did not know had their defaults
