@@ -173,9 +173,8 @@ def train_align(config: AlignConfig) -> Path:
 
     window: list[dict[str, float]] = []
     seen = {name for name in switched_on(config.loss) if run.logged(f"{name}/loss")}
-    finished = first == config.steps and config.steps in run.logged(
-        "validation/modality_gap"
-    )  # stopped while exporting
+    # Of a run that was stopped while it exported, the last measures are there already.
+    measured_last = first == config.steps and config.steps in run.logged("validation/modality_gap")
     warned = [term for terms in run.logged(STUCK).values() for term in terms]
     model.train()
     started = time.perf_counter()
@@ -223,8 +222,8 @@ def train_align(config: AlignConfig) -> Path:
             warned += stuck
             if run.writes:
                 run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
-            if stuck and run.writes:
-                bar.write(alarm(done, stuck))
+                if stuck:
+                    bar.write(alarm(done, stuck))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
@@ -240,7 +239,7 @@ def train_align(config: AlignConfig) -> Path:
     if run.writes:
         measured, held_out = measure(model, source, told, validation, input_ids, attention_mask)
         save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
-        if not finished:
+        if not measured_last:
             run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
         seconds = before + time.perf_counter() - started
         way = []
@@ -375,9 +374,8 @@ def restore(
         return 0, 0.0
     tensors, state = load_checkpoint(path)
     check_trained_on(path, state, episodes)
-    changed = [
-        name for name, value in began.items() if state.get(name, value) != value
-    ]  # an older version does not say
+    # A checkpoint of an older version does not say what it began with.
+    changed = [name for name, value in began.items() if state.get(name, value) != value]
     if "start" in changed:
         raise UserError(
             f"{path}: began from another encoder than tower.pretrained holds now; restore that, or choose another --output"
