@@ -107,6 +107,9 @@ def test_it_becomes_a_page_of_the_documentation_that_needs_no_runs(finished, tmp
     page = comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=docs))
     first = page.read_text()
     assert "| aligned-frozen - shuffle-all |" in first
+    config = json.loads((finished / "comparison.json").read_text())["config"]
+    names = {"no": "float32", "bf16": "bfloat16"}
+    assert f"Stage one was computed in {names[config['align']['precision']]}, stage two in" in first
     named = re.findall(r"\((pictures/[^)]*)\)", first)
     assert named
     assert all((page.parent / name).read_text().startswith("<svg") for name in named)
