@@ -155,5 +155,5 @@ def load_pooler(policy: ConcordPolicy, path: Path) -> None:
     except RuntimeError as error:
         raise UserError(
             f"{path}: its pooler does not fit; use the same queries, width and picture size in both stages "
-            "(loss.queries = head.queries, loss.pooler_width = head.width, data.image_size)"
+            "(loss.queries = head.queries, loss.pooler_width = head.width, data.image_size) and the same version of concord"
         ) from error

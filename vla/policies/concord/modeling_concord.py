@@ -219,7 +219,10 @@ class ConcordPolicy(PreTrainedPolicy):
         expected = set(policy.state_dict())
         if expected != set(state):
             missing, surplus = sorted(expected - set(state)), sorted(set(state) - expected)
-            raise UserError(f"{folder / WEIGHTS}: missing keys {missing[:3]}, unexpected keys {surplus[:3]}")
+            raise UserError(
+                f"{folder / WEIGHTS}: missing keys {missing[:3]}, unexpected keys {surplus[:3]}; "
+                "if another version of concord wrote it, train it again"
+            )
         policy.load_state_dict(state, strict=strict)
         return policy.to(config.device).eval()
 
