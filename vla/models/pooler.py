@@ -44,14 +44,14 @@ class TextConditionedPooler(nn.Module):
         Args:
             tokens: (b, n, token_width) layer-normed patch tokens.
             words: (b, l, text_width) word tokens.
-            words_mask: (b, l) True or 1 for words, False or 0 for padding, which comes last.
+            words_mask: (b, l) True or 1 for words, False or 0 for padding.
             similarity: (b, l, n) cosine of words and patches in the joint space.
             need_weights: also return the last look's attention.
         Returns:
             (b, q, width); with `need_weights` also (b, q, n), averaged over heads.
         """
         codes = torch.cat([self.coordinates, self.position], dim=-1)  # (n, p)
-        mask = words_mask.bool()
+        mask = words_mask.bool()[:, None, None, :]  # (b, 1, 1, l)
         x = self.queries.expand(len(tokens), -1, -1)  # (b, q, width)
         for layer in self.layers:
             x, attention = layer(x, tokens, codes, words, mask, similarity)
@@ -83,29 +83,24 @@ class PoolerLayer(nn.Module):
 
 
 class ReadWords(nn.Module):
-    """What queries (b, q, w) take from words (b, l, t): the whole sentence's sense, and attention that says where to look.
-
-    The sense is that of the end token alone, which CLIP trains to sum up a sentence. Values mixed from all words would
-    let a query go by one of them, such as a last "up" that pushes in training, in new wordings where it means another thing.
-    """
+    """Multi-head attention from queries (b, q, w) to words (b, l, t)."""
 
     def __init__(self, width: int, text_width: int, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key = nn.Linear(width, width), nn.Linear(text_width, width)
-        self.sense = nn.Linear(text_width, width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(text_width, 2 * width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (b, 1, w), the same for all queries, and the attention (b, heads, q, l)."""
+        """Returns (b, q, w) and the attention (b, heads, q, l)."""
 
         def split(y: Tensor) -> Tensor:
             return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
 
-        query, key = split(self.query(x)), split(self.key(words))
-        scores = query @ key.transpose(-1, -2) * (x.shape[-1] // self.heads) ** -0.5
-        reading = at_least_float32(scores).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1).to(key.dtype)
-        end = mask.sum(-1) - 1  # (b,) the last word that is not padding
-        return self.sense(words.take_along_dim(end[:, None, None], dim=1)), reading
+        key, value = self.key_value(words).chunk(2, dim=-1)
+        scores = split(self.query(x)) @ split(key).transpose(-1, -2) * (x.shape[-1] // self.heads) ** -0.5
+        reading = at_least_float32(scores).masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
+        return self.out(rearrange(reading @ split(value), "b h q d -> b q (h d)")), reading
 
 
 class LookAtPatches(nn.Module):
