@@ -151,6 +151,17 @@ def test_a_link_to_an_encoder_has_the_pooler_beside_what_it_links_to(policy_conf
     assert (train_policy(config) / "model.safetensors").is_file()
 
 
+def test_the_pooler_of_another_version_is_refused(policy_config, tmp_path):
+    encoder = Path(policy_config.encoder)
+    shutil.copytree(encoder, tmp_path / "clip")
+    beside = load_file(encoder.parent / "alignment.safetensors")
+    beside["pooler.seeds"] = beside.pop("pooler.queries")
+    save_file(beside, tmp_path / "alignment.safetensors")
+    changes = {"encoder": str(tmp_path / "clip"), "aligned_pooler": True, "output": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"its pooler does not fit; .* and the same version of concord"):
+        train_policy(replace(policy_config, **changes))
+
+
 def test_a_pooler_that_starts_untrained_learns_at_the_heads_rate(policy_config, tmp_path):
     losses = []
     for scale in (0.0, 1.0):
