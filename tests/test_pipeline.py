@@ -1,14 +1,18 @@
 """The four commands one after the other, as a user types them, on both environments."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vla.config import PipelineConfig
+from vla.locks import FolderHeldError
 from vla.pipeline import pipeline
+from vla.training.align import train_align
 from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,16 +63,46 @@ def test_beginning_anew_deletes_no_evaluation_of_another_policy(tmp_path):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        ("run: was begun with steps=1, not 2; choose another --output", r"not 2; start anew with --fresh=true"),
-        ("run: another process is writing into it; wait for it or choose another --output", r"choose another --output"),
-        ("run: disk full; free some space, then add --resume=true", r"then run the same command again"),
+        (UserError("run: was trained on other data; choose another --output"), "data; start anew with --fresh=true"),
+        (FolderHeldError("run: wait for it or choose another --output"), "wait for it or choose another --output"),
+        (UserError("run: disk full; free some space, then add --resume=true"), "then run the same command again"),
     ],
 )
 def test_what_a_stage_refuses_is_told_in_what_the_pipeline_has(error, told, tmp_path, monkeypatch):
     def refuses(config):
-        raise UserError(error)
+        raise error
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vla.integrations.collect.collect", refuses)
     with pytest.raises(UserError, match=told):
         pipeline(PipelineConfig(name="debug"))
+
+
+def test_another_scene_count_of_the_same_name_is_told_to_begin_anew(data_root, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copytree(data_root, tmp_path / "outputs" / "data" / "debug")
+    collect = tmp_path / "configs" / "collect" / "debug.yaml"
+    collect.write_text(collect.read_text() + "seed: 12345\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"seed=\d+, not 12345; start anew with --fresh=true"):
+        pipeline(PipelineConfig(name="debug"))
+
+
+def test_a_run_in_use_is_told_from_one_of_another_configuration(align_config, tmp_path, monkeypatch):
+    def held(*_, **__):
+        raise FolderHeldError("run: another process is writing into it")
+
+    monkeypatch.setattr("vla.training.align.RunFolder", held)
+    with pytest.raises(FolderHeldError):
+        train_align(replace(align_config, output=str(tmp_path / "run")))
+
+
+def test_who_began_anew_is_not_told_to_begin_anew_again(tmp_path, monkeypatch, capsys):
+    def fills_the_disk(config):
+        raise UserError("run: disk full; free some space, then add --resume=true")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vla.integrations.collect.collect", fills_the_disk)
+    with pytest.raises(UserError, match="then run the same command without --fresh again"):
+        pipeline(PipelineConfig(name="debug", fresh=True))
+    assert "Interrupted, the same command without --fresh goes on" in capsys.readouterr().out

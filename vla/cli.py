@@ -158,6 +158,8 @@ def run(verb: str, argv: list[str] | None = None) -> int:
     """Run a verb and turn what users can mend into one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     as_json, first = "--json" in argv, os.environ.get("RANK", "0") == "0"
+    fresh = any(argument.startswith("--fresh") for argument in argv)
+    again = "run the same command again (" + ("without --fresh)" if fresh else "training: with --resume=true)")
     argv = [argument for argument in argv if argument != "--json"]
     try:
         with stdout_to_stderr() if as_json else nullcontext():
@@ -173,13 +175,10 @@ def run(verb: str, argv: list[str] | None = None) -> int:
         if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or "output"
-        print(
-            f"{where}: disk full; free some space and run the same command again (training: with --resume=true)",
-            file=sys.stderr,
-        )
+        print(f"{where}: disk full; free some space and {again}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again (training: with --resume=true) to go on", file=sys.stderr)
+        print(f"\ninterrupted; {again} to go on", file=sys.stderr)
         return 130
     return 0
 

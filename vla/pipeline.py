@@ -12,6 +12,7 @@ import torch
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.files import write_json
+from vla.locks import FolderHeldError
 from vla.precision import multiplies_bf16
 from vla.types import UserError
 from vla.versions import versions
@@ -45,7 +46,7 @@ def pipeline(config: PipelineConfig) -> Path:
         for folder in [*folders, parts_folder(folders[0])]:
             shutil.rmtree(folder, ignore_errors=True)
 
-    print(opening(config.name, data, align, policy, evaluation))
+    print(opening(config, data, align, policy, evaluation))
     record = folders[-1] / "pipeline.json"
     seconds = json.loads(record.read_text())["seconds"] if record.is_file() else {}
 
@@ -54,11 +55,11 @@ def pipeline(config: PipelineConfig) -> Path:
         started = time.perf_counter()
         try:
             run()
+        except FolderHeldError:
+            raise
         except UserError as error:
-            told = str(error).replace("add --resume=true", "run the same command again")
-            if "begun with" in told or "holds an evaluation" in told:  # of another configuration
-                told = told.replace("choose another --output", "start anew with --fresh=true")
-            raise UserError(told) from error
+            told = str(error).replace("add --resume=true", f"run {again(config)} again")
+            raise UserError(told.replace("choose another --output", "start anew with --fresh=true")) from error
         finally:  # an interrupted stage took its time, too
             seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - started, 1)
             write_json(record, {"name": config.name, "seconds": seconds, "versions": versions()})
@@ -78,19 +79,24 @@ def pipeline(config: PipelineConfig) -> Path:
     return report
 
 
+def again(config: PipelineConfig) -> str:
+    """The command that goes on with what this one began."""
+    return "the same command" + " without --fresh" * config.fresh
+
+
 def opening(
-    name: str, data: CollectConfig, align: AlignConfig, policy: PolicyTrainConfig, evaluation: EvalConfig
+    config: PipelineConfig, data: CollectConfig, align: AlignConfig, policy: PolicyTrainConfig, evaluation: EvalConfig
 ) -> str:
     """What is about to happen."""
     tasks = ", ".join(data.env.tasks) or "all tasks"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = "the encoder is fine-tuned" if policy.tune else "the encoder stays frozen"
     return (
-        f"Concord, {name}: align, then act.\n\n"
+        f"Concord, {config.name}: align, then act.\n\n"
         f"  1. collect   scripted demonstrations on {data.env.name} ({tasks}) -> {data.output}\n"
         f"  2. align     vision and language encoders on triplets by InfoNCE, {align.steps} steps -> {align.output}\n"
         f"  3. policy    behaviour cloning of an action head, {policy.steps} steps; {encoder} -> {policy.output}\n"
         f"  4. evaluate  {evaluation.episodes} episodes, then swapped, blank and wrong instructions -> {evaluation.output}\n\n"
-        "Interrupted, the same command goes on where it stopped."
+        f"Interrupted, {again(config)} goes on where it stopped."
         + (SLOWER if align.precision == "auto" and not multiplies_bf16(device) else "")
     )

@@ -13,6 +13,7 @@ from vla.data.frames import open_pictures
 from vla.eval.alignment import (
     Embedded,
     class_probe,
+    compared_texts,
     embed_rows,
     of_another_goal,
     probe_measures,
@@ -149,6 +150,26 @@ def test_counterfactual_contexts_have_the_text_or_the_picture_of_another_episode
     np.testing.assert_allclose(found.context, context(rows, rows), atol=1e-5)
     np.testing.assert_allclose(found.context_of_other_text, context(rows, other), atol=1e-5)
     np.testing.assert_allclose(found.context_of_other_image, context(other, rows), atol=1e-5)
+
+
+def test_only_texts_that_are_compared_are_embedded(align_config):
+    episodes = read_episodes(align_config.data.root)
+    count = len(episodes.texts)
+    episodes = replace(episodes, texts=(*episodes.texts, "a caption", "another one"))
+    rows = np.arange(len(episodes.timestep))
+    source = make_source(episodes, open_pictures(episodes, align_config.data), rows, align_config.horizon)
+    clip, tokenizer = make_encoders(align_config.tower, align_config.data.image_size, episodes.texts)
+    model, tokens = make_model(align_config, clip, episodes).eval(), tokenize(tokenizer, episodes.texts)
+    found = embed_rows(model, source, spread_rows(source, np.arange(24), 3), *tokens)
+    with torch.no_grad():
+        expected = model.texts(*tokens).language.numpy()
+    np.testing.assert_allclose(found.language[:count], expected[:count], atol=1e-5)
+    assert not found.language[count:].any()
+    few = source.gather(episodes.start[:1])
+    (scene,) = episodes.scene_id[:1]
+    goals = episodes.goal_id[episodes.scene_id == scene]
+    asking = np.unique(episodes.text_id[np.isin(episodes.goal_id, goals)])
+    assert compared_texts(few, episodes).tolist() == asking.tolist()
 
 
 def test_a_target_that_is_unknown_in_some_rows_is_read_in_the_others(align_config):

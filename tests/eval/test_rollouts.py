@@ -10,7 +10,7 @@ from envs import make_env, make_expert
 from envs.metaworld.language import INSTRUCTIONS
 from vla.eval import rollouts
 from vla.eval.grounding import BLANK, SWAP, WRONG, grounding_specs, grounding_summary
-from vla.eval.rollouts import EpisodeSpec, rollout_workers, run_rollouts
+from vla.eval.rollouts import EpisodeSpec, rollout_workers, run_rollouts, seconds_so_far
 from vla.policies.loading import load_chunk_policy
 from vla.types import UserError
 
@@ -116,6 +116,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_journal(tmp_path):
     journal = tmp_path / "episodes.jsonl"
     whole = run_rollouts(Reader, specs(), batch_size=2, journal=journal)
     lines = journal.read_text().splitlines(keepends=True)
+    assert seconds_so_far(journal) > 0
     journal.write_text("".join(lines[:4]) + lines[4][:30])
     seen = []
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vla.losses.cloning import masked_mse
 from vla.models.action_heads import make_head
 from vla.models.pooler import TextConditionedPooler
 
@@ -68,15 +69,28 @@ def test_a_head_learns_a_function_of_its_features(kind):
     assert (head.predict(features) - target).abs().mean() < 0.15
 
 
-@pytest.mark.parametrize("kind", ["l1", "flow"])
-def test_padded_timesteps_do_not_count(kind):
-    head = make_head(kind, 8, horizon=4, action_dim=2, flow_steps=4)
-    features, chunk = torch.randn(3, 8), torch.randn(3, 4, 2)
-    pad = torch.tensor([[False, False, True, True]]).expand(3, 4)
+def padded_chunks():
+    """A chunk, one with other padded actions, and the padding."""
+    chunk = torch.randn(3, 4, 2)
     other = chunk.clone()
     other[:, 2:] = 100.0
-    if kind == "l1":
-        assert head.loss(features, chunk, pad) == head.loss(features, other, pad)
-    else:
-        # The padded part of the noised input still reaches the network, so only its errors are left out.
-        assert head.loss(features, other, pad).isfinite()
+    return chunk, other, torch.tensor([[False, False, True, True]]).expand(3, 4)
+
+
+def test_padded_timesteps_do_not_count():
+    head = make_head("l1", 8, horizon=4, action_dim=2, flow_steps=4)
+    chunk, other, pad = padded_chunks()
+    features = torch.randn(3, 8)
+    assert head.loss(features, chunk, pad) == head.loss(features, other, pad)
+
+
+def test_errors_of_padded_timesteps_do_not_count_for_the_flow():
+    chunk, other, pad = padded_chunks()
+    assert masked_mse(torch.zeros_like(chunk), chunk, pad) == masked_mse(torch.zeros_like(chunk), other, pad)
+    head = make_head("flow", 8, horizon=4, action_dim=2, flow_steps=4)
+    head._velocity = lambda features, noised, time: torch.zeros_like(noised)  # padded inputs reach the network
+    features, losses = torch.randn(3, 8), []
+    for actions in (chunk, other):
+        torch.manual_seed(0)
+        losses.append(head.loss(features, actions, pad))
+    assert losses[0] == losses[1]

@@ -130,6 +130,17 @@ def test_the_fine_tuned_policy_reads_and_trains_its_own_encoder(policy_folder, o
     assert len(policy.get_optim_params()) == 2
 
 
+def test_remembered_words_do_not_outlive_a_move_or_other_weights(policy_folder):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    before, _ = policy.words(TEXTS)
+    assert policy.double().words(TEXTS)[0].dtype == torch.float64
+    policy.float()
+    policy.words(TEXTS)
+    other = {name: 2 * value if "text_model" in name else value for name, value in policy.state_dict().items()}
+    policy.load_state_dict(other)
+    assert not torch.equal(policy.words(TEXTS)[0], before)
+
+
 def test_attention_is_a_distribution_over_the_picture_that_follows_the_words(policy_folder, observation):
     policy = ConcordPolicy.from_pretrained(policy_folder)
     looks = policy.attention(observation)

@@ -91,6 +91,18 @@ def make_batch(ids: torch.Tensor, mask: torch.Tensor, partly: bool = False) -> D
     )
 
 
+def of_floats(batch: DeviceBatch) -> DeviceBatch:
+    """A batch as training has it, in float32."""
+    pixels = batch.pixels
+    return replace(
+        batch,
+        pixels=lambda images: pixels(images).float(),
+        action_chunk=batch.action_chunk.float(),
+        state=batch.state.float(),
+        ids=batch.ids | {"progress": batch.ids["progress"].float()},
+    )
+
+
 def gradients(model: AlignmentModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -392,15 +404,7 @@ def test_the_term_of_transitions_is_the_loss_over_a_mask_of_all_pairs():
 
 def test_under_autocast_every_loss_is_float32_and_close_to_that_without():
     model, (ids, mask) = make_model()
-    model, batch = model.float(), make_batch(ids, mask)
-    pixels = batch.pixels
-    batch = replace(
-        batch,
-        pixels=lambda images: pixels(images).float(),
-        action_chunk=batch.action_chunk.float(),
-        state=batch.state.float(),
-        ids=batch.ids | {"progress": batch.ids["progress"].float()},
-    )
+    model, batch = model.float(), of_floats(make_batch(ids, mask))
     found = {}
     for name, autocast in (("full", nullcontext), ("mixed", partial(torch.autocast, "cpu", torch.bfloat16))):
         arguments = {"gap": 2, "chunk": 3, "autocast": autocast}
@@ -408,6 +412,41 @@ def test_under_autocast_every_loss_is_float32_and_close_to_that_without():
         assert {total.dtype, *(term.loss.dtype for term in terms.values())} == {torch.float32}, name
         found[name] = {pair: float(term.loss.detach()) for pair, term in terms.items()}
     assert found["mixed"] == pytest.approx(found["full"], rel=0.02)
+
+
+def test_under_autocast_pieces_give_the_gradients_of_the_whole():
+    model, (ids, mask) = make_model()
+    model = model.float()
+    batch = of_floats(make_batch(ids, mask))
+    found = []
+    for chunk in (0, 3):
+        model.zero_grad()
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+        forward_backward(model, batch, torch.zeros(3), TRANSITIONS, gap=2, chunk=chunk, autocast=autocast)
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    whole, pieces = (torch.cat([gradient.flatten() for gradient in of.values()]) for of in found)
+    assert (pieces - whole).norm() <= 0.02 * whole.norm()
+
+
+def test_transitions_without_movement_ask_for_nothing():
+    loss = LossConfig(transition_action=1.0)
+    model, (ids, mask) = make_model()
+    batch = make_batch(ids, mask)
+    rows = embed_rows(model, batch, embed_texts(model, batch, slice(None)), loss, slice(0, 7))
+    first, _ = transitions(batch.ids["episode_id"], batch.ids["timestep"], 2, batch.action_chunk.shape[1])
+    language = embed_texts(model, batch, slice(None)).language
+
+    def asks(still: int) -> torch.Tensor:
+        resting = replace(batch, still=torch.zeros_like(batch.still))
+        resting.still[first[:still]] = True
+        return batch_terms(model, resting, language, rows, torch.zeros(3), loss, 2)[0][
+            "transition_action"
+        ].loss.detach()
+
+    assert len(first) > 2
+    assert len({float(asks(0)), float(asks(1)), float(asks(2))}) == 3
+    assert asks(len(first)) == asks(0)  # where all rest, all ask
 
 
 def test_the_words_get_a_tenth_of_the_main_terms_gradient():

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from envs.metaworld.gl import RenderingError
 from tests.conftest import without
 from vla.cli import given, run
 from vla.config import PolicyTrainConfig
@@ -23,7 +24,7 @@ from vla.models.clip import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training import policy, words
-from vla.training.policy import train_policy
+from vla.training.policy import rollout_specs, train_policy
 from vla.training.policy_data import cloned_episodes
 from vla.training.unused import unused_options
 from vla.types import ACTION_KEY, STATE_KEY, UserError
@@ -101,6 +102,21 @@ def test_success_is_measured_during_training_if_asked_for(policy_config, tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (measured,) = [line for line in lines if "rollouts/success" in line]
     assert measured["rollouts/low"] <= measured["rollouts/success"] <= measured["rollouts/high"]
+
+
+def test_rollouts_that_nothing_can_draw_are_refused_before_training(policy_config, tmp_path, monkeypatch):
+    def cannot_draw(*_, **__):
+        raise RenderingError("no OpenGL library found")
+
+    monkeypatch.setattr("vla.training.policy.make_env", cannot_draw)
+    with pytest.raises(UserError, match="config error: rollouts_every: no OpenGL library found; or leave it out"):
+        train_policy(replace(policy_config, rollouts_every=2, output=str(tmp_path / "run")))
+
+
+def test_rollouts_are_drawn_as_the_demonstrations_were(policy_config):
+    episodes = read_episodes(policy_config.data.root)
+    config = replace(policy_config, data=replace(policy_config.data, image_size=36), rollouts=1)
+    assert [spec.image_size for spec in rollout_specs(config, episodes)] == [48]
 
 
 def test_rollouts_change_nothing_that_training_draws(policy_config, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Config, ViTConfig
 
-from tests.conftest import ROOT, debug, small_alignment_model
+from tests.conftest import ROOT, debug, small_alignment_model, without
 from vla.config import AlignConfig, CollectConfig
 from vla.config_io import save_yaml
 from vla.data.episodes import read_episodes, split_episodes
@@ -27,7 +27,7 @@ from vla.training.align_setup import old_data
 from vla.training.optim import make_optimizers
 from vla.training.pretrained import rate_groups, take_up
 from vla.training.ranges import header_of
-from vla.types import UserError
+from vla.types import ACTION_KEY, STATE_KEY, UserError
 
 SIZES = {"image_size": 24, "patch_size": 12, "width": 16, "layers": 2, "heads": 2, "embed_dim": 8}
 TEXT_SIZES = {"text_width": 16, "text_layers": 1, "text_heads": 2, "vocab_size": 600}
@@ -305,6 +305,15 @@ def test_old_data_that_this_run_splits_otherwise_is_refused(align_config, encode
     start = start_of(encoder, tmp_path / "run", replace(align_config, seed=11))
     with pytest.raises(UserError, match=r"trains on what the start held out of .*--seed=11"):
         old_data(forgetting(align_config, start, data_root))
+
+
+def test_old_data_may_be_pictures_and_texts_alone(align_config, encoder, data_root, tmp_path):
+    captions = without(data_root, tmp_path / "captions", ACTION_KEY, STATE_KEY)
+    start = start_of(encoder, tmp_path / "start", align_config)
+    config = replace(forgetting(align_config, start, captions), steps=1, output=str(tmp_path / "run"))
+    train_align(config)
+    way = json.loads((tmp_path / "run" / "alignment.json").read_text())["way"]
+    assert all(0 <= share["old/text_to_image_r1"] <= 1 for share in way)
 
 
 def test_old_data_may_call_its_camera_otherwise(align_config, openai_clip, data_root):

@@ -177,6 +177,29 @@ def test_a_loss_that_is_not_finite_stops_all_once_the_batch_is_saved(align_confi
     assert "frames" in load_file(saved)
 
 
+@pytest.mark.parametrize(
+    ("rank", "breaks"),
+    [(0, "save_checkpoint"), (1, "training_batch"), (0, "save_views")],
+    ids=["checkpoint", "data", "report"],
+)
+def test_an_error_on_one_machine_stops_both_without_a_traceback(align_config, tmp_path, rank, breaks):
+    save_yaml(replace(align_config, steps=2, output=str(tmp_path / "run")), tmp_path / "run.yaml")
+    broken = f"""
+import os, sys, vla.training.align as align
+from vla.cli import run
+def full(*_, **__):
+    raise OSError(28, "No space left on device", "/mnt/full")
+if os.environ["RANK"] == "{rank}":
+    align.{breaks} = full
+sys.exit(run("align", sys.argv[1:]))
+"""
+    members = two_machines(*[[sys.executable, "-c", broken, "--config_path", str(tmp_path / "run.yaml")]] * 2)
+    assert [member.returncode for member in members] == [2, 2]
+    assert "/mnt/full: disk full; free some space" in members[rank].stderr
+    assert f"process {rank} has stopped; its message says why" in members[1 - rank].stderr
+    assert not any("Traceback" in member.stderr for member in members)
+
+
 def test_the_result_is_printed_once(align_config, tmp_path):
     run = replace(align_config, steps=1, output=str(tmp_path / "run"))
     save_yaml(run, tmp_path / "run.yaml")

@@ -47,7 +47,7 @@ def run_and_kill(script: str, config, folder: Path, at_step: int) -> None:
         if log.is_file() and f'"step": {at_step},' in log.read_text():
             process.send_signal(signal.SIGKILL)
         time.sleep(0.001)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert (folder / "checkpoints").exists() or at_step < config.save_every
 
 

@@ -124,7 +124,7 @@ def test_deleted_tokens_are_not_taken_for_computed(parts, tmp_path, monkeypatch)
 
 def test_a_full_disk_says_what_to_do(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
-    with pytest.raises(UserError, match=r"disk full; lower --cached_shifts, 0 keeps none"):
+    with pytest.raises(UserError, match=r"disk full; free some space, .* lower cached_shifts, 0 keeps none"):
         opened(parts, of_rows(parts[1], 1, (0, 0)), tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_a_disk_that_fills_up_meanwhile_says_what_to_do_and_nothing_is_taken_for
     needed = of_rows(parts[1], 1, (0, 0))
     with monkeypatch.context() as broken:
         broken.setattr(tokens.os, "fsync", full)
-        with pytest.raises(UserError, match=r"disk full; lower --cached_shifts, 0 keeps none"):
+        with pytest.raises(UserError, match=r"disk full; free some space, .* lower cached_shifts, 0 keeps none"):
             opened(parts, needed, tmp_path)
     assert not list(tmp_path.glob("computed_*"))
     assert opened(parts, needed, tmp_path)[0, 0].any()

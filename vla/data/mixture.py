@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,10 +50,10 @@ class Stores:
         return pictures
 
 
-def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = True) -> Mixture:
+def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = True, partial: bool = False) -> Mixture:
     """The data set of `data` and further ones, each ROOT or ROOT=WEIGHT; `data.root` has weight 1.
 
-    `told`: only episodes with an instruction are held out for validation. The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
+    `told`: only episodes with an instruction are held out for validation. `partial`: the first one may lack what further ones may. The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
 
     Raises:
         UserError: a weight that is no positive number, `data.root` again, data sets that do not fit together, or unusable ones.
@@ -63,7 +64,7 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = 
         raise UserError(
             f"config error: more: {again[0]} is data.root itself, so what it holds out would be trained on; leave it out"
         )
-    own = read_episodes(data.root, data.camera)
+    own = read_episodes(data.root, data.camera, partial=partial)
     parts = [own, *(read_episodes(root, camera_in(root, data.camera), partial=True) for root, _ in named)]
     train, validation = split_episodes(own, data.holdout, seed)
     train = limit_per_task(own, train, data.episodes_per_task, seed)
@@ -120,13 +121,13 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
         if part.action.shape[1] and part.fps != first.fps:
             raise UserError(f"{part.root}: recorded at {part.fps} Hz, {first.root} at {first.fps} Hz")
     texts = {text for part in parts for text in part.texts}
-    goals = {key: name for part in reversed(parts) for key, name in goal_names(part)}  # as the first one spells it
+    keys, goals = told_goals(parts)
     text_number, goal_number = ({name: i for i, name in enumerate(sorted(names))} for names in (texts, goals))
     rows, episodes, scenes = 0, 0, 0
     columns: dict[str, list[np.ndarray]] = {}
-    for part in parts:
+    for part, keys_of_part in zip(parts, keys, strict=True):
         text_of = np.array([text_number[text] for text in part.texts])
-        goal_of = np.array([*(goal_number[key] for key, _ in goal_names(part)), -1])  # the last of none
+        goal_of = np.array([*(goal_number[key] for key in keys_of_part), -1])  # the last of none
         shifted = {
             "state": widened(part.state, first.state.shape[1]),
             "action": widened(part.action, first.action.shape[1]),
@@ -160,12 +161,39 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
     )
 
 
-def goal_names(episodes: Episodes) -> list[tuple[str, str]]:
-    """What tells its goals apart among several data sets, and their names: bare numbers mean nothing outside their own set."""
-    named = "goals" in (episodes.extra or {}) or set(episodes.goals) <= set(episodes.texts)
-    if named:
-        return [(as_read(goal), goal) for goal in episodes.goals]
-    return [(name, name) for name in (f"{episodes.root.resolve()}#{goal}" for goal in episodes.goals)]
+def told_goals(parts: Sequence[Episodes]) -> tuple[list[list[str]], dict[str, str]]:
+    """What tells the goals of each of several data sets apart among all, and the goals' names by it, as the first one spells them.
+
+    A goal that its data set names is told by that name. One that is a text or a number is that of another data set in which the same
+    text, in both, asks for one goal alone; otherwise a text tells itself, and a number means nothing outside its own data set.
+    """
+    keys: dict[int, list[str]] = {}
+    names: dict[str, str] = {}
+    asked_by: dict[str, set[str]] = {}  # goals by what asks for them, as it is read
+    for number in sorted(range(len(parts)), key=lambda number: not names_goals(parts[number])):
+        part = parts[number]
+        texts: dict[int, set[str]] = {}
+        for goal, text in set(zip(part.goal_id.tolist(), part.text_id.tolist(), strict=True)):
+            texts.setdefault(goal, set()).add(as_read(part.texts[text]))
+        own = [as_read(goal) for goal in part.goals]
+        if not names_goals(part):
+            if not set(part.goals) <= set(part.texts):
+                own = [f"#{number}:{goal}" for goal in part.goals]
+            asks = Counter(text for of_goal in texts.values() for text in of_goal)
+            clear = [{text for text in texts.get(goal, ()) if asks[text] == 1} for goal in range(len(own))]
+            same = [set().union(*(asked_by.get(text, ()) for text in of_goal)) for of_goal in clear]
+            own = [next(iter(found)) if len(found) == 1 else key for found, key in zip(same, own, strict=True)]
+        for goal, key in enumerate(own):
+            names.setdefault(key, key if key.startswith("#") else part.goals[goal])
+            for text in texts.get(goal, ()):
+                asked_by.setdefault(text, set()).add(key)
+        keys[number] = own
+    return [keys[number] for number in range(len(parts))], names
+
+
+def names_goals(episodes: Episodes) -> bool:
+    """Whether the data set says what its goals are, beside the texts that ask for them."""
+    return "goals" in (episodes.extra or {})
 
 
 def widened(values: np.ndarray, size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ class Embedded:
 
     batch: TripletBatch
     vision: np.ndarray  # (b, d)
-    language: np.ndarray  # (u, d)
+    language: np.ndarray  # (u, d), 0 for texts that nothing compares
     context: np.ndarray  # (b, d)
     context_of_other_text: np.ndarray  # (b, d), the pictures with the instructions of other rows
     context_of_other_image: np.ndarray  # (b, d), the instructions with the pictures of other rows
@@ -73,20 +73,34 @@ def encoder_measures(
 ) -> dict[str, float]:
     """The measures that need the encoders alone, on the episodes at `positions`: retrieval and zero-shot accuracy."""
     batch = source.gather(spread_rows(source, positions, 12))
-    language = language_embeds(clip, input_ids, attention_mask)
+    device = clip.logit_scale.device
+    used = compared_texts(batch, source.episodes)
+    language = language_embeds(clip, input_ids, attention_mask, used)
     vision = []
     for first in range(0, len(batch.frame_of_row), BATCH):
         frames = batch.frames[batch.frame_of_row[first : first + BATCH]]
-        pixels = pixel_values(torch.from_numpy(frames).to(input_ids.device))
+        pixels = pixel_values(torch.from_numpy(frames).to(device))
         vision.append(unit(clip.visual_projection(vision_features(clip, pixels)[1])))
-    features = torch.cat(vision).float().cpu().numpy(), language.float().cpu().numpy()
+    features = torch.cat(vision).float().cpu().numpy(), language
     return picture_text_measures(*features, batch) | zero_shot_measures(*features, batch, source.episodes)
 
 
-def language_embeds(clip: Encoder, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(u, d) unit-norm embeddings of all texts, some at a time."""
-    parts = zip(input_ids.split(BATCH), attention_mask.split(BATCH), strict=True)
-    return torch.cat([unit(clip.text_projection(text_features(clip, *part)[1])) for part in parts])
+def compared_texts(batch: TripletBatch, episodes: Episodes) -> np.ndarray:
+    """(n,) the texts that measures of a batch compare: all wordings of the goals that are asked of its rows or in their scenes."""
+    in_scene = (episodes.scene_id >= 0) & np.isin(episodes.scene_id, batch.scene_id)
+    goals = np.unique(episodes.goal_id[in_scene | np.isin(episodes.goal_id, batch.goal_id)])
+    told = np.isin(episodes.goal_id, goals[goals >= 0])
+    return np.union1d(episodes.text_id[told], batch.text_id)
+
+
+def language_embeds(clip: Encoder, input_ids: Tensor, attention_mask: Tensor, used: np.ndarray) -> np.ndarray:
+    """(u, d) unit-norm embeddings of the (n,) `used` texts, some at a time; 0 for the other ones, which may be millions of captions."""
+    embeds = np.zeros((len(input_ids), clip.text_projection.out_features), np.float32)
+    for first in range(0, len(used), BATCH):
+        texts = used[first : first + BATCH]
+        tokens = (t[texts].to(clip.logit_scale.device) for t in (input_ids, attention_mask))
+        embeds[texts] = unit(clip.text_projection(text_features(clip, *tokens)[1])).float().cpu().numpy()
+    return embeds
 
 
 def spread_rows(source: TripletSource, positions: np.ndarray, most: int) -> np.ndarray:
@@ -117,12 +131,12 @@ def embed_rows(
 
     The other row, whose text or picture the counterfactual contexts get, is of another goal, unless there is one alone.
     """
-    device = input_ids.device
-    language = language_embeds(model.clip, input_ids, attention_mask)
+    device = model.clip.logit_scale.device
     batch = source.gather(rows)
+    language = language_embeds(model.clip, input_ids, attention_mask, compared_texts(batch, source.episodes))
     used, text_of_rows = np.unique(batch.text_id, return_inverse=True)
-    mask = attention_mask[used]
-    words, _ = text_features(model.clip, input_ids[used], mask)
+    mask = attention_mask[used].to(device)
+    words, _ = text_features(model.clip, input_ids[used].to(device), mask)
     named = word_embeds(model.clip, words)
     columns: dict[str, list[Tensor]] = {}
     every = np.arange(len(rows))
@@ -158,7 +172,7 @@ def embed_rows(
         for name, value in outputs.items():
             columns.setdefault(name, []).append(value.float().cpu())
     arrays = {name: torch.cat(values).numpy() for name, values in columns.items()}
-    return Embedded(batch=batch, language=language.float().cpu().numpy(), **arrays)
+    return Embedded(batch=batch, language=language, **arrays)
 
 
 def retrieval_measures(held_out: Embedded) -> dict[str, float]:

@@ -20,7 +20,7 @@ from vla.eval.evaluation_report import evaluation_report, failures_report
 from vla.eval.golden import check_golden
 from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
-from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_workers, run_rollouts
+from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_workers, run_rollouts, seconds_so_far
 from vla.eval.statistics import summarise
 from vla.files import write_json
 from vla.locks import lock_folder
@@ -62,20 +62,21 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     if golden and golden.problem:
         print(f"warning: {policy_folder}: {golden.problem}")
 
-    image_size = trained.get("image_size", 96)
+    image_size = trained.get("drawn_at") or trained.get("image_size", 96)
     base = plan(config, tasks, "train", 1, config.episodes, image_size)
     specs = list(base)
     for split, level in splits:
         specs += plan(config, tasks, split, level, config.split_episodes, image_size)
     specs += grounding_specs(base[: config.grounding_episodes])
-    started = time.perf_counter()
+    journal = output / "episodes.jsonl"
+    started = time.perf_counter() - seconds_so_far(journal)  # of an evaluation that goes on
     print(f"evaluate: {len(specs)} episodes of {config.env} with {config.workers} processes into {output}")
     records = run_rollouts(
         make_policy,
         specs,
         batch_size=config.batch_size,
         workers=workers,
-        journal=output / "episodes.jsonl",
+        journal=journal,
     )
     films = film(config, make_policy, workers, [specs[i] for i in chosen_plain(config, records)], output / "videos")
     failures = film(

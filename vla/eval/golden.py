@@ -101,7 +101,7 @@ def write_golden(
     about = {
         "env": extra["env"] if known else None,
         "env_tasks": extra.get("tasks", []),
-        "drawn_at": extra.get("config", {}).get("env", {}).get("image_size", images.shape[1]),
+        "drawn_at": drawn_at(episodes, images.shape[1]),
         "scenes": [astuple(scene) for scene in scenes],
     }
     arrays = (images, state, policy.act(images, state, instructions), action.q99 - action.q01)
@@ -110,6 +110,14 @@ def write_golden(
         folder / GOLDEN,
         metadata={"golden": json.dumps(about)},
     )
+
+
+def drawn_at(episodes: Episodes, size: int) -> int:
+    """The side, px, at which the environment drew the pictures when they were collected; `size` where that is not known.
+
+    A policy that reads another size is to be shown pictures of this one, which it resizes as training did.
+    """
+    return (episodes.extra or {}).get("config", {}).get("env", {}).get("image_size", size)
 
 
 def check_golden(folder: Path, policy: ChunkPolicy, env: str | None) -> GoldenCheck | None:

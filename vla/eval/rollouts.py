@@ -6,11 +6,13 @@ depend on the specification alone, not on batch size or number of processes (up 
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -104,15 +106,16 @@ def run_rollouts(
         video_folder: where `NNNNN.mp4` files go.
         journal: file of finished records; an interrupted call with the same specs goes on from it.
     """
+    started = time.perf_counter() - (seconds_so_far(journal) if journal else 0.0)
     done = read_journal(journal, specs) if journal else {}
     groups = grouped([i for i in range(len(specs)) if i not in done], specs, batch_size)
     bar = tqdm(total=len(specs), initial=len(done), desc="rollouts", unit="episode", mininterval=1.0)
     arguments = [([(i, specs[i]) for i in group], record_video & set(group), video_folder) for group in groups]
     with bar:
         if workers is not None:
-            _take(workers.map(_run_in_worker, arguments), done, journal, bar)
+            _take(workers.map(_run_in_worker, arguments), done, journal, bar, started)
         elif groups:
-            _take(map(_run_group, [make_policy()] * len(groups), arguments), done, journal, bar)
+            _take(map(_run_group, [make_policy()] * len(groups), arguments), done, journal, bar, started)
     return [done[i] for i in range(len(specs))]
 
 
@@ -129,18 +132,25 @@ def grouped(indices: list[int], specs: Sequence[EpisodeSpec], batch_size: int) -
 def read_journal(path: Path, specs: Sequence[EpisodeSpec]) -> dict[int, EpisodeRecord]:
     """Finished records by index; those of other specs, and a torn last line, are left out."""
     done: dict[int, EpisodeRecord] = {}
-    if not path.is_file():
-        return done
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for entry in entries(path):
         index = entry["index"]
         if index < len(specs) and entry["spec"] == json.loads(json.dumps(asdict(specs[index]))):
             record = entry["record"]
             done[index] = EpisodeRecord(**record | {"achieved": tuple(record["achieved"])})
     return done
+
+
+def seconds_so_far(journal: Path) -> float:
+    """What the rollouts took that a journal holds; 0 for one that does not say."""
+    told = [entry.get("seconds", 0.0) for entry in entries(journal)]
+    return max(told, default=0.0)
+
+
+def entries(journal: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal but for a torn last one."""
+    for line in journal.read_text().splitlines() if journal.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 _policy: ChunkPolicy | UserError | None = None
@@ -174,13 +184,15 @@ def _run_in_worker(arguments):
     return _run_group(_policy_here(), arguments)
 
 
-def _take(results, done: dict[int, EpisodeRecord], journal: Path | None, bar: tqdm) -> None:
+def _take(results, done: dict[int, EpisodeRecord], journal: Path | None, bar: tqdm, started: float) -> None:
     for group in results:
+        seconds = round(time.perf_counter() - started, 1)
         for index, spec, record in group:
             done[index] = record
             if journal is not None:
+                entry = {"index": index, "spec": asdict(spec), "record": asdict(record), "seconds": seconds}
                 with journal.open("a") as file:
-                    file.write(json.dumps({"index": index, "spec": asdict(spec), "record": asdict(record)}) + "\n")
+                    file.write(json.dumps(entry) + "\n")
         bar.update(len(group))
 
 

@@ -66,9 +66,11 @@ from vla.training.processes import (
     check_same_encoders,
     check_same_progress,
     check_same_settings,
+    in_step,
     in_turn,
     make_accelerator,
     refusal,
+    together,
 )
 from vla.training.ranges import other_ranges, ranges_of
 from vla.training.run import RunFolder, begun_precision, mean_metrics
@@ -143,13 +145,13 @@ def train_align(config: AlignConfig) -> Path:
         say(accelerator, note)
     optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
     model.to(accelerator.device)
-    input_ids, attention_mask = (t.to(accelerator.device) for t in tokenize(tokenizer, episodes.texts))
-    check_same_encoders(processes, input_ids, model)
+    input_ids, attention_mask = tokenize(tokenizer, episodes.texts)
+    words = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16]
+    check_same_encoders(processes, words, model, accelerator.device)
     if note := note_of_cut(tokenizer, episodes.texts):
         say(accelerator, note)
     rest = resting_action(episodes, rows, source.stats.action)
 
-    words = hashlib.sha256(input_ids.cpu().numpy().tobytes()).hexdigest()[:16]
     began = {"start": start.digest if start else None, "words": words}  # what a resumed run must find as it was
     first, before = (0, 0.0)
     if config.resume:
@@ -171,6 +173,13 @@ def train_align(config: AlignConfig) -> Path:
             batch.frames.load(processes.shares(len(batch.frames))[processes.rank])
         return batch
 
+    def keep(done: int, saves: bool) -> None:
+        if run.writes and done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
+            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer, source.stats)
+        if run.writes and saves:
+            elapsed = before + time.perf_counter() - started
+            checkpoint(run, done, model, optimizer, episodes, began, elapsed)
+
     window: list[dict[str, float]] = []
     seen = {name for name in switched_on(config.loss) if run.logged(f"{name}/loss")}
     # Of a run that was stopped while it exported, the last measures are there already.
@@ -179,7 +188,7 @@ def train_align(config: AlignConfig) -> Path:
     model.train()
     started = time.perf_counter()
     bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
-    for step, batch, waited in prefetch(make_batch, first, config.steps):
+    for step, batch, waited in in_step(accelerator, prefetch(make_batch, first, config.steps)):
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         torch.manual_seed(seed_of(config.seed, step, processes.rank))
@@ -229,14 +238,11 @@ def train_align(config: AlignConfig) -> Path:
         if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
             measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
-        if run.writes and done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
-            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer, source.stats)
-        if run.writes and saves:
-            elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, model, optimizer, episodes, began, elapsed)
+        if saves or done in config.snapshots:
+            together(accelerator, partial(keep, done, saves))
     bar.close()
 
-    if run.writes:
+    def finish() -> None:
         measured, held_out = measure(model, source, told, validation, input_ids, attention_mask)
         save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
         if not measured_last:
@@ -264,7 +270,8 @@ def train_align(config: AlignConfig) -> Path:
         )
         write_alignment_report(run.folder)
         run.close()
-    accelerator.wait_for_everyone()
+
+    together(accelerator, finish if run.writes else lambda: None)
     encoder = run.folder / "clip"
     say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
     return encoder

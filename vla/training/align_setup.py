@@ -217,7 +217,7 @@ def old_data(config: AlignConfig) -> dict[str, HeldOut]:
     if config.forgetting is None:
         return {}
     data, seed, known = old_split(config)
-    mixture = open_mixture(data, (), seed)
+    mixture = open_mixture(data, (), seed, partial=True)  # encoders need pictures and texts alone
     episodes, (train,), validation = mixture.episodes, mixture.train, mixture.validation
     source = make_source(episodes, mixture.frames, rows_of(episodes, train), config.horizon)
     old = {"old": HeldOut(source, validation)}

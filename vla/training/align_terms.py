@@ -143,6 +143,7 @@ def transition_terms(
         beyond = torch.arange(batch.action_chunk.shape[1], device=length.device) >= length
         missing = batch.action_is_pad[begun] | beyond
         chunk = torch.where(missing[..., None], rest.to(batch.action_chunk), batch.action_chunk[begun])
+        moving = ~(batch.still[begun] | idle_chunks(chunk, missing, rest.to(chunk)))
         terms["transition_action"] = soft_term(
             change,
             model.action_projection(model.action_encoder(chunk, missing)),
@@ -150,7 +151,7 @@ def transition_terms(
             chunk,
             loss.action_beta,
             partial(near_duplicates, episode[begun], timestep[begun], gap),
-            torch.ones_like(begun, dtype=torch.float32),
+            (moving if moving.any() else torch.ones_like(moving)).float(),
         )
     pairs = pairing(
         torch.arange(len(first), device=first.device),

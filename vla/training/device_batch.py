@@ -58,7 +58,7 @@ def on_device(
     device: torch.device,
     hide: Callable[[Tensor], Tensor] = lambda mask: mask,
 ) -> DeviceBatch:
-    """Move a batch; of the (t, l) ids and masks of all texts, those that it holds, with some words hidden by `hide`."""
+    """Move a batch; of the (t, l) ids and masks of all texts, which stay where they are, those that it holds, with some words hidden by `hide`."""
     order = np.argsort(batch.frame_of_row, kind="stable")
 
     def moved(array: np.ndarray) -> Tensor:
@@ -68,21 +68,21 @@ def on_device(
         return pixel_values(torch.from_numpy(batch.frames[images]).to(device))
 
     shown = torch.from_numpy(np.unique(batch.frame_of_row[order], return_index=True)[1]).to(device)
-    asked, paired = moved(batch.text_id), moved(batch.pair_id)
+    asked, paired = (torch.from_numpy(array[order]) for array in (batch.text_id, batch.pair_id))
     texts = torch.cat([asked, paired[paired >= 0]]).unique()
     whole = ~torch.isin(texts, asked)  # a minimal pair without the word that matters would be true
     length = int(attention_mask[texts].sum(1).max())
     length += -length % WORDS
-    mask = attention_mask[texts, :length]
+    mask, whole = attention_mask[texts, :length].to(device), whole.to(device)
     names = ("goal_id", "scene_id", "episode_id", "timestep", "progress")
     return DeviceBatch(
         pixels=pixels,
         frame_of_row=moved(batch.frame_of_row),
         shown=shown,
-        input_ids=input_ids[texts, :length],
+        input_ids=input_ids[texts, :length].to(device),
         attention_mask=torch.where(whole[:, None], mask, hide(mask)),
-        text_of_row=torch.searchsorted(texts, asked),
-        pair_of_row=torch.where(paired >= 0, torch.searchsorted(texts, paired), -1),
+        text_of_row=torch.searchsorted(texts, asked).to(device),
+        pair_of_row=torch.where(paired >= 0, torch.searchsorted(texts, paired), -1).to(device),
         action_chunk=moved(batch.action_chunk),
         action_is_pad=moved(batch.action_is_pad),
         still=moved(batch.still),

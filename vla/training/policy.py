@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from envs import make_env
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.episodes import Episodes, rows_of, spread
 from vla.data.mixture import open_mixture
 from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import shares
+from vla.eval.golden import drawn_at
+from vla.eval.rollouts import EpisodeSpec, run_rollouts
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
@@ -79,6 +82,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     mixture = open_mixture(replace(config.data, episodes_per_task=None), config.more, config.seed, told=False)
     if config.rollouts_every and "env" not in (mixture.episodes.extra or {}):
         raise UserError(f"{config.data.root}: names no environment (meta/concord.json); leave out --rollouts_every")
+    if config.rollouts_every:
+        check_drawing(rollout_specs(config, mixture.episodes)[0])
     frames = mixture.frames
     episodes, parts, validation = cloned_episodes(config, mixture)
     train = np.concatenate(parts)
@@ -273,27 +278,45 @@ def validate(config, policy, episodes, frames, tokens, words, stats, rows) -> di
 
 
 def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dict[str, float]:
-    """Closed-loop success of the averaged weights on development seeds, apart from those of evaluations."""
-    from vla.eval.rollouts import EpisodeSpec, run_rollouts
+    """Closed-loop success of the averaged weights on development seeds."""
     from vla.policies.loading import load_chunk_policy
 
+    specs = rollout_specs(config, episodes)
+    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs))
+    successes = sum(record.success for record in records)
+    low, high = wilson(successes, len(records))
+    return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}
+
+
+def rollout_specs(config: PolicyTrainConfig, episodes: Episodes) -> list[EpisodeSpec]:
+    """Episodes of the data set's environment on development seeds, apart from those of evaluations."""
     extra = episodes.extra
     tasks = extra["tasks"]
-    specs = [
+    return [
         EpisodeSpec(
             env=extra["env"],
             task=tasks[i % len(tasks)],
             seed=500_000 + i,
             tasks=tuple(tasks),
-            image_size=config.data.image_size,
+            image_size=drawn_at(episodes, config.data.image_size),
             end_on_success=True,
         )
         for i in range(config.rollouts)
     ]
-    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs))
-    successes = sum(record.success for record in records)
-    low, high = wilson(successes, len(records))
-    return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}
+
+
+def check_drawing(spec: EpisodeSpec) -> None:
+    """Refuse rollouts that could not begin.
+
+    Raises:
+        UserError: the environment is not installed, or has nothing to render with.
+    """
+    try:
+        env = make_env(spec.env, tasks=spec.tasks, image_size=spec.image_size)
+        env.reset(seed=spec.seed)
+        env.close()
+    except ValueError as error:
+        raise UserError(f"config error: rollouts_every: {error}; or leave it out") from error
 
 
 def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
-from vla.eval.golden import write_golden
+from vla.eval.golden import drawn_at, write_golden
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
@@ -164,6 +164,7 @@ def export(
     record = {
         "env": extra.get("env"),
         "tasks": extra.get("tasks", []),
+        "drawn_at": drawn_at(episodes, config.data.image_size),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,
         "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
@@ -197,5 +198,5 @@ def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
     clip, _ = load_clip(config.encoder)
     if weights_digest(resize_positions(clip, config.data.image_size)) != before:
         raise UserError(
-            f"{policy}: was trained on an encoder that {config.encoder} no longer holds; choose another --output, or delete it to train anew"
+            f"{policy}: was trained on an encoder that {config.encoder} no longer holds; choose another --output, or delete {policy.parent} to train anew"
         )

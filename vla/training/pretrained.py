@@ -37,9 +37,7 @@ class HeldOut:
 
     def measures(self, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """Retrieval and zero-shot accuracy of the encoder alone."""
-        device = next(encoder.parameters()).device
-        input_ids, mask = (t.to(device) for t in tokenize(tokenizer, self.source.episodes.texts))
-        return encoder_measures(encoder, self.source, self.positions, input_ids, mask)
+        return encoder_measures(encoder, self.source, self.positions, *tokenize(tokenizer, self.source.episodes.texts))
 
 
 def check_start(config: AlignConfig) -> None:

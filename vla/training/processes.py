@@ -6,7 +6,7 @@ added up. No gradient travels through a collective, so none is scaled by the num
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -16,11 +16,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
 from torch import Tensor, distributed
 
 from vla.data.episodes import Episodes
 from vla.training.checkpoint import latest_checkpoint, step_of
 from vla.types import UserError
+
+# What bad input, a full disk or a lost file raise: not faults of the program, and often on one machine alone.
+STOPS = (UserError, OSError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -129,14 +133,14 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
         )
 
 
-def check_same_encoders(processes: Processes, input_ids: Tensor, model: torch.nn.Module) -> None:
-    """Refuse to compute one batch with towers of different sizes, or that read the (t, l) tokens of all texts differently.
+def check_same_encoders(processes: Processes, words: str, model: torch.nn.Module, device: torch.device) -> None:
+    """Refuse to compute one batch with towers of different sizes, or that read the texts, whose tokens have the digest `words`, differently.
 
     Raises:
         UserError: they differ between two processes.
     """
     sizes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    if rank := other_than_first(processes.numbers(number_of(f"{input_ids.tolist()}{sizes}"), input_ids.device)):
+    if rank := other_than_first(processes.numbers(number_of(f"{words}{sizes}"), device)):
         raise refusal(
             f"process {rank} has an encoder of other words or sizes than process 0; copy what tower.pretrained, tower.vocabulary or "
             "tower.lexicon names to all machines anew, whole, and give all the same versions (uv.lock)"
@@ -157,26 +161,50 @@ def in_turn[T](accelerator: Accelerator, action: Callable[[], T], *, mine_first:
     """What every process gets from an action that the first one, or the first one of each machine (`mine_first`), does before the others.
 
     Raises:
-        UserError: the action raised one here, or in another process; all stop alike.
+        UserError, OSError, SafetensorError: the action raised one here, or in another process; all stop alike.
     """
-    result, error = None, None
-
-    def attempt() -> None:
-        nonlocal result, error
-        try:
-            result = action()
-        except UserError as raised:
-            error = raised
-
-    if mine_first:
-        attempt()
-    accelerator.wait_for_everyone()
     if not mine_first:
-        attempt()
+        accelerator.wait_for_everyone()
+    result, error = attempt(action)
+    if mine_first:
+        accelerator.wait_for_everyone()
+    return agreed(accelerator, result, error)
+
+
+def together[T](accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What every process gets from an action of its own.
+
+    Raises:
+        UserError, OSError, SafetensorError: the action raised one here, or in another process; all stop alike.
+    """
+    return agreed(accelerator, *attempt(action))
+
+
+def in_step[T](accelerator: Accelerator, items: Iterator[T]) -> Iterator[T]:
+    """What every process's own iterator gives, as many things everywhere.
+
+    Raises:
+        UserError, OSError, SafetensorError: an iterator raised one here, or in another process; all stop alike.
+    """
+    while (item := together(accelerator, lambda: next(items, None))) is not None:
+        yield item
+
+
+def attempt[T](action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What an action gives, or the error that it raises."""
+    try:
+        return action(), None
+    except STOPS as error:
+        return None, error
+
+
+def agreed[T](accelerator: Accelerator, result: T, error: Exception | None) -> T:
+    """The result, if no process has an error."""
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     failed = processes.numbers(int(error is not None), accelerator.device)
     if any(failed):
-        raise refusal(str(error or f"process {failed.index(1)} has stopped; its message says why")) from error
+        part()
+        raise error or UserError(f"process {failed.index(1)} has stopped; its message says why")
     return result
 
 

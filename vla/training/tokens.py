@@ -57,7 +57,9 @@ def open_tokens(
             extend(path, marks, shape, needed, clip, episodes, frames, augmenter, accelerator)
         except OSError as error:
             if is_disk_full(error):
-                raise UserError(f"{folder}: disk full; lower --cached_shifts, 0 keeps none") from error
+                raise UserError(
+                    f"{folder}: disk full; free some space, then add --resume=true, or begin another run with a lower cached_shifts, 0 keeps none"
+                ) from error
             raise
     return np.load(path, mmap_mode="r", allow_pickle=False)
 

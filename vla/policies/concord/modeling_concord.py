@@ -80,6 +80,7 @@ class ConcordPolicy(PreTrainedPolicy):
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
         self._words: dict[str, Tensor] = {}
+        self.register_load_state_dict_post_hook(lambda policy, _: policy._words.clear())
         self.reset()
 
     def get_optim_params(self) -> list[dict[str, Any]]:
@@ -95,13 +96,17 @@ class ConcordPolicy(PreTrainedPolicy):
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, but a frozen encoder never trains; training makes remembered word tokens stale."""
+        """As usual, but a frozen encoder never trains; training makes remembered word tokens stale, as loading and moving do."""
         if mode:
             self._words.clear()
         super().train(mode)
         if not self.config.tune:
             self.clip.eval()
         return self
+
+    def _apply(self, *arguments: Any, **named: Any) -> Self:
+        self._words.clear()
+        return super()._apply(*arguments, **named)
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """() cloning loss of a batch with `action` (b, h, a) and, if it pads, `action_is_pad` (b, h)."""
