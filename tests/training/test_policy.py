@@ -108,7 +108,7 @@ def test_rollouts_that_nothing_can_draw_are_refused_before_training(policy_confi
     def cannot_draw(*_, **__):
         raise RenderingError("no OpenGL library found")
 
-    monkeypatch.setattr("vla.training.policy.make_env", cannot_draw)
+    monkeypatch.setattr("vla.eval.rollouts.make_env", cannot_draw)
     with pytest.raises(UserError, match="config error: rollouts_every: no OpenGL library found; or leave it out"):
         train_policy(replace(policy_config, rollouts_every=2, output=str(tmp_path / "run")))
 

@@ -68,6 +68,20 @@ class EpisodeRecord:
     video: str | None = None
 
 
+def check_drawing(field: str, spec: EpisodeSpec) -> None:
+    """Refuse rollouts, which the configuration's `field` asks for, if they could not begin.
+
+    Raises:
+        UserError: the environment is not installed, or has nothing to render with.
+    """
+    try:
+        env = make_env(spec.env, tasks=spec.tasks, image_size=spec.image_size)
+        env.reset(seed=spec.seed)
+        env.close()
+    except ValueError as error:
+        raise UserError(f"config error: {field}: {error}; or leave it out") from error
+
+
 @contextmanager
 def rollout_workers(make_policy: MakePolicy, count: int) -> Iterator[Executor | None]:
     """Processes for `run_rollouts`, one thread each, that load the policy while this one goes on; none if `count` is 1.

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from envs import make_env
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.episodes import Episodes, rows_of, spread
@@ -23,7 +22,7 @@ from vla.data.mixture import open_mixture
 from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import shares
 from vla.eval.golden import drawn_at
-from vla.eval.rollouts import EpisodeSpec, run_rollouts
+from vla.eval.rollouts import EpisodeSpec, check_drawing, run_rollouts
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
@@ -83,7 +82,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     if config.rollouts_every and "env" not in (mixture.episodes.extra or {}):
         raise UserError(f"{config.data.root}: names no environment (meta/concord.json); leave out --rollouts_every")
     if config.rollouts_every:
-        check_drawing(rollout_specs(config, mixture.episodes)[0])
+        check_drawing("rollouts_every", rollout_specs(config, mixture.episodes)[0])
     frames = mixture.frames
     episodes, parts, validation = cloned_episodes(config, mixture)
     train = np.concatenate(parts)
@@ -303,20 +302,6 @@ def rollout_specs(config: PolicyTrainConfig, episodes: Episodes) -> list[Episode
         )
         for i in range(config.rollouts)
     ]
-
-
-def check_drawing(spec: EpisodeSpec) -> None:
-    """Refuse rollouts that could not begin.
-
-    Raises:
-        UserError: the environment is not installed, or has nothing to render with.
-    """
-    try:
-        env = make_env(spec.env, tasks=spec.tasks, image_size=spec.image_size)
-        env.reset(seed=spec.seed)
-        env.close()
-    except ValueError as error:
-        raise UserError(f"config error: rollouts_every: {error}; or leave it out") from error
 
 
 def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
