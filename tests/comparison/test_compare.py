@@ -32,6 +32,17 @@ from vla.models.clip import load_clip, save_clip, with_vision_of
 from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TRAINED = (
+    "random-frozen",
+    "cloning-pretrained-frozen",
+    "aligned-frozen",
+    "aligned-last-block",
+    "aligned-head-tuned",
+    "shuffle-language",
+    "shuffle-action",
+    "shuffle-all",
+    "no-vision",
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +71,7 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
         f"--encoders=[mine={encoder},dinov2={others}]",
         f"--policies=[theirs={policy_folder}]",
     ]
-    command += [
-        "--arms=[random-frozen,cloning-pretrained-frozen,aligned-frozen,aligned-head-tuned,shuffle-all,no-vision]"
-    ]
+    command += [f"--arms=[{','.join(TRAINED)}]"]
     command += ["--demonstrations=[1]"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,9 +82,7 @@ def finished(tmp_path_factory, data_root, encoder, policy_folder) -> Path:
 def test_every_arm_encoder_and_policy_is_in_the_result(finished):
     result = json.loads((finished / "comparison.json").read_text())
     arms = {row["arm"] for row in result["success"]}
-    trained = {"random-frozen", "cloning-pretrained-frozen", "aligned-frozen", "aligned-head-tuned", "shuffle-all"}
-    trained.add("no-vision")
-    assert arms == trained | {"aligned-frozen@1", "mine", "dinov2", "theirs"}
+    assert arms == {*TRAINED, "aligned-frozen@1", "mine", "dinov2", "theirs"}
     assert {row["group"] for row in result["success"]} == {"plain", "perturbed", "swapped instructions"}
     assert all(row["low"] <= row["value"] <= row["high"] for row in result["success"])
     minutes = {row["arm"]: row["minutes"] for row in result["success"]}
