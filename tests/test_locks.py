@@ -26,7 +26,7 @@ def test_a_folder_that_another_process_writes_into_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run: cannot be written into .*; choose another --output"):
+    with pytest.raises(UserError, match=r"file/run: cannot be written into .*; choose an --output elsewhere"):
         lock_folder(tmp_path / "file" / "run")
 
 

@@ -49,7 +49,7 @@ def lock_file(folder: Path) -> IO[str]:
     except OSError as error:
         if is_disk_full(error):
             raise
-        raise UserError(f"{folder}: cannot be written into ({error.strerror}); choose another --output") from error
+        raise UserError(f"{folder}: cannot be written into ({error.strerror}); choose an --output elsewhere") from error
 
 
 def waiting_lock(folder: Path) -> IO[str]:

@@ -98,6 +98,20 @@ def test_a_text_that_asks_for_several_goals_elsewhere_tells_itself(data_root):
     assert not set(both.goal_id[:count]) & set(both.goal_id[count:])
 
 
+def test_a_data_set_in_which_a_text_is_vague_keeps_no_others_apart(data_root, tmp_path):
+    own = read_episodes(data_root)
+    numbers = {"goals": tuple(str(i) for i in range(len(own.goals))), "extra": None}
+    clear = replace(
+        own, texts=("do it",), text_id=np.zeros_like(own.text_id), goal_id=np.zeros_like(own.goal_id), **numbers
+    )
+    vague = replace(clear, goal_id=own.goal_id, root=tmp_path)
+    captions = replace(clear, goals=("do it",))
+    for parts in ([clear, captions, vague], [clear, vague, captions]):
+        goals = {id(part): set(of) for part, of in zip(parts, np.split(joined(parts).goal_id, 3), strict=True)}
+        assert goals[id(clear)] == goals[id(captions)]
+        assert not goals[id(clear)] & goals[id(vague)]
+
+
 def test_a_data_set_that_names_no_goal_has_none(data_root):
     own = read_episodes(data_root)
     silent = replace(own, goal_id=np.full_like(own.goal_id, -1), goals=(), extra=None)

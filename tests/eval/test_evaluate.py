@@ -19,6 +19,7 @@ from vla.eval.evaluate import evaluate
 from vla.eval.evaluation_report import curves_of
 from vla.eval.grounding import grounding_summary
 from vla.eval.rollouts import EpisodeRecord
+from vla.training.policy import train_policy
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -110,6 +111,26 @@ def test_an_evaluation_of_a_version_without_a_field_is_gone_on_with(eval_config,
     path.write_text(json.dumps(begun))
     evaluate(eval_config)
     assert "already complete" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_goes_on_counts_the_time_it_took_before(eval_config):
+    output = evaluate(eval_config)
+    journal = output / "episodes.jsonl"
+    lines = [json.dumps(json.loads(line) | {"seconds": 1000.0}) + "\n" for line in journal.read_text().splitlines()]
+    journal.write_text("".join(lines[:-1]))
+    (output / "report.html").unlink()
+    evaluate(eval_config)
+    assert 1000 < json.loads((output / "eval.json").read_text())["wall_time_s"] < 1100
+
+
+def test_pictures_are_drawn_as_the_demonstrations_were(eval_config, policy_config, tmp_path):
+    smaller = replace(policy_config.data, image_size=36)
+    policy = train_policy(
+        replace(policy_config, data=smaller, aligned_pooler=False, steps=1, output=str(tmp_path / "run"))
+    )
+    output = evaluate(replace(eval_config, policy=str(policy), episodes=1, grounding_episodes=0))
+    (line, *_) = (output / "episodes.jsonl").read_text().splitlines()
+    assert json.loads(line)["spec"]["image_size"] == 48
 
 
 def test_the_run_folder_is_told_from_the_policy_in_it(eval_config, policy_folder):

@@ -105,18 +105,21 @@ def test_scales_that_are_configured_or_fixed_stay_as_they_are(tmp_path):
 def test_terms_that_the_alignment_did_not_have_start_untrained_and_are_named(config, capsys):
     loss = replace(config.loss, transition_action=0.5)
     train_policy(replace(config, loss=loss, steps=1, log_every=1))
-    told = "stage one's loss had no logit_scales.transition_action, logit_scales.transition_language, transition_projection"
+    told = (
+        "differ in logit_scales.transition_action, logit_scales.transition_language, transition_projection, not taken"
+    )
     assert told in capsys.readouterr().out
     assert "auxiliary/transition_action" in (Path(config.output) / "metrics.jsonl").read_text()
 
 
-def test_terms_that_only_the_alignment_had_are_left_out(tmp_path):
+def test_terms_that_only_the_alignment_had_are_left_out_and_named(tmp_path, capsys):
     before, _ = small_alignment_model(("a",), 1, transitions=True, sigmoid=True)
     save_file({n: v for n, v in before.state_dict().items() if not n.startswith("clip.")}, tmp_path / "file")
     model, _ = small_alignment_model(("a",), 1)
     load_rest(model, tmp_path / "file", [])
     name = next(name for name in model.state_dict() if name.startswith("action_encoder."))
     assert torch.equal(model.state_dict()[name], before.state_dict()[name])
+    assert "logit_scales.vision_language, transition_projection, not taken up" in capsys.readouterr().out
 
 
 def test_a_control_that_hides_something_is_refused(config):

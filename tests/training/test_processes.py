@@ -153,10 +153,12 @@ def test_with_the_checkpoints_copied_a_run_without_a_shared_folder_goes_on(inter
     assert sorted(path.name for path in second.iterdir()) == ["checkpoints"]
 
 
-def test_a_run_goes_on_where_one_machine_has_its_data_elsewhere_and_less_memory(interrupted, data_root, tmp_path):
+def test_a_run_goes_on_where_one_machine_has_its_data_elsewhere_less_memory_and_saves_at_other_steps(
+    interrupted, data_root, tmp_path
+):
     first, second = (shutil.copytree(interrupted.output, tmp_path / name) for name in ("a", "b"))
     copy = shutil.copytree(data_root, tmp_path / "data")
-    other = replace(interrupted, chunk=2, data=replace(interrupted.data, root=str(copy)))
+    other = replace(interrupted, chunk=2, save_every=3, data=replace(interrupted.data, root=str(copy)))
     done = stage_one(interrupted, first, second, other=other)
     assert [member.returncode for member in done] == [0, 0], done[0].stderr + done[1].stderr
     assert json.loads((first / "alignment.json").read_text())["processes"] == 2

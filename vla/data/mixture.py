@@ -164,8 +164,9 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
 def told_goals(parts: Sequence[Episodes]) -> tuple[list[list[str]], dict[str, str]]:
     """What tells the goals of each of several data sets apart among all, and the goals' names by it, as the first one spells them.
 
-    A goal that its data set names is told by that name. One that is a text or a number is that of another data set in which the same
-    text, in both, asks for one goal alone; otherwise a text tells itself, and a number means nothing outside its own data set.
+    A goal that its data set names is told by that name. One that is a text or a number is that of a data set with names, or of one
+    before it, if they have a text that asks for one goal alone in both; otherwise a text tells itself, and a number means nothing outside
+    its own data set.
     """
     keys: dict[int, list[str]] = {}
     names: dict[str, str] = {}
@@ -175,17 +176,16 @@ def told_goals(parts: Sequence[Episodes]) -> tuple[list[list[str]], dict[str, st
         texts: dict[int, set[str]] = {}
         for goal, text in set(zip(part.goal_id.tolist(), part.text_id.tolist(), strict=True)):
             texts.setdefault(goal, set()).add(as_read(part.texts[text]))
-        own = [as_read(goal) for goal in part.goals]
+        numbered = not names_goals(part) and not set(part.goals) <= set(part.texts)
+        own = [f"#{number}:{goal}" if numbered else as_read(goal) for goal in part.goals]
+        asks = Counter(text for of_goal in texts.values() for text in of_goal)
+        clear = [{text for text in texts.get(goal, ()) if asks[text] == 1} for goal in range(len(own))]
         if not names_goals(part):
-            if not set(part.goals) <= set(part.texts):
-                own = [f"#{number}:{goal}" for goal in part.goals]
-            asks = Counter(text for of_goal in texts.values() for text in of_goal)
-            clear = [{text for text in texts.get(goal, ()) if asks[text] == 1} for goal in range(len(own))]
             same = [set().union(*(asked_by.get(text, ()) for text in of_goal)) for of_goal in clear]
             own = [next(iter(found)) if len(found) == 1 else key for found, key in zip(same, own, strict=True)]
         for goal, key in enumerate(own):
-            names.setdefault(key, key if key.startswith("#") else part.goals[goal])
-            for text in texts.get(goal, ()):
+            names.setdefault(key, key if numbered else part.goals[goal])
+            for text in clear[goal]:
                 asked_by.setdefault(text, set()).add(key)
         keys[number] = own
     return [keys[number] for number in range(len(parts))], names

@@ -77,7 +77,9 @@ def collect(config: CollectConfig) -> Path:
         print(f"{root}: already complete")
         return root
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: exists and is not a data set of this program; choose another --output")
+        raise UserError(
+            f"{root}: exists and is not a data set of this program; move it, or choose an --output elsewhere"
+        )
 
     shards = plan_shards(config, tasks)
     parts = parts_folder(root)

@@ -173,10 +173,17 @@ def train_align(config: AlignConfig) -> Path:
             batch.frames.load(processes.shares(len(batch.frames))[processes.rank])
         return batch
 
-    def keep(done: int, saves: bool) -> None:
-        if run.writes and done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
+    def keep(done: int, metrics: dict[str, float | str] | None, saves: bool) -> None:
+        if not run.writes:
+            return
+        if metrics:
+            run.log(done, metrics)
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
+            run.log(done, {f"validation/{key}": value for key, value in measured.items()})
+        if done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
             export_encoder(run.folder / "snapshots" / str(done), model, tokenizer, source.stats)
-        if run.writes and saves:
+        if saves:
             elapsed = before + time.perf_counter() - started
             checkpoint(run, done, model, optimizer, episodes, began, elapsed)
 
@@ -186,9 +193,9 @@ def train_align(config: AlignConfig) -> Path:
     measured_last = first == config.steps and config.steps in run.logged("validation/modality_gap")
     warned = [term for terms in run.logged(STUCK).values() for term in terms]
     model.train()
-    started = time.perf_counter()
+    started = asked = time.perf_counter()
     bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
-    for step, batch, waited in in_step(accelerator, prefetch(make_batch, first, config.steps)):
+    for step, batch, _ in in_step(accelerator, prefetch(make_batch, first, config.steps)):
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         torch.manual_seed(seed_of(config.seed, step, processes.rank))
@@ -209,17 +216,18 @@ def train_align(config: AlignConfig) -> Path:
         optimizer.zero_grad()
         model.clamp_scales()
 
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - asked  # with what all processes waited for the slowest one's batch
         window.append(
             step_metrics(terms, health, loss, grad_norm, model)
             | {
-                "triplets_per_s": len(batch.frame_of_row) / (seconds + waited),
-                "data_wait": (waited + batch.frames.seconds) / (seconds + waited),
+                "triplets_per_s": len(batch.frame_of_row) / seconds,
+                "data_wait": (begun - asked + batch.frames.seconds) / seconds,
             }
         )
         bar.update()
         done = step + 1
         saves = done % config.save_every == 0 or done == config.steps
+        logged = None
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
             metrics = mean_metrics(window)
             metrics["lr"] = optimizer.param_groups[-1]["lr"]
@@ -229,17 +237,13 @@ def train_align(config: AlignConfig) -> Path:
             found = [*at_chance(metrics), *absent] if settled else []
             stuck = [term for term in found if term not in warned]
             warned += stuck
-            if run.writes:
-                run.log(done, metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {}))
-                if stuck:
-                    bar.write(alarm(done, stuck))
+            logged = metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {})
+            if run.writes and stuck:
+                bar.write(alarm(done, stuck))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
-        if run.writes and config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
-            run.log(done, {f"validation/{key}": value for key, value in measured.items()})
-        if saves or done in config.snapshots:
-            together(accelerator, partial(keep, done, saves))
+        together(accelerator, partial(keep, done, logged, saves))  # in every step: machines may save at others
+        asked = time.perf_counter()
     bar.close()
 
     def finish() -> None:
@@ -405,10 +409,12 @@ def stop_on_nonfinite(
     """Save the batch that broke the loss, then stop; all processes come here, and none stops before the batch is saved."""
     bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
     path = run.folder / f"nonfinite_step_{step:06d}.safetensors"
-    if run.writes:
+
+    def save() -> None:
         arrays = vars(batch) | {"frames": batch.frames[:]}
         save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
-    accelerator.wait_for_everyone()
+
+    together(accelerator, save if run.writes else lambda: None)
     raise refusal(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
         "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"

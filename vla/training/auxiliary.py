@@ -127,21 +127,23 @@ def started_encoder(policy: Path) -> str:
 def load_rest(model: torch.nn.Module, path: Path, configured: Iterable[str]) -> None:
     """Load what stage one trains beside the encoder; scales that are not learned, and those of `configured` pairs, stay as they are.
 
-    What only one of the two losses has, such as what transition terms train, is left out, or starts untrained, and is named.
+    Parts that only one of the two losses has whole, such as what transition terms train, are named and not taken up.
 
     Raises:
         UserError: sizes that are not those of the file.
     """
+    own = {n: p for n, p in model.state_dict().items() if not n.startswith(("clip.", "pooler."))}
+    saved = {name: value for name, value in load_tensors(path).items() if not name.startswith("pooler.")}
+    other = {part_of(name) for name in own.keys() ^ saved.keys()}
+    if other:
+        print(
+            f"auxiliary: stage one's loss and this one differ in {', '.join(sorted(other))}, not taken up from {path}"
+        )
     scales = {name: p for name, p in model.named_parameters() if name.startswith("logit_scales.")}
     kept = {f"logit_scales.{pair}" for pair in configured} | {n for n, p in scales.items() if not p.requires_grad}
-    weights = {
-        name: value for name, value in load_tensors(path).items() if not name.startswith("pooler.") and name not in kept
-    }
+    weights = {name: value for name, value in saved.items() if part_of(name) not in other and name not in kept}
     try:
-        missing, _ = model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit ({reason}); use stage one's horizon for head.horizon") from error
-    absent = {part_of(name) for name in missing if not name.startswith(("clip.", "pooler.")) and name not in kept}
-    if absent:
-        print(f"auxiliary: stage one's loss had no {', '.join(sorted(absent))}; they start untrained")
