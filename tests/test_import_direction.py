@@ -11,7 +11,7 @@ TYPES = {"vla.types", "vla.config"}
 ALLOWED = {
     "vla/types.py": set(),
     "vla/precision.py": set(),
-    "vla/versions.py": {"vla.precision"},
+    "vla/versions.py": {"vla.files", "vla.precision"},
     "vla/config.py": set(),
     "vla/files.py": set(),
     "vla/config_io.py": {"vla.types", "vla.files"},

@@ -1,6 +1,7 @@
 """The four commands one after the other, as a user types them, on both environments."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,24 @@ def test_a_run_in_use_is_told_from_one_of_another_configuration(align_config, tm
     monkeypatch.setattr("vla.training.align.RunFolder", held)
     with pytest.raises(FolderHeldError):
         train_align(replace(align_config, output=str(tmp_path / "run")))
+
+
+def test_beginning_anew_deletes_nothing_of_a_run_in_use(tmp_path, monkeypatch):
+    run = tmp_path / "outputs" / "align" / "debug"
+    held = "import sys; from pathlib import Path; from vla.locks import lock_folder; "
+    held += "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); input()"
+    (tmp_path / "outputs" / "data" / "debug").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", held, str(run)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FolderHeldError, match="another process is writing into it"):
+            pipeline(PipelineConfig(name="debug", fresh=True))
+        other.kill()
+    assert run.is_dir()
+    assert (tmp_path / "outputs" / "data" / "debug").is_dir()
 
 
 def test_who_began_anew_is_not_told_to_begin_anew_again(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import torch
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.files import write_json
-from vla.locks import FolderHeldError
+from vla.locks import FolderHeldError, lock_folder
 from vla.precision import multiplies_bf16
 from vla.types import UserError
 from vla.versions import versions
@@ -43,8 +43,12 @@ def pipeline(config: PipelineConfig) -> Path:
             raise UserError(
                 f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
             )
-        for folder in [*folders, parts_folder(folders[0])]:
+        there = [folder for folder in (*folders, parts_folder(folders[0])) if folder.is_dir()]
+        locks = [lock_folder(folder) for folder in there]  # all of them, before anything is deleted
+        for folder in there:
             shutil.rmtree(folder, ignore_errors=True)
+        for lock in locks:
+            lock.close()
 
     print(opening(config, data, align, policy, evaluation))
     record = folders[-1] / "pipeline.json"

@@ -1,5 +1,6 @@
 """What a result was made with."""
 
+import json
 import os
 import platform
 import shlex
@@ -7,6 +8,9 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from vla.files import write_whole
 
 PACKAGES = (
     "lerobot_policy_concord",
@@ -40,6 +44,23 @@ def versions() -> dict[str, str]:
 
     products = "with" if multiplies_bf16(torch.device("cpu")) else "without"
     return found | {"processor": f"{_processor()} {products} bfloat16", "cores": str(os.cpu_count())}
+
+
+def write_versions(path: Path) -> dict[str, Any]:
+    """Write the versions now; under `commits` all that something was begun or gone on with at, and under `before` other versions that it had.
+
+    Returns:
+        the versions now, with `commits` and `before` if there were others.
+    """
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    commits, before = old.pop("commits", []), old.pop("before", [])
+    now = versions()
+    commits = list(dict.fromkeys([*commits, now["commit"]])) if "commit" in now else commits
+    old.pop("commit", None)
+    before += [old] if old and old != {k: v for k, v in now.items() if k != "commit"} and old not in before else []
+    earlier = {"before": before} if before else {}
+    write_whole(path, json.dumps(now | {"commits": commits} | earlier, indent=1) + "\n")
+    return now | ({"commits": commits} if len(commits) > 1 else {}) | earlier
 
 
 def _git_commit() -> str | None:

@@ -247,6 +247,26 @@ def test_the_result_says_what_the_runs_were_trained_with(finished, data_root, tm
     assert protocol["trained on"] == f"AAA with bfloat16, {protocol['processor']}"
 
 
+def test_a_machine_without_the_gpu_of_the_evaluations_makes_the_report(finished, data_root, tmp_path, capsys):
+    config = gathered(finished, data_root, tmp_path / "moved")
+    compare(replace(config, eval=replace(config.eval, device="cuda:99")))
+    assert_the_same_result(finished, tmp_path / "moved", capsys.readouterr().out)
+    more = replace(config, eval=replace(config.eval, device="cuda:99"), arms=("aligned-tuned",), dry_run=True)
+    with pytest.raises(UserError, match=r"eval\.device: 'cuda:99' cannot be used"):
+        compare(more)
+
+
+def test_the_result_says_where_there_were_fewer_demonstrations_than_asked(finished, data_root, tmp_path):
+    config = gathered(finished, data_root, tmp_path / "moved")
+    path = tmp_path / "moved" / "policy" / "aligned-frozen" / "1" / "0" / "policy" / "concord.json"
+    record = json.loads(path.read_text())
+    assert set(record["episodes"].values()) == {1}
+    path.write_text(json.dumps(record | {"episodes": {"reach": 0, "pick": 1}}))
+    compare(config)
+    protocol = json.loads((tmp_path / "moved" / "comparison.json").read_text())["protocol"]
+    assert protocol["demonstrations of each task that there were"] == "0 to 1 instead of 1"
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(finished, data_root):
     config = debug(CompareConfig, "compare", output=str(finished))
     config.align.data.root = str(data_root)

@@ -158,6 +158,11 @@ def named_scenes(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index(SCENE_KEY), SCENE_KEY, column)
 
 
+def unknown_targets(table: pa.Table) -> pa.Table:
+    values = [None if row % 2 else value for row, value in enumerate(table[TARGET_KEY].to_pylist())]
+    return table.set_column(table.column_names.index(TARGET_KEY), TARGET_KEY, pa.array(values, pa.list_(pa.float32())))
+
+
 def three_coordinates(root: Path) -> None:
     """With a height."""
     path = root / "meta" / "info.json"
@@ -196,6 +201,7 @@ def two_types(root: Path) -> None:
         (lambda r: rewrite(r, second_row(SUCCESS_KEY, 0)), r"success changes within episode 0"),
         (lambda r: rewrite(r, second_row(SCENE_KEY, None)), r"file-000\.parquet: scene_id is empty in 1 rows"),
         (lambda r: rewrite(r, named_scenes), r"scene_id is string, must be an integer in every row"),
+        (lambda r: rewrite(r, unknown_targets), r"target_position does not have 2 values in every row"),
         (three_coordinates, r"target_position has shape \[3\], must be \[2\]: x and y in m"),
         (two_types, r"files whose columns differ in type"),
         (lambda r: (r / "meta" / "stats.json").unlink(), r"missing statistics"),

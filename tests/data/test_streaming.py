@@ -183,6 +183,15 @@ def test_episodes_that_are_not_listed_as_they_are_do_not_become_black(video_root
         way(read_episodes(root), 32)
 
 
+@pytest.mark.parametrize("way", [open_frames, StreamedFrames])
+def test_a_truncated_table_of_episodes_is_named(video_root, tmp_path, way):
+    root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    (path,) = root.glob("meta/episodes/*/*.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"meta/episodes/.*\.parquet: no parquet footer.*; copy it anew"):
+        way(read_episodes(root), 32)
+
+
 def test_rows_that_were_taken_out_leave_the_others_their_pictures(video_root, tmp_path):
     """As when steps without motion are dropped: frames are numbered anew, and timestamps tell where they were."""
     root = shutil.copytree(video_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))

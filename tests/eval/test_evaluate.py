@@ -133,6 +133,16 @@ def test_pictures_are_drawn_as_the_demonstrations_were(eval_config, policy_confi
     assert json.loads(line)["spec"]["image_size"] == 48
 
 
+def test_an_evaluation_that_another_version_began_says_so(eval_config):
+    output = evaluate(eval_config)
+    path = output / "versions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0"}))
+    (output / "report.html").unlink()
+    evaluate(eval_config)
+    (before,) = json.loads((output / "eval.json").read_text())["versions"]["before"]
+    assert before["torch"] == "1.0"
+
+
 def test_the_run_folder_is_told_from_the_policy_in_it(eval_config, policy_folder):
     with pytest.raises(UserError, match=r"did you mean .*policy\?"):
         evaluate(replace(eval_config, policy=str(policy_folder.parent)))

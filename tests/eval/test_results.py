@@ -7,6 +7,7 @@ import pytest
 
 from vla import cli
 from vla.config import ResultsConfig
+from vla.eval.report import Report, write_report
 from vla.eval.results import results
 from vla.types import UserError
 
@@ -71,3 +72,11 @@ def test_comparisons_alone_make_their_page(tmp_path):
     cli.results([f"--runs={tmp_path / 'runs'}", f"--docs={tmp_path / 'docs' / 'results'}"])
     assert (tmp_path / "docs" / "comparison_results.md").is_file()
     assert not (tmp_path / "docs" / "results.md").exists()
+
+
+def test_a_report_shows_markup_as_text(tmp_path):
+    text = '<script>document.title = "broken"</script>'
+    write_report(tmp_path / "report.html", Report("title", (text,), (), f"python {text}", {text: text}))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 4

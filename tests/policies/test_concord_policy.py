@@ -1,5 +1,6 @@
 """The policy folder: self-contained, strict, and deaf to nothing it is told."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import new_encoder
 from vla.policies.loading import load_chunk_policy, refuse_memory
+from vla.training.start import policy_stats
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 
 TEXTS = ["push the red star to the left", "pick up the blue cross"]
@@ -139,6 +141,15 @@ def test_remembered_words_do_not_outlive_a_move_or_other_weights(policy_folder):
     other = {name: 2 * value if "text_model" in name else value for name, value in policy.state_dict().items()}
     policy.load_state_dict(other)
     assert not torch.equal(policy.words(TEXTS)[0], before)
+
+
+def test_a_processor_step_that_names_a_class_of_its_own_is_not_run(copy, tmp_path):
+    evil = {"class": "subprocess.Popen", "config": {"args": ["touch", str(tmp_path / "ran")]}}
+    (copy / "policy_preprocessor.json").write_text(json.dumps({"name": "policy_preprocessor", "steps": [evil]}))
+    for load in (load_chunk_policy, policy_stats):
+        with pytest.raises(UserError, match=r"'subprocess\.Popen' is not a registered processor step, and is not run"):
+            load(copy)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_attention_is_a_distribution_over_the_picture_that_follows_the_words(policy_folder, observation):

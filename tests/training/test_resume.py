@@ -21,8 +21,8 @@ from vla.models.clip import tokenize
 from vla.training import align
 from vla.training.align import train_align
 from vla.training.policy import train_policy
-from vla.training.run import write_versions
 from vla.types import UserError
+from vla.versions import write_versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMES = ("triplets_per_s", "data_wait", "samples_per_s", "seconds")

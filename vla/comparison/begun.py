@@ -20,7 +20,7 @@ BEFORE = {"transfer_weight": 0.0}  # what versions without the field did with tr
 GIVEN = ("encoders", "policies")  # NAME=FOLDER each; a name keeps its folder
 GROWING = ("arms", "demonstrations", "seeds", "ablations", "output", *GIVEN)
 # Changing these changes no result.
-FREE_FIELDS = (*run.FREE_FIELDS, "dry_run", "batch_size")
+FREE_FIELDS = (*run.FREE_FIELDS, "dry_run", "batch_size", "device")
 
 
 def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool = True) -> None:

@@ -14,7 +14,7 @@ from vla.comparison.begun import check_same, check_same_data, comparable, record
 from vla.comparison.chosen import chosen_arms, numbers_of
 from vla.comparison.data import drop_caches, env_name
 from vla.comparison.estimates import with_estimates
-from vla.comparison.jobs import in_short, print_left, refuse_failed, run_jobs
+from vla.comparison.jobs import in_short, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.plan import plan_jobs
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
@@ -41,7 +41,8 @@ def compare(config: CompareConfig) -> Path | None:
     leave_the_launcher()
     folder = Path(config.output)
     config = with_precision(folder, config)
-    jobs = with_estimates(config, plan_jobs(config))
+    jobs = plan_jobs(config)
+    jobs = with_estimates(config, jobs) if needed(jobs) else jobs  # which may need a GPU or a start that is not here
     print("compare: " + in_short(jobs))
     can_see = power(config) if chosen_arms(config) else ""
     print(can_see or "policies as they are: no training seeds, no differences")
@@ -108,7 +109,11 @@ def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[s
             data = json.loads((folder / "data.json").read_text())
             result["data"] = data
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
-        protocol |= trained_with(folder) | ({"failed, and left out": ", ".join(failed)} if failed else {})
+        protocol |= (
+            fewer_than_asked(folder)
+            | trained_with(folder)
+            | ({"failed, and left out": ", ".join(failed)} if failed else {})
+        )
         result |= {
             "failed": list(failed),
             "command": command_line(),
@@ -124,6 +129,18 @@ def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[s
             print(f"  {row['arm']:28} {demonstrations(row['demonstrations']):34} {interval(row)}")
     print(f"wrote {folder / 'comparison.json'} and {report}")
     return report
+
+
+def fewer_than_asked(folder: Path) -> dict[str, str]:
+    """How many demonstrations of a task policies cloned, where that is less than the number that they are listed under."""
+    found: dict[int, set[int]] = {}
+    for path in folder.glob("policy/*/*/*/policy/concord.json"):
+        asked = int(path.parents[2].name)
+        found.setdefault(asked, set()).update(json.loads(path.read_text()).get("episodes", {}).values())
+    told = [
+        f"{min(of)} to {max(of)} instead of {asked}" for asked, of in sorted(found.items()) if of and min(of) < asked
+    ]
+    return {"demonstrations of each task that there were": ", ".join(told)} if told else {}
 
 
 def trained_with(folder: Path) -> dict[str, str]:

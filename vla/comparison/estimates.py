@@ -16,6 +16,7 @@ from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
 from vla.precision import multiplies_bf16
 from vla.training.align_setup import make_encoders
+from vla.types import UserError, first_line
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
 TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
@@ -77,7 +78,10 @@ def tower_speed(config: CompareConfig | SweepConfig, device: str) -> tuple[float
 
 def measured_speed(tower: TowerConfig, size: int, precision: str, device: torch.device) -> tuple[float, float]:
     """What `tower_speed` says, measured."""
-    clip = make_encoders(tower, size, ("a text",))[0].to(device)
+    try:
+        clip = make_encoders(tower, size, ("a text",))[0].to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"config error: eval.device: {str(device)!r} cannot be used: {first_line(error)}") from error
     pictures = torch.zeros(32, 3, size, size, device=device)
     times: list[float] = []
 

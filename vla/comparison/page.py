@@ -8,6 +8,7 @@ from vla.comparison.report import comparison_report
 from vla.comparison.sweep_report import sweep_report
 from vla.config import ResultsConfig
 from vla.eval.report import markdown
+from vla.files import write_whole
 
 HEAD = """\
 # Results of comparisons, sweeps and ablations
@@ -37,7 +38,7 @@ def comparison_page(config: ResultsConfig) -> Path | None:
         for path in sorted((Path(config.runs) / kind).glob(f"*/{file}")):
             if path.parent.name != "debug" and not (kind == "compare" and json.loads(path.read_text()).get("failed")):
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{path.parent.name}.json").write_text(path.read_text())
+                write_whole(folder / f"{path.parent.name}.json", path.read_text())
                 keep_records(path.parent, folder / f"{path.parent.name}.zip")
         found = sorted(folder.glob("*.json"))
         folders += [f"[results/{kind}/](results/{kind}/)"] if found else []
@@ -51,7 +52,7 @@ def comparison_page(config: ResultsConfig) -> Path | None:
                 parts.append(RECORDS.format(name=path.stem, link=link, kind=kind))
     if not parts:
         return None
-    page.write_text("\n".join([HEAD.format(folders=" and ".join(folders)), *parts]))
+    write_whole(page, "\n".join([HEAD.format(folders=" and ".join(folders)), *parts]))
     print(f"wrote {page} from {len(parts)} results")
     return page
 
@@ -59,7 +60,8 @@ def comparison_page(config: ResultsConfig) -> Path | None:
 def keep_records(run: Path, archive: Path) -> None:
     """Pack the small files of a finished comparison or sweep; the same files make the same archive."""
     paths = {path for pattern in RECORDED for path in run.rglob(pattern)}
-    with zipfile.ZipFile(archive, "w") as packed:
+    partial = archive.with_name(f".{archive.name}.partial")
+    with zipfile.ZipFile(partial, "w") as packed:
         for path in sorted(paths):
             name = path.relative_to(run)
             unfinished = (
@@ -68,3 +70,4 @@ def keep_records(run: Path, archive: Path) -> None:
             if not unfinished and not set(LEFT_OUT) & set(name.parts):
                 entry = zipfile.ZipInfo(name.as_posix())  # of 1980, whenever it was written
                 packed.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED, 9)
+    partial.replace(archive)

@@ -8,10 +8,11 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 
 from vla.data.episodes import Episodes, data_files
+from vla.data.validation import read_columns
 from vla.types import UserError
 
 
@@ -48,11 +49,11 @@ def videos_of(episodes: Episodes) -> tuple[list[Path], np.ndarray, np.ndarray]:
     names = ["episode_index", "length", f"{prefix}chunk_index", f"{prefix}file_index", f"{prefix}from_timestamp"]
     tables = sorted((episodes.root / "meta" / "episodes").glob("*/*.parquet"))
     position = {int(index): i for i, index in enumerate(episodes.episode_index)}
-    stamps = [pq.read_table(path, columns=["timestamp"])["timestamp"] for path in data_files(episodes.root)]
+    stamps = [columns_of(path, ["timestamp"])["timestamp"] for path in data_files(episodes.root)]
     timestamp = np.concatenate([column.to_numpy() for column in stamps]).astype(np.float64)
     file_of_row, number_of_row = (np.full(len(episodes.frame_row), -1, np.int64) for _ in range(2))
     files: dict[Path, int] = {}
-    for row in (row for table in tables for row in pq.read_table(table, columns=names).to_pylist()):
+    for row in (row for table in tables for row in columns_of(table, names).to_pylist()):
         name = info["video_path"].format(
             video_key=episodes.camera, chunk_index=row[f"{prefix}chunk_index"], file_index=row[f"{prefix}file_index"]
         )
@@ -69,6 +70,18 @@ def videos_of(episodes: Episodes) -> tuple[list[Path], np.ndarray, np.ndarray]:
             f"{episodes.root}: meta/episodes does not list the episodes of {len(unlisted)} frames; copy it anew"
         )
     return list(files), file_of_row, number_of_row
+
+
+def columns_of(path: Path, names: list[str]) -> pa.Table:
+    """Columns of a parquet file.
+
+    Raises:
+        UserError: the file is damaged or lacks one.
+    """
+    table, problem = read_columns(path, names)
+    if problem:
+        raise UserError(f"{problem}; copy it anew")
+    return table
 
 
 @contextmanager

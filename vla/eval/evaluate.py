@@ -27,7 +27,9 @@ from vla.locks import lock_folder
 from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
 from vla.types import UserError
-from vla.versions import command_line, versions
+from vla.versions import command_line, write_versions
+
+FILMED_AT_ONCE = 4
 
 
 def evaluate(config: EvalConfig) -> Path:
@@ -58,6 +60,7 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     if not begin(output, config):
         print(f"{output}: already complete")
         return output
+    made_with = write_versions(output / "versions.json")
     golden = check_golden(policy_folder, policy, config.env)
     if golden and golden.problem:
         print(f"warning: {policy_folder}: {golden.problem}")
@@ -88,7 +91,7 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
         "config": to_dict(config),
         "policy": trained,
         "golden": golden.as_dict() if golden else None,
-        "versions": versions(),
+        "versions": made_with,
     }
     write(output, result, records)
     if failures:
@@ -238,11 +241,11 @@ def film(
     specs: list[EpisodeSpec],
     folder: Path,
 ) -> list[EpisodeRecord]:
-    """Run episodes once more, with a camera; encoding takes longest, so every process gets its share."""
+    """Run episodes once more, with a camera; encoding takes longest, so every process gets its share, a few at a time: a film of them may take 90 MB."""
     return run_rollouts(
         make_policy,
         specs,
-        batch_size=max(1, min(config.batch_size, -(-len(specs) // config.workers))),
+        batch_size=max(1, min(config.batch_size, FILMED_AT_ONCE, -(-len(specs) // config.workers))),
         workers=workers,
         record_video=frozenset(range(len(specs))),
         video_folder=folder,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from vla.files import write_whole
@@ -72,7 +72,7 @@ class Report:
 
 def write_report(path: Path, report: Report) -> None:
     """Render to `path`, which appears whole."""
-    environment = Environment(loader=PackageLoader("vla.eval", "templates"), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("vla.eval", "templates"), autoescape=True)
     environment.globals.update(kind=lambda block: type(block).__name__, video_data=_video_data, svg=Markup)
     write_whole(path, environment.get_template("report.html.jinja").render(report=report))
 

@@ -12,6 +12,7 @@ import yaml
 
 from vla.config import ResultsConfig
 from vla.eval.pictures import tabletop_picture
+from vla.files import write_whole
 
 HEAD = """\
 # Results
@@ -30,21 +31,21 @@ def results(config: ResultsConfig) -> Path | None:
         name = "-".join(path.relative_to(Path(config.runs) / "eval").parent.parts)
         if "debug" not in name:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(take_up(path), indent=1) + "\n")
+            write_whole(folder / f"{name}.json", json.dumps(take_up(path), indent=1) + "\n")
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not records:
         return None
     for name, taken in (("bench", bench_file(Path(config.runs))), ("towers", towers(Path(config.runs)))):
         if taken:
             (folder / name).mkdir(exist_ok=True)
-            (folder / name / f"{name}.json").write_text(json.dumps(taken, indent=1) + "\n")
+            write_whole(folder / name / f"{name}.json", json.dumps(taken, indent=1) + "\n")
     page = folder.with_suffix(".md")
     parts = [HEAD, overview(records), *(section(name, r) for name, r in records.items())]
     for name, of_file in (("bench", bench_section), ("towers", towers_section)):
         path = folder / name / f"{name}.json"
         if path.is_file():
             parts.append(of_file(json.loads(path.read_text())))
-    page.write_text("\n".join(parts))
+    write_whole(page, "\n".join(parts))
     picture = tabletop_picture(folder.parent / "pictures" / "tabletop.png")
     print(f"wrote {page} from {len(records)} results, and {picture}")
     return page

@@ -129,7 +129,10 @@ def run_rollouts(
         if workers is not None:
             _take(workers.map(_run_in_worker, arguments), done, journal, bar, started)
         elif groups:
-            _take(map(_run_group, [make_policy()] * len(groups), arguments), done, journal, bar, started)
+            try:
+                _take(map(_run_group, [make_policy()] * len(groups), arguments), done, journal, bar, started)
+            finally:  # simulators take some 100 MB each; workers end with theirs
+                close_environments()
     return [done[i] for i in range(len(specs))]
 
 
@@ -214,15 +217,20 @@ def _construction(spec: EpisodeSpec) -> tuple:
     return spec.env, spec.tasks, spec.split, spec.level, spec.image_size
 
 
+def close_environments(but: tuple | None = None) -> None:
+    """Close the environments that this process keeps, but for those of one construction."""
+    for key in [key for key in _environments if key != but]:
+        for env in _environments.pop(key):
+            env.close()
+
+
 def _environments_for(specs: Sequence[EpisodeSpec]) -> list[gym.Env]:
     """An environment for each of a batch's episodes, which are of one construction; those of other constructions are closed.
 
     They are kept between batches, and each goes on with its task where it can: Meta-World builds every other one anew.
     """
     first, key = specs[0], _construction(specs[0])
-    for other in [k for k in _environments if k != key]:
-        for env in _environments.pop(other):
-            env.close()
+    close_environments(but=key)
     pool = _environments.setdefault(key, [])
     while len(pool) < len(specs):
         pool.append(

@@ -39,7 +39,7 @@ from vla.types import (
     TARGET_KEY,
     UserError,
 )
-from vla.versions import versions
+from vla.versions import write_versions
 
 SHARD_EPISODES = 100
 
@@ -85,6 +85,7 @@ def collect(config: CollectConfig) -> Path:
     parts = parts_folder(root)
     lock = lock_folder(parts)
     check_same_plan(parts, wanted)
+    made_with = write_versions(parts / "versions.json")
     todo = [number for number in range(len(shards)) if not shard_path(parts, number).with_suffix(".json").is_file()]
     total = sum(len(shard) for shard in shards)
     print(f"collect: {total} episodes of {config.env.name} with {config.workers} processes into {root}")
@@ -101,7 +102,7 @@ def collect(config: CollectConfig) -> Path:
                         bar.update(done)
     except RenderingError as error:
         raise UserError(f"{config.env.name}: {error}") from error
-    merge(config, tasks, parts, len(shards), root, wanted)
+    merge(config, tasks, parts, len(shards), root, wanted, made_with)
     shutil.rmtree(parts)
     lock.close()
     print(summary(root))
@@ -323,8 +324,10 @@ def spread_goals(goals, seed: int) -> list[str]:
     return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
 
 
-def merge(config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int, root: Path, wanted: dict) -> None:
-    """Join the shards, number the goals, and move the finished data set into place."""
+def merge(
+    config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int, root: Path, wanted: dict, made_with: dict
+) -> None:
+    """Join the shards, number the goals, and move the finished data set, `made_with` these versions, into place."""
     shards = [shard_path(parts, number) for number in range(count)]
     markers = [json.loads(shard.with_suffix(".json").read_text()) for shard in shards]
     episodes = [episode for marker in markers for episode in marker["episodes"]]
@@ -342,7 +345,7 @@ def merge(config: CollectConfig, tasks: tuple[str, ...], parts: Path, count: int
         "task_of_goal": {episode["goal"]: episode["task"] for episode in episodes},
         "goals": goals,
         "config": wanted,
-        "versions": versions(),
+        "versions": made_with,
     }
     (joined / "meta" / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in joined.rglob("*"):

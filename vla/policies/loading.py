@@ -1,5 +1,6 @@
 """A LeRobot policy folder as something that rollouts can drive."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,14 @@ from draccus.utils import DecodingError
 from einops import rearrange
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError
 
 import vla.policies.concord  # noqa: F401 - registers the policy type
 from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 
 # What transformers, LeRobot and safetensors raise for a folder that is damaged, or that another program or version wrote.
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
 
 
 class LeRobotChunkPolicy:
@@ -68,9 +70,7 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         if hasattr(config, "pretrained_backbone_weights"):
             config.pretrained_backbone_weights = None  # a download that the folder's own weights would overwrite
         policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
-        preprocess, postprocess = make_pre_post_processors(
-            config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device}}
-        )
+        preprocess, postprocess = load_processors(folder, config, device)
     except LOAD_ERRORS as error:
         raise UserError(f"{folder}: cannot load the policy: {first_line(error)}") from error
     if STATE_KEY in (getattr(policy, "_queues", None) or {}):
@@ -82,6 +82,21 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         raise UserError(f"{folder}: the policy reads cameras {cameras}; the environments have one")
     policy.eval()
     return LeRobotChunkPolicy(policy, preprocess, postprocess, cameras[0])
+
+
+def load_processors(folder: Path, config: PreTrainedConfig, device: str):
+    """The pre- and postprocessor in a policy folder, made of steps that LeRobot registers: it would import and call any class that a file names.
+
+    Raises:
+        UserError: a step that is not registered. Also what LeRobot raises for damaged files.
+    """
+    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
+        path = folder / f"{name}.json"
+        for step in json.loads(path.read_text())["steps"] if path.is_file() else ():
+            if "registry_name" not in step:
+                raise UserError(f"{path}: {step.get('class')!r} is not a registered processor step, and is not run")
+    here = {"device_processor": {"device": device}}
+    return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=here)
 
 
 def refuse_memory(folder: Path, config: PreTrainedConfig) -> None:

@@ -281,7 +281,7 @@ def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dic
     from vla.policies.loading import load_chunk_policy
 
     specs = rollout_specs(config, episodes)
-    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=len(specs))
+    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=min(32, len(specs)))
     successes = sum(record.success for record in records)
     low, high = wilson(successes, len(records))
     return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}

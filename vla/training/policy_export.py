@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor
 
 from vla.config import PolicyTrainConfig
-from vla.data.episodes import Episodes
+from vla.data.episodes import Episodes, task_of_episode
 from vla.data.normalization import NormStats
 from vla.eval.golden import drawn_at, write_golden
 from vla.models.clip import load_clip, resize_positions
@@ -164,6 +165,7 @@ def export(
     record = {
         "env": extra.get("env"),
         "tasks": extra.get("tasks", []),
+        "episodes": dict(sorted(Counter(task_of_episode(episodes)[positions].tolist()).items())),
         "drawn_at": drawn_at(episodes, config.data.image_size),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,

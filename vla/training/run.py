@@ -16,7 +16,7 @@ from vla.locks import lock_folder
 from vla.precision import chosen_precision
 from vla.training.checkpoint import latest_checkpoint
 from vla.types import UserError
-from vla.versions import command_line, versions
+from vla.versions import command_line, write_versions
 
 # Changing these does not change what a run computes; `chunk` changes nothing but rounding and what dropout draws.
 FREE_FIELDS = (
@@ -115,17 +115,6 @@ def begun_precision(folder: Path, wanted: str, end: str) -> str:
     if wanted == "auto" and there and path.is_file():
         wanted = read_yaml(path)["precision"]
     return chosen_precision(wanted)
-
-
-def write_versions(path: Path) -> None:
-    """The versions now; under `commits` all that a run was begun or resumed at, and under `before` other versions that it had."""
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    commits, before = old.pop("commits", []), old.pop("before", [])
-    now = versions()
-    commits = list(dict.fromkeys([*commits, now["commit"]])) if "commit" in now else commits
-    old.pop("commit", None)
-    before += [old] if old and old != {k: v for k, v in now.items() if k != "commit"} and old not in before else []
-    write_whole(path, json.dumps(now | {"commits": commits} | ({"before": before} if before else {}), indent=1) + "\n")
 
 
 def _step_of(line: str) -> int:

@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
-from lerobot.policies.factory import make_pre_post_processors
 
 from vla.config import HeadConfig, LossConfig, PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordConfig, ConcordPolicy
-from vla.policies.loading import LOAD_ERRORS
+from vla.policies.loading import LOAD_ERRORS, load_processors
 from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
 from vla.training.checkpoint import load_tensors
@@ -114,10 +113,9 @@ def policy_stats(folder: Path) -> dict[str, NormStats]:
     Raises:
         UserError: files missing or damaged.
     """
-    here = {"device_processor": {"device": "cpu"}}  # not that of the machine that trained it
     try:
         config = PreTrainedConfig.from_pretrained(folder)
-        before, _ = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=here)
+        before, _ = load_processors(folder, config, "cpu")  # not that of the machine that trained it
         (stats,) = (step.stats for step in before.steps if getattr(step, "stats", None))
     except LOAD_ERRORS as error:
         raise UserError(f"config error: start: {folder}: no statistics in it: {first_line(error)}") from error
