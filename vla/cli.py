@@ -158,8 +158,7 @@ def run(verb: str, argv: list[str] | None = None) -> int:
     """Run a verb and turn what users can mend into one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     as_json, first = "--json" in argv, os.environ.get("RANK", "0") == "0"
-    fresh = any(argument.startswith("--fresh") and argument != "--fresh=false" for argument in argv)
-    again = "run the same command again (" + ("without --fresh)" if fresh else "training: with --resume=true)")
+    again = "run the same command again (training: with --resume=true; pipeline: without --fresh)"
     argv = [argument for argument in argv if argument != "--json"]
     try:
         with stdout_to_stderr() if as_json else nullcontext():

@@ -43,10 +43,10 @@ def pipeline(config: PipelineConfig) -> Path:
             raise UserError(
                 f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
             )
-        there = [folder for folder in (*folders, parts_folder(folders[0])) if folder.is_dir()]
-        locks = [lock_folder(folder) for folder in there]  # all of them, before anything is deleted
-        for folder in there:
-            shutil.rmtree(folder, ignore_errors=True)
+        held = [folder for folder in (*folders[1:], parts_folder(folders[0])) if folder.is_dir()]
+        locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
+        for folder in (folders[0], *held):
+            shutil.rmtree(folder.resolve(), ignore_errors=True)
         for lock in locks:
             lock.close()
 

@@ -63,6 +63,14 @@ def write_versions(path: Path) -> dict[str, Any]:
     return now | ({"commits": commits} if len(commits) > 1 else {}) | earlier
 
 
+def told(record: dict[str, Any]) -> dict[str, str]:
+    """What `write_versions` gives as lines of a table: all commits, and how earlier versions differed."""
+    now = {name: value for name, value in record.items() if name not in ("commits", "before")}
+    every = {"commit": ", then ".join(record["commits"])} if "commits" in record else {}
+    earlier = [", ".join(f"{k} {v}" for k, v in old.items() if now.get(k) != v) for old in record.get("before", [])]
+    return now | every | ({"begun with": "; ".join(earlier)} if earlier else {})
+
+
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():

@@ -141,6 +141,7 @@ def test_an_evaluation_that_another_version_began_says_so(eval_config):
     evaluate(eval_config)
     (before,) = json.loads((output / "eval.json").read_text())["versions"]["before"]
     assert before["torch"] == "1.0"
+    assert "torch 1.0" in (output / "report.html").read_text()
 
 
 def test_the_run_folder_is_told_from_the_policy_in_it(eval_config, policy_folder):

@@ -10,12 +10,13 @@ import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.factory import get_policy_class
+from lerobot.policies.gaussian_actor.configuration_gaussian_actor import GaussianActorConfig
 from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from safetensors.torch import load_file, save_file
 
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import new_encoder
-from vla.policies.loading import load_chunk_policy, refuse_memory
+from vla.policies.loading import load_chunk_policy, refuse_foreign_code, refuse_memory
 from vla.training.start import policy_stats
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 
@@ -145,11 +146,25 @@ def test_remembered_words_do_not_outlive_a_move_or_other_weights(policy_folder):
 
 def test_a_processor_step_that_names_a_class_of_its_own_is_not_run(copy, tmp_path):
     evil = {"class": "subprocess.Popen", "config": {"args": ["touch", str(tmp_path / "ran")]}}
-    (copy / "policy_preprocessor.json").write_text(json.dumps({"name": "policy_preprocessor", "steps": [evil]}))
-    for load in (load_chunk_policy, policy_stats):
-        with pytest.raises(UserError, match=r"'subprocess\.Popen' is not a registered processor step, and is not run"):
-            load(copy)
+    trusting = {"registry_name": "action_tokenizer_processor", "config": {"action_tokenizer_name": str(tmp_path)}}
+    for step, name in ((evil, r"subprocess\.Popen"), (trusting, "action_tokenizer_processor")):
+        (copy / "policy_preprocessor.json").write_text(json.dumps({"name": "policy_preprocessor", "steps": [step]}))
+        for load in (load_chunk_policy, policy_stats):
+            with pytest.raises(UserError, match=f"the step '{name}' runs code from elsewhere; it is not loaded"):
+                load(copy)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_policy_that_runs_code_of_a_repository_it_names_is_not_loaded(policy_folder):
+    with pytest.raises(UserError, match="a gaussian_actor policy runs code of the repositories that it names"):
+        refuse_foreign_code(policy_folder, GaussianActorConfig())
+
+
+def test_a_damaged_processor_is_named_in_one_line(copy):
+    for damaged in ('{"steps": ["normalizer_processor"]}', "{}", "[]", "{"):
+        (copy / "policy_preprocessor.json").write_text(damaged)
+        with pytest.raises(UserError, match="cannot load the policy"):
+            load_chunk_policy(copy)
 
 
 def test_attention_is_a_distribution_over_the_picture_that_follows_the_words(policy_folder, observation):

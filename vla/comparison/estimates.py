@@ -27,6 +27,11 @@ DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     """Seconds of each stage with a frozen encoder, by the first word of the job's name; "tuned step" is of a fine-tuned one."""
     forward, training = tower_speed(config, "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=config.eval.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = config.eval.device
+        raise UserError(f"config error: eval.device: {device!r} cannot be used: {first_line(error)}") from error
     acting, _ = tower_speed(config, config.eval.device)
     batch, policy = config.align.batch, config.policy
     env = env_name(config)
@@ -78,10 +83,7 @@ def tower_speed(config: CompareConfig | SweepConfig, device: str) -> tuple[float
 
 def measured_speed(tower: TowerConfig, size: int, precision: str, device: torch.device) -> tuple[float, float]:
     """What `tower_speed` says, measured."""
-    try:
-        clip = make_encoders(tower, size, ("a text",))[0].to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"config error: eval.device: {str(device)!r} cannot be used: {first_line(error)}") from error
+    clip = make_encoders(tower, size, ("a text",))[0].to(device)
     pictures = torch.zeros(32, 3, size, size, device=device)
     times: list[float] = []
 

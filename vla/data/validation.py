@@ -129,10 +129,12 @@ def problems_of_rows(path: Path, table: pa.Table, features: dict) -> list[str]:
     shape = features.get(TARGET_KEY, {}).get("shape", [2])
     if TARGET_KEY in table.column_names and list(shape) != [2]:
         problems.append(f"{path}: {TARGET_KEY} has shape {shape}, must be [2]: x and y in m")
-    vectors = [key for key in NUMERIC if key in features] + [TARGET_KEY] * (TARGET_KEY in table.column_names)
+    vectors = [key for key in NUMERIC if key in features] + [TARGET_KEY] * (
+        TARGET_KEY in features and TARGET_KEY in table.column_names
+    )
     for key in vectors:
         column = table[key].combine_chunks()
-        size = int(np.prod(features.get(key, {}).get("shape", [2])))
+        size = int(np.prod(features[key]["shape"]))
         values = column.flatten() if pa.types.is_nested(column.type) else column
         if len(values) != size * len(table):
             problems.append(f"{path}: {key} does not have {size} values in every row, as meta/info.json declares")

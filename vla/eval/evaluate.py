@@ -182,7 +182,8 @@ def begin(output: Path, config: EvalConfig) -> bool:
     """
     weights = Path(config.policy) / WEIGHTS
     comparable, usual = (
-        {k: v for k, v in to_dict(c).items() if k not in ("workers", "batch_size")} for c in (config, EvalConfig())
+        {k: v for k, v in to_dict(c).items() if k not in ("workers", "batch_size", "device")}
+        for c in (config, EvalConfig())
     )
     stamp = {"config": comparable, "weights": [weights.stat().st_size, weights.stat().st_mtime_ns]}
     path = output / "begun.json"

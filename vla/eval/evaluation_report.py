@@ -5,6 +5,7 @@ from typing import Any
 
 from vla.eval.report import Figure, Report, Section, Table, Video, figure, line_style, with_interval
 from vla.eval.rollouts import EpisodeRecord
+from vla.versions import told
 
 SPLIT_TEXTS = {
     "paraphrase": "new wordings of known words (level 1 the verb's part, level 2 the object's)",
@@ -204,4 +205,4 @@ def protocol(result: dict[str, Any]) -> dict[str, str]:
         "seeds": f"{config['seed']} and up, the same in every split",
         "policy": config["policy"],
         "wall time": f"{result['wall_time_s']} s",
-    } | result["versions"]
+    } | told(result["versions"])

@@ -13,6 +13,7 @@ import yaml
 from vla.config import ResultsConfig
 from vla.eval.pictures import tabletop_picture
 from vla.files import write_whole
+from vla.versions import told
 
 HEAD = """\
 # Results
@@ -123,7 +124,7 @@ def section(name: str, r: dict[str, Any]) -> str:
         f"`{r['command']}`, first seed {r['config']['seed']}; encoder `{encoder}`"
         f" ({tuned}), {policy.get('steps', '-')} steps, "
         f"training seed {policy.get('seed', '-')}. {versions['processor']}, {versions['cores']} cores, "
-        f"torch {versions['torch']}, lerobot {versions['lerobot']}, commit {versions.get('commit', 'unknown')}.\n",
+        f"torch {versions['torch']}, lerobot {versions['lerobot']}, commit {told(versions).get('commit', 'unknown')}.\n",
     ]
     if "seconds" in r:
         waits = {k: f"{100 * v:.1f} %" for k, v in r.get("data_wait", {}).items()}

@@ -19,6 +19,11 @@ from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
 
 
+# Of LeRobot 0.6, what trusts the code of a repository that its configuration names. Steps that it does not register run any class.
+FOREIGN_TYPES = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
+FOREIGN_STEPS = ("action_tokenizer_processor", "groot_n1_7_vlm_encode_v1")
+
+
 class LeRobotChunkPolicy:
     """Drives a LeRobot policy through `predict_action_chunk`, with its own pre- and post-processing."""
 
@@ -66,6 +71,7 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
     try:
         config = PreTrainedConfig.from_pretrained(folder)
         refuse_memory(folder, config)
+        refuse_foreign_code(folder, config)
         config.device = device
         if hasattr(config, "pretrained_backbone_weights"):
             config.pretrained_backbone_weights = None  # a download that the folder's own weights would overwrite
@@ -85,18 +91,34 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
 
 
 def load_processors(folder: Path, config: PreTrainedConfig, device: str):
-    """The pre- and postprocessor in a policy folder, made of steps that LeRobot registers: it would import and call any class that a file names.
+    """The pre- and postprocessor in a policy folder.
 
     Raises:
-        UserError: a step that is not registered. Also what LeRobot raises for damaged files.
+        UserError: one that runs code from elsewhere. Also what LeRobot raises for damaged files.
     """
-    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
-        path = folder / f"{name}.json"
-        for step in json.loads(path.read_text())["steps"] if path.is_file() else ():
-            if "registry_name" not in step:
-                raise UserError(f"{path}: {step.get('class')!r} is not a registered processor step, and is not run")
+    refuse_foreign_code(folder, config)
     here = {"device_processor": {"device": device}}
     return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=here)
+
+
+def refuse_foreign_code(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse what LeRobot would import or download and run because a file of the folder says so.
+
+    Raises:
+        UserError: names the policy type or the processor step.
+    """
+    if config.type in FOREIGN_TYPES:
+        raise UserError(
+            f"{folder}: a {config.type} policy runs code of the repositories that it names; it is not loaded"
+        )
+    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
+        path = folder / f"{name}.json"
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        steps = content.get("steps") if isinstance(content, dict) else None
+        for step in steps if isinstance(steps, list) else ():  # what is malformed LeRobot refuses
+            if isinstance(step, dict) and ("registry_name" not in step or step["registry_name"] in FOREIGN_STEPS):
+                what = step.get("registry_name", step.get("class"))
+                raise UserError(f"{path}: the step {what!r} runs code from elsewhere; it is not loaded")
 
 
 def refuse_memory(folder: Path, config: PreTrainedConfig) -> None:

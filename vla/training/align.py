@@ -173,11 +173,11 @@ def train_align(config: AlignConfig) -> Path:
             batch.frames.load(processes.shares(len(batch.frames))[processes.rank])
         return batch
 
-    def keep(done: int, metrics: dict[str, float | str] | None, saves: bool) -> None:
+    def keep(done: int, batch: TripletBatch, metrics: dict[str, float | list[str]] | None, saves: bool) -> None:
         if not run.writes:
             return
         if metrics:
-            run.log(done, metrics)
+            run.log(done, metrics | {"samples": digest(batch)})
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
             measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
             run.log(done, {f"validation/{key}": value for key, value in measured.items()})
@@ -237,12 +237,12 @@ def train_align(config: AlignConfig) -> Path:
             found = [*at_chance(metrics), *absent] if settled else []
             stuck = [term for term in found if term not in warned]
             warned += stuck
-            logged = metrics | {"samples": digest(batch)} | ({STUCK: stuck} if stuck else {})
+            logged = metrics | ({STUCK: stuck} if stuck else {})
             if run.writes and stuck:
                 bar.write(alarm(done, stuck))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
             window.clear()
-        together(accelerator, partial(keep, done, logged, saves))  # in every step: machines may save at others
+        together(accelerator, partial(keep, done, batch, logged, saves))  # in every step: machines may save at others
         asked = time.perf_counter()
     bar.close()
 

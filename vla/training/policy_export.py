@@ -165,7 +165,7 @@ def export(
     record = {
         "env": extra.get("env"),
         "tasks": extra.get("tasks", []),
-        "episodes": dict(sorted(Counter(task_of_episode(episodes)[positions].tolist()).items())),
+        "episodes": of_tasks(episodes, positions),
         "drawn_at": drawn_at(episodes, config.data.image_size),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,
@@ -185,6 +185,12 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
     return folder
+
+
+def of_tasks(episodes: Episodes, positions: np.ndarray) -> dict[str, int]:
+    """How many of the episodes at `positions` are of each task of their data set, also of a task that none is of."""
+    names = (episodes.extra or {}).get("tasks", ())
+    return {**dict.fromkeys(sorted(names), 0), **Counter(task_of_episode(episodes)[positions].tolist())}
 
 
 def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
