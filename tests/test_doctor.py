@@ -2,6 +2,8 @@
 
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from envs.tabletop.env import TabletopEnv
@@ -23,6 +25,17 @@ def lines_of(root, capsys) -> str:
 
 def test_a_whole_data_set_has_no_note(data_root, capsys):
     assert f"ok    data           {data_root}: 24 episodes" in lines_of(data_root, capsys)
+
+
+def test_actions_in_units_too_large_for_them_are_noted(data_root, tmp_path, capsys):
+    metres = shutil.copytree(data_root, tmp_path / "metres", ignore=shutil.ignore_patterns(".concord"))
+    (path,) = metres.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    actions = [[0.002 * action[0], *action[1:]] for action in table[ACTION_KEY].to_pylist()]
+    column = pa.array(actions, table[ACTION_KEY].type)
+    pq.write_table(table.set_column(table.column_names.index(ACTION_KEY), ACTION_KEY, column), path)
+    assert "action 0: from q01 to q99 less than 0.01, so hardly learned" in lines_of(metres, capsys)
+    assert "hardly learned" not in lines_of(data_root, capsys)
 
 
 def test_pictures_and_captions_are_noted_with_what_they_feed(data_root, tmp_path, capsys):

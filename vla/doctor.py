@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from vla.config import DoctorConfig
-from vla.types import UserError, first_line
+from vla.types import RANGE_FLOOR, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def data_checks(root: Path, camera: str | None) -> Iterator[Check]:
         yield Check("data", str(root), problem)
     if not damaged:
         yield Check("data", described(episodes), lacking(episodes), optional=True)
+        if problem := narrow(episodes):
+            yield Check("units", "fine movements", problem, optional=True)
         yield from replay_checks(episodes)
 
 
@@ -176,6 +179,23 @@ def described(episodes) -> str:
         f"{episodes.root}: {len(told)} episodes, {len(episodes.frame_row)} frames, "
         f"{len(set(episodes.goal_id[told].tolist()))} goals{succeeded}"
     )
+
+
+def narrow(episodes) -> str:
+    """Which actions and states vary too little in their units to be normalised to -1..1; empty if none does."""
+    from vla.data.normalization import compute_norm_stats
+
+    found = []
+    for name in ("action", "state"):
+        values = getattr(episodes, name)
+        values = values[np.isfinite(values).all(1)]
+        if values.size:
+            stats = compute_norm_stats(values)
+            moves = (stats.q99 - stats.q01 < 1.001 * RANGE_FLOOR) & (stats.max > stats.min)
+            found += [f"{name} {dimension}" for dimension in np.flatnonzero(moves)]
+    if not found:
+        return ""
+    return f"{', '.join(found)}: from q01 to q99 less than {RANGE_FLOOR}, so hardly learned; convert the units, metres to millimetres, say"
 
 
 def lacking(episodes) -> str:

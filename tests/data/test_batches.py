@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vla.data.batches import TripletSource
+from vla.data.augmentation import Augmenter
+from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
 from vla.data.normalization import Normalizers, compute_norm_stats
+from vla.data.sampler import GoalSampler
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +81,32 @@ def test_shuffled_instructions_are_shuffled_in_what_scenes_are_asked_too(source)
     batch = source.gather(episodes.start[:-1], shuffled)
     expected = zip(episodes.scene_id.tolist(), episodes.goal_id[shuffled].tolist(), strict=True)
     assert {tuple(pair) for pair in batch.asked_in.tolist()} == {pair for pair in expected if min(pair) >= 0}
+    assert batch.goal_id.tolist() == episodes.goal_id[shuffled][batch.episode_id].tolist()
 
 
 def test_progress_is_the_share_of_the_episode_that_has_passed(source):
     first, stop = source.episodes.start[1:3]
     expected = np.arange(1, stop - first + 1) / (stop - first)
     np.testing.assert_allclose(source.gather(np.arange(first, stop)).progress, expected, rtol=1e-6)
+
+
+def test_training_pictures_are_augmented_anew_in_every_step(source):
+    episodes, shifts = source.episodes, []
+    settings = {"goals": 4, "episodes": 1, "frames": 2, "gap": 3, "same_scene": 0.5, "seed": 0}
+    every = np.arange(len(episodes.goal_id))
+    sampler = GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, every, **settings)
+    for step in (0, 1):
+        changes = {"augmenter": Augmenter(4, 0.2), "text_of_episode": None, "shuffle_actions": False}
+        batch = training_batch(source, sampler, step, **changes)
+        assert (batch.frames[:] != source.gather(sampler.rows(step)).frames[:]).any()
+        shifts.append(batch.frames.augmentation.shifts[:4])
+    assert not np.array_equal(*shifts)
+
+
+def test_units_of_states_and_actions_do_not_matter(source):
+    episodes, rows = source.episodes, np.arange(0, len(source.episodes.state), 7)
+    other = replace(episodes, action=3 * episodes.action + 1, state=3 * episodes.state + 1)
+    stats = Normalizers(compute_norm_stats(other.action), compute_norm_stats(other.state))
+    plain, changed = source.gather(rows), TripletSource(other, source.frames, stats, horizon=4).gather(rows)
+    np.testing.assert_allclose(changed.action_chunk, plain.action_chunk, atol=1e-4)
+    np.testing.assert_allclose(changed.state, plain.state, atol=1e-4)

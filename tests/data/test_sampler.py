@@ -120,3 +120,11 @@ def test_episodes_without_an_instruction_have_their_share_of_a_batch_and_no_more
     for step in range(5):
         drawn = np.unique(np.searchsorted(start, mixed.rows(step), side="right") - 1)
         assert np.bincount(goals[drawn] + 1).tolist() == [16] * 6
+
+
+def test_no_episode_of_a_goal_is_in_every_batch():
+    settings = {"goals": 8, "episodes": 1, "frames": 1, "gap": 3, "same_scene": 0.0, "seed": 0}
+    start, every = np.arange(0, 31 * 20, 20), np.arange(30)
+    drawn = GoalSampler(start, np.zeros(30, int), np.full(30, -1), every, **settings)
+    counts = np.bincount(np.concatenate([drawn.rows(step) for step in range(60)]) // 20, minlength=30)
+    assert counts.max() < 40  # 16 on average

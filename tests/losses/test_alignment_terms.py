@@ -282,3 +282,9 @@ def test_an_episode_of_no_known_scene_is_one_by_itself():
     ids = torch.tensor([0, 1, 2, 3])
     health = batch_health(ids, ids, torch.tensor([5, 5, -1, -1]), torch.tensor([0, 1, 2, 3]), torch.zeros(4))
     assert health["distinct_scenes"] == 3
+
+
+def test_a_chunk_at_a_rest_that_is_not_zero_is_idle():
+    rest = torch.tensor([0.0, -1.0])
+    chunk = torch.stack([rest.expand(3, 2), torch.zeros(3, 2)])
+    assert idle_chunks(chunk, torch.zeros(2, 3, dtype=torch.bool), rest).tolist() == [True, False]

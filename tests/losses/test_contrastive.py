@@ -176,3 +176,8 @@ def test_the_sigmoid_loss_of_a_constant_answer_is_its_chance_level():
     vectors = torch.zeros(2, 3), torch.zeros(4, 3)
     bias = torch.tensor(1 / 3).log()  # a probability of 1 / 4
     torch.testing.assert_close(sigmoid_loss(*vectors, SCALE.float(), bias, positives), sigmoid_chance(positives))
+
+
+def test_soft_targets_fall_with_the_distance_in_units_of_beta():
+    expected = torch.tensor([[0.0, -2.0]]).softmax(1)
+    torch.testing.assert_close(soft_targets(torch.tensor([[0.0, 0.1]]), 0.05), expected)

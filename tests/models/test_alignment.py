@@ -82,3 +82,14 @@ def test_the_words_get_a_share_of_the_context_gradient(model):
         return torch.autograd.grad(embeds.context[:, 0].sum(), table)[0]
 
     torch.testing.assert_close(gradient(0.1), 0.1 * gradient(1.0))
+
+
+def test_padding_of_the_texts_changes_no_context(model):
+    model, (ids, mask) = model
+    index, pad = torch.arange(3), torch.nn.functional.pad
+    rest = (torch.randn(3, 3, 24, 24), index, index, torch.randn(3, 4, 3), torch.zeros(3, 4, dtype=torch.bool), None)
+    short, long = (
+        model.rows(model.texts(tokens, kept), kept, *rest).context
+        for tokens, kept in ((ids, mask), (pad(ids, (0, 4)), pad(mask, (0, 4))))
+    )
+    torch.testing.assert_close(long, short, atol=1e-5, rtol=1e-4)

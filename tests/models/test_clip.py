@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -33,6 +34,7 @@ from vla.models.clip import (
     patch_tokens,
     pixel_values,
     resize_positions,
+    resized_grid,
     save_clip,
     sdpa_or_matmul,
     text_features,
@@ -104,6 +106,20 @@ def test_the_saved_processor_prepares_pictures_and_texts_as_training_does(saved,
     )
     torch.testing.assert_close(processed["pixel_values"], pixel_values(frames[:2]), atol=1e-5, rtol=1e-5)
     assert torch.equal(processed["input_ids"], tokenize(tokenizer, TEXTS)[0])
+
+
+def test_the_saved_processor_resizes_as_training_does(saved):
+    folder, *_ = saved
+    camera = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    side = processor.size["height"]
+    expected = pixel_values(torch.from_numpy(resize(camera, side))[None])
+    for image in (Image.fromarray(camera), camera):
+        processed = processor(images=[image], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(processed, expected, atol=1.5 / 255 / 0.224, rtol=0)  # 8-bit rounding
+    floats = torch.from_numpy(camera).permute(2, 0, 1) / 255  # as LeRobot gives them
+    processed = processor(images=[floats], do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(processed, expected, atol=1.5 / 255 / 0.224, rtol=0)
 
 
 def test_the_image_processor_is_where_older_transformers_look_for_it(saved, frames):
@@ -356,3 +372,12 @@ def test_attention_drops_weights_in_any_precision(dtype):
         sdpa_or_matmul(torch.nn.Module(), query, query, query, None, 0.5, dropout=p)[0] for p in (0.0, 0.5)
     )
     assert not torch.allclose(plain, dropped)
+
+
+def test_resized_positions_keep_rows_and_columns():
+    ramp = torch.arange(4.0).repeat_interleave(4)[:, None]
+    resized = resized_grid(torch.cat([torch.full((1, 1), 9.0), ramp]), 4, 8)
+    grid = resized[1:, 0].view(8, 8)
+    assert resized[0] == 9
+    assert grid[0, 0] < grid[7, 0]
+    torch.testing.assert_close(grid, grid[:, :1].expand(-1, 8))

@@ -15,10 +15,13 @@ from tests.conftest import without
 from vla.cli import given, run
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.config_io import load_config
+from vla.data.episodes import read_episodes, split_episodes
+from vla.eval import alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
 from vla.training.align import at_chance, train_align
 from vla.training.align_setup import pair_temperatures, shuffled_labels
+from vla.training.optim import schedule
 from vla.training.unused import unused_options
 from vla.types import SCENE_KEY, UserError
 
@@ -338,3 +341,20 @@ def test_data_without_scenes_is_told_that_it_brings_no_hard_negatives(align_conf
     root = without(data_root, tmp_path / "data", SCENE_KEY)
     train_align(replace(config, data=replace(config.data, root=str(root)), output=str(tmp_path / "run")))
     assert said in capsys.readouterr().out
+
+
+def test_the_rate_of_a_run_follows_the_schedule(encoder, align_config):
+    lines = map(json.loads, (encoder.parent / "metrics.jsonl").read_text().splitlines())
+    optimizer, steps = align_config.optimizer, align_config.steps
+    expected = [optimizer.lr * schedule(step, steps, optimizer.warmup) for step in range(steps)]
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx(expected)
+
+
+def test_measures_are_of_held_out_episodes_and_probes_fitted_on_others(align_config, tmp_path, monkeypatch):
+    found, probes = [], alignment.probe_measures
+    monkeypatch.setattr(alignment, "probe_measures", lambda *given: found.append(given) or probes(*given))
+    train_align(replace(align_config, steps=1, eval_every=0, output=str(tmp_path / "run")))
+    _, expected = split_episodes(read_episodes(align_config.data.root), align_config.data.holdout, align_config.seed)
+    ((seen, held_out, _),) = found
+    assert set(held_out.batch.episode_id.tolist()) == set(expected.tolist())
+    assert not set(seen.batch.episode_id.tolist()) & set(expected.tolist())

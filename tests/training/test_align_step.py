@@ -534,3 +534,12 @@ def test_ragged_shares_in_reduced_precision_cross_processes(many):
 
 if __name__ == "__main__":
     one_of_many(int(sys.argv[3]), int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_a_batch_uses_what_is_asked_elsewhere_and_progress():
+    batch = make_batch(*make_model()[1])
+    elsewhere = replace(batch, asked_in=torch.tensor([[2, 0]]))  # image 4's scene, asked goal 1 here
+    assert batch.pairs.decided(slice(None))[4].tolist() == [True, True, True]
+    assert elsewhere.pairs.decided(slice(None))[4].tolist() == [False, True, True]
+    even = replace(batch, ids=batch.ids | {"progress": torch.ones_like(batch.ids["progress"])})
+    assert terms_of(batch, MAIN)["vision_language"].loss != terms_of(even, MAIN)["vision_language"].loss

@@ -25,7 +25,7 @@ from vla.training.align import train_align
 from vla.training.align_export import export_share
 from vla.training.align_setup import old_data
 from vla.training.optim import make_optimizers
-from vla.training.pretrained import rate_groups, take_up
+from vla.training.pretrained import along_the_way, rate_groups, take_up
 from vla.training.ranges import header_of
 from vla.types import ACTION_KEY, STATE_KEY, UserError
 
@@ -399,3 +399,14 @@ def test_pictures_are_aligned_by_what_transformers_takes_for_their_embedding(enc
     with torch.no_grad():
         embeds = model.visual_projection(vision_features(model, pixels)[1])
         torch.testing.assert_close(embeds, model.get_image_features(pixel_values=pixels).pooler_output)
+
+
+def test_each_share_is_measured_with_its_own_weights(clip):
+    class Mean:
+        def measures(self, encoder, tokenizer):
+            return {"mean": encoder.visual_projection.weight.mean().item()}
+
+    start = {name: torch.zeros_like(value) for name, value in clip.state_dict().items()}
+    way = along_the_way(start, clip, None, (0.0, 0.5, 1.0), {"new": Mean()})
+    whole = clip.visual_projection.weight.mean().item()
+    assert [point["new/mean"] for point in way] == pytest.approx([0, whole / 2, whole])

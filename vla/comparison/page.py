@@ -44,7 +44,9 @@ def comparison_page(config: ResultsConfig) -> Path | None:
         folders += [f"[results/{kind}/](results/{kind}/)"] if found else []
         for path in found:
             result = json.loads(path.read_text())
-            parts.append(markdown(report(result), path.stem, page.parent / "pictures", f"{kind}_{path.stem}"))
+            section = markdown(report(result), path.stem, page.parent / "pictures", f"{kind}_{path.stem}")
+            note = path.with_suffix(".md")  # what has to be said of a result that cannot be made again
+            parts.append(section.replace("\n", f"\n\n{note.read_text()}", 1) if note.is_file() else section)
             precisions = {stage: result["config"][stage]["precision"] for stage in ("align", "policy")}
             parts.append(COMPUTED.format(**{stage: PRECISIONS[name] for stage, name in precisions.items()}))
             if path.with_suffix(".zip").is_file():

@@ -45,7 +45,7 @@ def comparison_report(result: dict[str, Any]) -> Report:
 
 
 def answers(result: dict[str, Any]) -> list[str]:
-    """A sentence for each difference at the most demonstrations, on plain episodes first, and what is done as told."""
+    """What is transferred, if something is; a sentence for each difference at the most demonstrations, on plain episodes first, and what is done as told."""
     counts = [number_of_second(row) for row in result["contrasts"]]
     most = max(counts, key=amount, default=None)
     shown = [group for group in MAIN_GROUPS if any_contrast(result, group)]
@@ -59,11 +59,27 @@ def answers(result: dict[str, Any]) -> list[str]:
         sentences = [
             f"{row['arm']} succeeds in {interval(row)}." for row in result["success"] if row["group"] == "plain"
         ]
-    return sentences + [
-        f"{row['arm']} follows {interval(row)} of the instructions that were exchanged for another of the scene "
-        f"({demonstrations(row['demonstrations'])})."
-        for row in result["success"]
-        if row["group"] == "swapped instructions" and (most is None or row["demonstrations"] in (most, None))
+    return (
+        transferred(result["config"])
+        + sentences
+        + [
+            f"{row['arm']} follows {interval(row)} of the instructions that were exchanged for another of the scene "
+            f"({demonstrations(row['demonstrations'])})."
+            for row in result["success"]
+            if row["group"] == "swapped instructions" and (most is None or row["demonstrations"] in (most, None))
+        ]
+    )
+
+
+def transferred(config: dict[str, Any]) -> list[str]:
+    """What encoders and policies saw of the tasks in few-shot transfer."""
+    if not config.get("transfer"):
+        return []
+    tasks = " and ".join(config["transfer"])
+    beside = " beside all demonstrations of the others" if config.get("transfer_weight") else ""
+    return [
+        f"Few-shot transfer: encoders, aligned or cloned, are pretrained on all tasks but {tasks}; policies clone the given number of "
+        f"demonstrations of each of these{beside}, and are evaluated on {tasks} alone."
     ]
 
 

@@ -28,6 +28,7 @@ from transformers import (
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
+from transformers.image_utils import PILImageResampling
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -364,6 +365,7 @@ def save_clip(folder: Path, model: Encoder, tokenizer: PreTrainedTokenizerBase) 
     image_processor = CLIPImageProcessor(
         size={"height": side, "width": side},
         do_center_crop=False,
+        resample=PILImageResampling.BILINEAR,  # as training resizes
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_STD),
     )
