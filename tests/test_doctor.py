@@ -29,6 +29,7 @@ def test_a_whole_data_set_has_no_note(data_root, capsys):
 
 def test_actions_in_units_too_large_for_them_are_noted(data_root, tmp_path, capsys):
     metres = shutil.copytree(data_root, tmp_path / "metres", ignore=shutil.ignore_patterns(".concord"))
+    (metres / "meta" / "concord.json").unlink()  # with it, the episodes would be recorded again
     (path,) = metres.glob("data/*/*.parquet")
     table = pq.read_table(path)
     actions = [[0.002 * action[0], *action[1:]] for action in table[ACTION_KEY].to_pylist()]
