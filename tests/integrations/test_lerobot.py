@@ -1,6 +1,7 @@
 """LeRobot's own commands run the policy and its environments."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -25,6 +26,19 @@ def test_every_task_is_a_vector_environment_of_its_own():
     assert observation["pixels"].shape == (2, 48, 48, 3)
     assert environments[0].call("task") == ("push", "push")
     assert all(isinstance(text, str) and text for text in environments[0].call("task_description"))
+
+
+def test_processes_of_a_task_start_when_it_is_run():
+    config = EnvConfig.get_choice_class("concord_tabletop")(task="push,place", image_size=48)
+    first, second = make_env(config, n_envs=2, use_async_envs=True)["tabletop"].values()
+    assert (first.num_envs, len(multiprocessing.active_children())) == (2, 0)
+    observation, _ = first.reset(seed=[1, 2])
+    assert observation["pixels"].shape == (2, 48, 48, 3)
+    assert first.call("task") == ("push", "push")
+    assert len(multiprocessing.active_children()) == 2
+    first.close()
+    second.close()
+    assert not multiprocessing.active_children()
 
 
 def test_an_unknown_task_lists_the_tasks():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import new_encoder
+from vla.policies.concord.processor_concord import floored_stats
 from vla.policies.loading import load_chunk_policy, refuse_foreign_code, refuse_memory
 from vla.training.start import policy_stats
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
@@ -223,3 +224,40 @@ def test_an_encoder_that_is_adapted_to_another_size_is_told(encoder, policy_fold
     config.encoder, config.image_size = str(encoder), 96
     new_encoder(config, TEXTS)
     assert "trained on pictures of 48 px, adapted to 96; --policy.image_size=48 keeps them" in capsys.readouterr().out
+
+
+def flag_stats() -> dict[str, dict[str, list[float]]]:
+    """A state and an action whose first dimension is rarely 1 and else 0, and whose second never changes."""
+    values = {
+        "q01": [0.0, 5.0],
+        "q99": [0.0, 5.0],
+        "min": [0.0, 5.0],
+        "max": [1.0, 5.0],
+        "mean": [0.0, 5.0],
+        "std": [0.1, 0.0],
+    }
+    return {STATE_KEY: dict(values), ACTION_KEY: dict(values)}
+
+
+def test_ranges_that_are_too_small_are_widened_once():
+    first = floored_stats(flag_stats())
+    torch.testing.assert_close(first[STATE_KEY]["q01"], torch.tensor([0.0, 4.995]))
+    torch.testing.assert_close(first[STATE_KEY]["q99"], torch.tensor([1.0, 5.005]))
+    again = floored_stats(first)
+    assert all(torch.equal(again[key][name], first[key][name]) for key in first for name in first[key])
+
+
+def test_statistics_that_lerobot_hands_on_to_the_processors_are_widened_where_they_are(policy_folder):
+    stats = flag_stats()
+    ConcordPolicy.from_pretrained(policy_folder, dataset_stats=stats, dataset_meta=None)
+    assert stats[ACTION_KEY]["q99"].tolist() == pytest.approx([1.0, 5.005])
+
+
+def test_adapters_in_an_encoder_that_is_not_tuned_get_gradients(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder).train()
+    assert not policy.config.tune
+    adapter = policy.clip.vision_model.encoder.layers[0].self_attn.q_proj.weight
+    adapter.requires_grad_(True)
+    shape = (2, policy.config.horizon, policy.config.action_feature.shape[0])
+    policy(observation | {ACTION_KEY: torch.zeros(shape)})[0].backward()
+    assert adapter.grad.norm() > 0

@@ -185,8 +185,8 @@ def bench_section(r: dict[str, Any]) -> str:
             table(speeds),
             "\n".join(f"* {line}" for line in r["alignment"]["in_words"]) + "\n" if "alignment" in r else "",
             f"One policy on the same episodes with {evaluation['cores']} cores; the runs' successes agree with the first one's in "
-            f"{', '.join(map(str, evaluation['agree']))} episodes. `lerobot-eval` ends episodes at the first success, and its seconds leave out "
-            "starting and loading, as those of `evaluate` do.\n",
+            f"{', '.join(map(str, evaluation['agree']))} episodes. `lerobot-eval` ends episodes at the first success, films ten of them, and its seconds leave out "
+            f"starting and loading, as those of `evaluate` do{', which films as many' * bool(evaluation.get('filmed'))}.\n",
             table(episodes),
             table(expert),
         ]

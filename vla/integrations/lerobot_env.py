@@ -3,8 +3,9 @@
 `--env.task` takes task names separated by commas; empty means all. Every task is an entry of its own in LeRobot's tables.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import gymnasium as gym
@@ -76,6 +77,26 @@ def features(image_size: int, *, state_dim: int, action_dim: int) -> dict[str, P
     }
 
 
+class Unbuilt:
+    """A vector environment in processes of its own, which start when it is used: LeRobot makes those of all tasks before it runs the first."""
+
+    def __init__(self, makers: list[Callable[[], gym.Env]]) -> None:
+        self.makers, self.num_envs = makers, len(makers)
+
+    @cached_property
+    def built(self) -> gym.vector.AsyncVectorEnv:
+        return gym.vector.AsyncVectorEnv(self.makers, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.built, name)
+
+    def close(self) -> None:
+        if "built" in vars(self):
+            self.built.close()
+
+
 def vector_envs(
     name: str, task: str | None, n_envs: int, use_async_envs: bool, kwargs: dict[str, Any]
 ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
@@ -90,10 +111,10 @@ def vector_envs(
     if unknown:
         raise ValueError(f"env.task: {unknown[0]!r} is not a task of {name}; known: {', '.join(known)}")
 
-    def vector(one: str) -> gym.vector.VectorEnv:
+    def vector(one: str) -> "gym.vector.VectorEnv | Unbuilt":
         makers = [partial(make_env, name, tasks=(one,), **kwargs)] * n_envs
         if use_async_envs and n_envs > 1:
-            return gym.vector.AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
+            return Unbuilt(makers)
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
     return {name: {number: vector(one) for number, one in enumerate(tasks)}}

@@ -68,7 +68,7 @@ class Optimizers:
 
 
 def make_optimizers(groups: Iterable[tuple[nn.Module, float]], weight_decay: float, precision: str) -> Optimizers:
-    """Optimisers over (module, peak learning rate) groups; matrices decay, vectors, scales and embeddings do not.
+    """Optimisers over (module, peak learning rate) groups; weights of more than one dimension decay, vectors, scales and `nn.Embedding`s do not.
 
     A parameter belongs to the first group that lists it. Muon orthogonalises in bfloat16 if the `precision` is "bf16", in float32 if it is "no". Its updates have AdamW's size, so one rate serves both.
     """

@@ -13,6 +13,7 @@ from vla.data.episodes import Episodes
 from vla.data.normalization import NormStats
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordConfig, ConcordPolicy
+from vla.policies.concord.processor_concord import floored_stats
 from vla.policies.loading import LOAD_ERRORS, load_processors
 from vla.precision import chosen_precision
 from vla.training.align_setup import make_encoders
@@ -119,6 +120,7 @@ def policy_stats(folder: Path) -> dict[str, NormStats]:
         (stats,) = (step.stats for step in before.steps if getattr(step, "stats", None))
     except LOAD_ERRORS as error:
         raise UserError(f"config error: start: {folder}: no statistics in it: {first_line(error)}") from error
+    stats = stats | floored_stats(stats)  # LeRobot's own training may have written others
     return {
         key: NormStats(**{field.name: np.asarray(stats[key][field.name], np.float32) for field in fields(NormStats)})
         for key in (STATE_KEY, ACTION_KEY)

@@ -30,6 +30,7 @@ from vla.models.clip import (
 )
 from vla.models.policy_network import PolicyNetwork
 from vla.policies.concord.configuration_concord import ConcordConfig
+from vla.policies.concord.processor_concord import floored_stats
 from vla.precision import multiplies_bf16
 from vla.types import ACTION_KEY, STATE_KEY, TASK_KEY, UserError, first_line
 
@@ -178,7 +179,8 @@ class ConcordPolicy(PreTrainedPolicy):
                 raise ValueError(f"the batch lacks {key!r}; it has {sorted(batch)}")
         texts = batch[TASK_KEY]
         texts = [texts] * len(batch[camera]) if isinstance(texts, str) else list(texts)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tune):
+        trained = any(p.requires_grad for p in self.clip.parameters())  # tuned, or with adapters in it
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             tokens = self.tokens(batch[camera])
             words, mask = self.words(texts)
             similarity = self.similarity(tokens, words)
@@ -204,9 +206,14 @@ class ConcordPolicy(PreTrainedPolicy):
     ) -> Self:
         """Load a policy folder, or a hub repository; keys that are missing or left over raise.
 
+        LeRobot's training gives its `dataset_stats` and later puts the same dictionary into the saved processors, as it is; ranges that are
+        too small are therefore widened in it.
+
         Raises:
             UserError: absent or damaged files, or weights that do not fit (the keys are named).
         """
+        if stats := kwargs.get("dataset_stats"):
+            stats.update(floored_stats(stats))
         folder = Path(pretrained_name_or_path)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
