@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vla.comparison.begun import check_same, with_precision
-from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PolicyTrainConfig
+from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.pipeline import opening
 from vla.precision import chosen_precision, multiplies_bf16
 from vla.training.align import train_align
@@ -87,7 +87,7 @@ def test_one_process_trains_in_both_precisions(align_config, policy_config, tmp_
 @pytest.mark.parametrize("has_it", [True, False])
 def test_the_demo_says_at_once_where_training_will_be_slower(processor, has_it):
     processor(amx_bf16=has_it)
-    text = opening("demo", CollectConfig(), AlignConfig(), PolicyTrainConfig(), EvalConfig())
+    text = opening(PipelineConfig(name="demo"), CollectConfig(), AlignConfig(), PolicyTrainConfig(), EvalConfig())
     assert ("no fast products" in text) != has_it
 
 

@@ -107,7 +107,7 @@ def test_another_configuration_does_not_replace_an_evaluation(eval_config):
 def test_an_evaluation_of_a_version_without_a_field_is_gone_on_with(eval_config, capsys):
     path = evaluate(eval_config) / "begun.json"
     begun = json.loads(path.read_text())
-    del begun["config"]["device"]
+    del begun["config"]["end_on_success"]
     path.write_text(json.dumps(begun))
     evaluate(eval_config)
     assert "already complete" in capsys.readouterr().out

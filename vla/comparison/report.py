@@ -60,7 +60,7 @@ def answers(result: dict[str, Any]) -> list[str]:
             f"{row['arm']} succeeds in {interval(row)}." for row in result["success"] if row["group"] == "plain"
         ]
     return (
-        transferred(result["config"])
+        transferred(result.get("config", {}))
         + sentences
         + [
             f"{row['arm']} follows {interval(row)} of the instructions that were exchanged for another of the scene "
