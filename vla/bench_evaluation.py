@@ -19,7 +19,7 @@ TOGETHER = 50  # environments in lerobot-eval's larger setting
 def evaluation_speed(policy: Path, episodes: int, output: Path) -> dict[str, Any]:
     """Episodes a minute of both programs on one tabletop task, twice each, and in how many episodes they agree.
 
-    With many environments LeRobot steps them in this process or in as many others; the faster run counts. It films ten episodes, which
+    With many environments LeRobot steps them in one process or in one each; the faster run counts. It films ten episodes, which
     cannot be switched off, so ours films ten as well.
 
     Raises:

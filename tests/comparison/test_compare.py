@@ -122,6 +122,9 @@ def test_it_becomes_a_page_of_the_documentation_that_needs_no_runs(finished, tmp
     assert all((page.parent / name).read_text().startswith("<svg") for name in named)
     comparison_page(ResultsConfig(runs=str(tmp_path / "nothing"), docs=docs))
     assert page.read_text() == first
+    (Path(docs) / "compare" / "mine.md").write_text("By an older test.\n")
+    comparison_page(ResultsConfig(runs=str(tmp_path / "nothing"), docs=docs))
+    assert "## mine\n\nBy an older test.\n" in page.read_text()
 
 
 def test_arms_share_the_text_tower_and_differ_in_vision(finished):

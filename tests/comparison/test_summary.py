@@ -142,3 +142,10 @@ def test_policies_alone_make_a_report():
     assert report.answers == ("theirs succeeds in 50 % [40, 60].",)
     assert "Differences" not in [section.title for section in report.sections]
     assert any(section.text == "With policies as they are." for section in report.sections)
+
+
+def test_what_was_transferred_is_said_first():
+    config = {"transfer": ["reach", "pick"], "transfer_weight": 1.0}
+    first, *_ = answers({"contrasts": [contrast("plain", 5, 0.3, 0.001)], "success": [], "config": config})
+    assert "pretrained on all tasks but reach and pick; " in first
+    assert "each of these beside all demonstrations of the others" in first

@@ -14,9 +14,9 @@ from vla.config_io import inside
 from vla.eval.evaluate import tasks_and_splits
 from vla.integrations.collect import checked_tasks
 from vla.models.clip import patch_tokens
+from vla.policies.loading import check_device
 from vla.precision import multiplies_bf16
 from vla.training.align_setup import make_encoders
-from vla.types import UserError, first_line
 
 # Timesteps of an episode that is evaluated, s to simulate and draw one look, s to collect an episode.
 TYPICAL = {"tabletop": (60, 4e-3, 0.04), "metaworld": (250, 25e-3, 0.6)}
@@ -27,11 +27,7 @@ DEMONSTRATED = 1 / 3  # of those timesteps, in a demonstration
 def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     """Seconds of each stage with a frozen encoder, by the first word of the job's name; "tuned step" is of a fine-tuned one."""
     forward, training = tower_speed(config, "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=config.eval.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        device = config.eval.device
-        raise UserError(f"config error: eval.device: {device!r} cannot be used: {first_line(error)}") from error
+    check_device("config error: eval.device:", config.eval.device)
     acting, _ = tower_speed(config, config.eval.device)
     batch, policy = config.align.batch, config.policy
     env = env_name(config)

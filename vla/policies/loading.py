@@ -18,7 +18,6 @@ from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 # What transformers, LeRobot and safetensors raise for a folder that is damaged, or that another program or version wrote.
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
 
-
 # Of LeRobot 0.6, what trusts the code of a repository that its configuration names. Steps that it does not register run any class.
 FOREIGN_TYPES = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
 FOREIGN_STEPS = ("action_tokenizer_processor", "groot_n1_7_vlm_encode_v1")
@@ -64,19 +63,15 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
         raise UserError(f"{folder}: not a policy folder; did you mean {folder / 'policy'}?")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a policy folder (no config.json); run `python scripts/train_policy.py`")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {device!r} cannot be used: {first_line(error)}") from error
+    check_device("device", device)
     try:
         config = PreTrainedConfig.from_pretrained(folder)
         refuse_memory(folder, config)
-        refuse_foreign_code(folder, config)
         config.device = device
         if hasattr(config, "pretrained_backbone_weights"):
             config.pretrained_backbone_weights = None  # a download that the folder's own weights would overwrite
+        preprocess, postprocess = load_processors(folder, config, device)  # first: it refuses foreign code
         policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
-        preprocess, postprocess = load_processors(folder, config, device)
     except LOAD_ERRORS as error:
         raise UserError(f"{folder}: cannot load the policy: {first_line(error)}") from error
     if STATE_KEY in (getattr(policy, "_queues", None) or {}):
@@ -90,11 +85,23 @@ def load_chunk_policy(folder: Path | str, device: str = "cpu") -> LeRobotChunkPo
     return LeRobotChunkPolicy(policy, preprocess, postprocess, cameras[0])
 
 
+def check_device(field: str, device: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        UserError: names the field and the device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{field} {device!r} cannot be used: {first_line(error)}") from error
+
+
 def load_processors(folder: Path, config: PreTrainedConfig, device: str):
     """The pre- and postprocessor in a policy folder.
 
     Raises:
-        UserError: one that runs code from elsewhere. Also what LeRobot raises for damaged files.
+        UserError: they, or the policy itself, would run code from elsewhere. Also what LeRobot raises for damaged files.
     """
     refuse_foreign_code(folder, config)
     here = {"device_processor": {"device": device}}

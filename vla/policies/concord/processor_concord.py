@@ -28,7 +28,8 @@ def make_concord_pre_post_processors(
 def floored_stats(stats: dict[str, dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
     """Statistics of states and actions whose range from q01 to q99 is nowhere too small to divide by; what has that stays as it is.
 
-    A dimension that hardly varies but for rare values, as a flag, takes its extremes.
+    A dimension that hardly varies but for rare values, as a flag, takes its extremes. Statistics are (n,) each, in the data's units, by name
+    (q01, q99 and, where they are known, min and max) and by key.
 
     Raises:
         ValueError: they lack q01 or q99 of state or action.
