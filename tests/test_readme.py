@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from envs import make_env
 from vla import config
 from vla.config_io import load_config, split_flags
 from vla.data.episodes import read_episodes
@@ -50,6 +51,13 @@ def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder, al
         patches = patch_embeds(clip, tokens)
         expected = model.context_features(tokens, patches, texts.words, texts.named, mask, both, both)
     torch.testing.assert_close(torch.stack([star, square]), expected)
+
+
+def test_the_snippet_for_a_simulator_of_ones_own_runs_an_episode(policy_folder):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.S)
+    names = {"env": make_env("tabletop", split="light", level=2)}
+    exec(snippet.replace("outputs/policy/mine/policy", str(policy_folder)), names)
+    assert names["over"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -61,7 +61,9 @@ class DataConfig:
     )  # augmentation: brightness and contrast factors in 1 +- this, each colour channel's in 1 +- a quarter of it
     pasted_shapes: float = number(0.0, 0, 1)  # augmentation: share of pictures with random shapes pasted over them
     word_dropout: float = number(0.0, 0, 1)  # augmentation: share of the instructions' tokens that are hidden
-    workers: int = number(2, 1)  # processes that build the frame store, or threads that decode a stream
+    workers: int = number(
+        2, 1
+    )  # processes that build the frame store from stored images, or threads that decode a stream
 
 
 @dataclass

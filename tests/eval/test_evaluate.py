@@ -1,6 +1,7 @@
 """An evaluation's folder: what is refused, what goes on, what the numbers count."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -84,6 +85,17 @@ def test_a_policy_of_another_robot_is_refused(eval_config):
         evaluate(replace(eval_config, env="metaworld", tasks=("reach-v3",)))
 
 
+def test_a_policy_that_names_no_environment_needs_one_named(eval_config, policy_folder, tmp_path):
+    folder = shutil.copytree(policy_folder, tmp_path / "copy")
+    record = json.loads((folder / "concord.json").read_text())
+    del record["env"]
+    (folder / "concord.json").write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match="copy: names no environment; add --env=tabletop, or another of tabletop, metaworld"
+    ):
+        evaluate(replace(eval_config, policy=str(folder)))
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_named(eval_config, device):
     with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
@@ -102,6 +114,15 @@ def test_another_configuration_does_not_replace_an_evaluation(eval_config):
     with pytest.raises(UserError, match=r"holds an evaluation with episodes=\d+, not 1; delete it"):
         evaluate(replace(eval_config, episodes=1))
     assert (output / "eval.json").is_file()
+
+
+def test_a_policy_that_looks_more_often_does_not_replace_an_evaluation(eval_config, policy_folder, tmp_path):
+    folder = shutil.copytree(policy_folder, tmp_path / "copy")
+    evaluate(replace(eval_config, policy=str(folder)))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"n_action_steps": 1}))
+    with pytest.raises(UserError, match=r"holds an evaluation with policy\.n_action_steps=\d+, not 1; delete it"):
+        evaluate(replace(eval_config, policy=str(folder)))
 
 
 def test_an_evaluation_of_a_version_without_a_field_is_gone_on_with(eval_config, capsys):

@@ -46,6 +46,16 @@ def test_other_statistics_of_actions_are_noticed(copy):
     assert "the policy acts otherwise than where it was trained" in checked(copy).problem
 
 
+@pytest.mark.parametrize("steps", [4, 12])
+def test_looking_more_or_less_often_than_in_training_is_no_other_answer(copy, steps):
+    config = json.loads((copy / "config.json").read_text())
+    assert config["n_action_steps"] == 8
+    (copy / "config.json").write_text(json.dumps(config | {"n_action_steps": steps}))
+    check = checked(copy)
+    assert check.action_difference < 1e-3
+    assert not check.problem
+
+
 def test_an_answer_that_is_no_number_is_noticed():
     assert "acts otherwise" in GoldenCheck(float("nan"), 0.0).problem
 

@@ -181,6 +181,7 @@ def _build_from_video(episodes: Episodes, path: Path) -> None:
             for row in rows.tolist():
                 wanted.setdefault(int(number_of_row[row]), []).append(row)
             with open_video(file) as container:
+                container.streams.video[0].thread_type = "AUTO"
                 for number, frame in enumerate(container.decode(video=0)):
                     if number in wanted:
                         same = wanted.pop(number)

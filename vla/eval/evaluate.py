@@ -12,7 +12,7 @@ from typing import Any
 
 import cv2
 
-from envs import env_class, make_env
+from envs import ENVIRONMENTS, env_class, make_env
 from envs.metaworld.gl import RenderingError
 from vla.config import EvalConfig
 from vla.config_io import changed, filled, to_dict
@@ -52,7 +52,11 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     """`evaluate` in processes that load the policy already."""
     policy = make_policy()  # fails early, before anything is simulated
     trained = trained_on(policy_folder)
-    config = replace(config, env=config.env or trained.get("env") or "tabletop")
+    config = replace(config, env=config.env or trained.get("env"))
+    if config.env is None:
+        raise UserError(
+            f"{policy_folder}: names no environment; add --env=tabletop, or another of {', '.join(ENVIRONMENTS)}"
+        )
     tasks, splits = tasks_and_splits(config, trained)
     check_sizes(config.env, *sizes_of(policy), "the policy")
     output = Path(config.output) if config.output else default_output(config, policy_folder)
@@ -185,13 +189,19 @@ def begin(output: Path, config: EvalConfig) -> bool:
         {k: v for k, v in to_dict(c).items() if k not in ("workers", "batch_size", "device")}
         for c in (config, EvalConfig())
     )
-    stamp = {"config": comparable, "weights": [weights.stat().st_size, weights.stat().st_mtime_ns]}
+    stamp = {
+        "config": comparable,
+        "weights": [weights.stat().st_size, weights.stat().st_mtime_ns],
+        "policy": json.loads((Path(config.policy) / "config.json").read_text()),
+    }
     path = output / "begun.json"
     if path.is_file():
         begun = json.loads(path.read_text())
         found = list(changed(filled(begun["config"], usual), comparable).values())
         if begun["weights"] != stamp["weights"]:
             found.append("other weights")
+        now = {"policy": stamp["policy"]}
+        found += changed(now | {k: v for k, v in begun.items() if k in now}, now).values()
         if found:
             raise UserError(
                 f"{output}: holds an evaluation with {'; '.join(found)}; delete it or choose another --output"
