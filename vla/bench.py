@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,13 +22,11 @@ from vla.bench_alignment import alignment_speed
 from vla.bench_evaluation import evaluation_speed
 from vla.config import BatchConfig, BenchConfig, CollectConfig, DataConfig, TowerConfig
 from vla.data.augmentation import augmenter
-from vla.data.batches import TripletSource, training_batch
-from vla.data.episodes import data_files, read_episodes
+from vla.data.batches import training_batch
+from vla.data.episodes import data_files, read_episodes, rows_of
 from vla.data.frames import open_frames
-from vla.data.normalization import Normalizers, compute_norm_stats
-from vla.data.sampler import GoalSampler
 from vla.policies.concord import ConcordConfig, ConcordPolicy
-from vla.training.align_setup import make_encoders
+from vla.training.align_setup import make_encoders, make_sampler, make_source
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 from vla.versions import versions
 
@@ -109,33 +108,15 @@ def triplets(root: Path, config: BenchConfig) -> float:
     """Triplets a second of stage one's loader: sampling, frames, shift and colour, chunk, normalisation."""
     episodes = read_episodes(root)
     frames = open_frames(episodes, 96)
-    stats = Normalizers(compute_norm_stats(episodes.action), compute_norm_stats(episodes.state))
-    source = TripletSource(episodes, frames, stats, config.horizon)
+    everything = np.arange(len(episodes.goal_id))
+    source = make_source(episodes, frames, rows_of(episodes, everything), config.horizon)
     shape = BatchConfig()
-    goals = max(1, config.batch_size // (shape.episodes * shape.frames))
-    sampler = GoalSampler(
-        episodes.start,
-        episodes.goal_id,
-        episodes.scene_id,
-        np.arange(len(episodes.goal_id)),
-        goals=goals,
-        episodes=shape.episodes,
-        frames=shape.frames,
-        gap=shape.gap,
-        same_scene=shape.same_scene,
-        seed=0,
-    )
+    shape = replace(shape, goals=max(1, config.batch_size // (shape.episodes * shape.frames)))
+    sampler = make_sampler(shape, 0, episodes, [everything], [1.0])
     counter = itertools.count()
 
     def one_batch() -> int:
-        batch = training_batch(
-            source,
-            sampler,
-            next(counter),
-            augmenter=augmenter(DataConfig()),
-            text_of_episode=None,
-            shuffle_actions=False,
-        )
+        batch = training_batch(source, sampler, next(counter), augmenter=augmenter(DataConfig()))
         batch.frames.load(slice(0, len(batch.frames)))
         return len(batch.frame_of_row)
 

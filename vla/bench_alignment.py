@@ -27,10 +27,10 @@ from vla.data.augmentation import augmenter
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import read_episodes, rows_of
 from vla.data.frames import open_pictures
-from vla.data.sampler import GoalSampler
+from vla.data.sampler import MixedSampler
 from vla.models.clip import pixel_values, tokenize
 from vla.precision import multiplies_bf16
-from vla.training.align_setup import make_encoders, make_model, make_source, resting_action
+from vla.training.align_setup import make_encoders, make_model, make_sampler, make_source, resting_action
 from vla.training.align_step import forward_backward
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
@@ -221,8 +221,8 @@ def measure(m: Measurement) -> dict[str, float]:
     episodes = read_episodes(m.root)
     everything = np.arange(len(episodes.goal_id))
 
-    def sampled(batch: BatchConfig) -> GoalSampler:
-        return GoalSampler(episodes.start, episodes.goal_id, episodes.scene_id, everything, seed=0, **vars(batch))
+    def sampled(batch: BatchConfig) -> MixedSampler:
+        return make_sampler(batch, 0, episodes, [everything], [1.0])
 
     sampler = sampled(batch)
     if (drawn := len(sampler.rows(0))) > m.rows:  # goals came up in several scenes
@@ -234,8 +234,8 @@ def measure(m: Measurement) -> dict[str, float]:
     source = make_source(episodes, frames, rows_of(episodes, everything), config.horizon)
     seconds, rows = [], []
     with PeakMemory() as peak:
-        changes = {"augmenter": augmenter(config.data), "text_of_episode": None, "shuffle_actions": False}
-        batches = [training_batch(source, sampler, number, **changes) for number in range(m.steps + 1)]
+        draw = partial(training_batch, source, sampler, augmenter=augmenter(config.data))
+        batches = [draw(step=number) for number in range(m.steps + 1)]
         step = (
             our_step(config, source, m.chunk, processes)
             if m.what == "step"

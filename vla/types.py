@@ -5,8 +5,8 @@ Axes: b batch, t time, h horizon, a action, s state, d embedding, n tokens, c/H/
 name says otherwise. Actions are in environment units until normalised by `vla.data.normalization`.
 """
 
-from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -75,16 +75,10 @@ class TripletBatch:
     pair_id: np.ndarray
     asked_in: np.ndarray
 
-    def replace(self, **changes: np.ndarray) -> Self:
-        """A copy with some arrays exchanged."""
-        return replace(self, **changes)
-
 
 class ChunkPolicy(Protocol):
     """What a rollout needs of a policy."""
 
-    n_action_steps: int
-
     def act(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> np.ndarray:
-        """(b, H, W, 3) uint8, (b, s) float32 environment units, b texts -> (b, n_action_steps, a) environment units."""
+        """(b, H, W, 3) uint8, (b, s) float32 environment units, b texts -> (b, h, a) environment units: the steps until the next look."""
         ...

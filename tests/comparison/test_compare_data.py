@@ -56,7 +56,11 @@ def with_play(tmp_path_factory) -> CompareConfig:
 
 def test_play_is_collected_of_the_tasks_of_the_encoders_in_scenes_of_its_own(with_play):
     play, broad = (read_episodes(with_play.align.data.root + end) for end in ("_play", ""))
-    assert set(play.extra["tasks"]) == set(broad.extra["tasks"]) == {"reach", "push", "pick", "next_to", "separate"}
+    assert (
+        set(play.collected["tasks"])
+        == set(broad.collected["tasks"])
+        == {"reach", "push", "pick", "next_to", "separate"}
+    )
     assert (len(play.goal_id), play.texts) == (3, ("",))
     assert not set(play.seed) & set(broad.seed)
 

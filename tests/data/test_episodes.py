@@ -113,7 +113,7 @@ def test_at_most_so_many_episodes_of_a_task_are_kept(data_root):
 
 
 def test_without_named_tasks_every_goal_is_one(data_root):
-    episodes = replace(read_episodes(data_root), extra=None)
+    episodes = replace(read_episodes(data_root), collected={})
     assert task_of_episode(episodes).tolist() == [episodes.goals[g] for g in episodes.goal_id]
 
 

@@ -70,7 +70,7 @@ def test_one_instruction_spelt_in_two_ways_is_one_goal_of_two_data_sets(data_roo
 def test_numbered_goals_mean_nothing_outside_their_data_set(data_root, tmp_path):
     own = read_episodes(data_root)
     numbers, texts = tuple(str(i) for i in range(len(own.goals))), tuple(f"{text} please" for text in own.texts)
-    numbered = replace(own, goals=numbers, texts=texts, extra={}, root=tmp_path)
+    numbered = replace(own, goals=numbers, texts=texts, collected={}, root=tmp_path)
     parts = joined([own, numbered, replace(numbered, texts=tuple(f"now {text}" for text in own.texts))])
     first, second, third = (set(goals) for goals in np.split(parts.goal_id, 3))
     assert not first & second | second & third | first & third
@@ -82,7 +82,7 @@ def test_numbered_goals_mean_nothing_outside_their_data_set(data_root, tmp_path)
 def test_a_caption_asks_for_the_goal_that_another_data_set_names(data_root, captions_first):
     own = read_episodes(data_root)
     texts = tuple(text.upper() for text in own.texts)
-    captions = replace(own, texts=texts, goals=texts, goal_id=own.text_id, extra=None)
+    captions = replace(own, texts=texts, goals=texts, goal_id=own.text_id, collected={})
     both = joined([captions, own] if captions_first else [own, captions])
     count = len(own.goal_id)
     np.testing.assert_array_equal(both.goal_id[:count], both.goal_id[count:])
@@ -92,7 +92,7 @@ def test_a_caption_asks_for_the_goal_that_another_data_set_names(data_root, capt
 def test_a_text_that_asks_for_several_goals_elsewhere_tells_itself(data_root):
     own = read_episodes(data_root)
     vague = replace(own, texts=("do it",), text_id=np.zeros_like(own.text_id))
-    captions = replace(vague, goals=("do it",), goal_id=np.zeros_like(own.goal_id), extra=None)
+    captions = replace(vague, goals=("do it",), goal_id=np.zeros_like(own.goal_id), collected={})
     assert len(np.unique(own.goal_id)) > 1
     both, count = joined([vague, captions]), len(own.goal_id)
     assert not set(both.goal_id[:count]) & set(both.goal_id[count:])
@@ -114,7 +114,7 @@ def test_a_data_set_in_which_a_text_is_vague_keeps_no_others_apart(data_root, tm
 
 def test_a_data_set_that_names_no_goal_has_none(data_root):
     own = read_episodes(data_root)
-    silent = replace(own, goal_id=np.full_like(own.goal_id, -1), goals=(), extra=None)
+    silent = replace(own, goal_id=np.full_like(own.goal_id, -1), goals=(), collected={})
     assert (joined([own, silent]).goal_id[len(own.goal_id) :] == -1).all()
 
 

@@ -15,7 +15,8 @@ def held_out():
     """Four goals of three rows each; contexts are those of the goal, pictures are grey by row."""
     rows = np.arange(12)
     perfect = embedded(np.eye(12))
-    batch = perfect.batch.replace(
+    batch = replace(
+        perfect.batch,
         frames=np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (12, 8, 8, 3)),
         episode_id=rows // 3 * 10 + rows % 3,
     )
@@ -52,7 +53,7 @@ def test_views_come_back_from_disk_and_can_be_drawn(tmp_path):
 def test_a_handful_of_rows_has_no_map():
     few = held_out()
     names = ("frame_of_row", "state", "action_chunk", "action_is_pad", "text_id", "goal_id", "scene_id", "episode_id", "timestep", "progress")  # fmt: skip
-    batch = few.batch.replace(**{name: getattr(few.batch, name)[:6] for name in names})
+    batch = replace(few.batch, **{name: getattr(few.batch, name)[:6] for name in names})
     views = views_of(replace(few, batch=batch, context=few.context[:6], vision=few.vision[:6]), TEXTS)
     assert views.position.shape == (0, 2)
     assert len(view_figures(views)) == 2

@@ -21,16 +21,12 @@ TASKS = ("reach", "push", "place")
 class Still:
     """Does nothing."""
 
-    n_action_steps = 4
-
     def act(self, images, state, instructions):
         return np.zeros((len(images), 4, 3), np.float32)
 
 
 class Reader:
     """Deterministic actions that depend on picture, state and text."""
-
-    n_action_steps = 4
 
     def act(self, images, state, instructions):
         mean = images.reshape(len(images), -1).mean(1) / 255
@@ -42,8 +38,6 @@ class Reader:
 
 class Telepath:
     """Drives every episode with the scripted expert of an environment of its own: an upper bound that hears the text."""
-
-    n_action_steps = 1
 
     def __init__(self, specs):
         self.specs = specs
@@ -71,51 +65,51 @@ def specs(count: int = 6) -> list[EpisodeSpec]:
 
 
 def test_the_size_of_a_batch_changes_nothing():
-    alone = run_rollouts(Reader, specs(), batch_size=1)
-    assert run_rollouts(Reader, specs(), batch_size=4) == alone
+    alone = run_rollouts(Reader(), specs(), batch_size=1)
+    assert run_rollouts(Reader(), specs(), batch_size=4) == alone
 
 
 def test_two_processes_do_what_one_does(policy_folder):
     make_policy = partial(load_chunk_policy, policy_folder)
     with rollout_workers(make_policy, 2) as workers:
-        shared = run_rollouts(make_policy, specs(), batch_size=3, workers=workers)
-    assert shared == run_rollouts(make_policy, specs(), batch_size=3)
+        shared = run_rollouts(None, specs(), batch_size=3, workers=workers)
+    assert shared == run_rollouts(make_policy(), specs(), batch_size=3)
 
 
 def test_a_policy_that_workers_cannot_load_is_a_users_mistake(tmp_path, capfd):
     make_policy = partial(load_chunk_policy, tmp_path)
     with rollout_workers(make_policy, 2) as workers, pytest.raises(UserError, match="not a policy folder"):
-        run_rollouts(make_policy, specs(), batch_size=3, workers=workers)
+        run_rollouts(None, specs(), batch_size=3, workers=workers)
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_expert_succeeds_and_an_idle_policy_does_not():
     chosen = specs()
-    assert all(r.success for r in run_rollouts(partial(Telepath, chosen), chosen, batch_size=6))
-    assert not any(r.success for r in run_rollouts(Still, chosen, batch_size=6))
+    assert all(r.success for r in run_rollouts(Telepath(chosen), chosen, batch_size=6))
+    assert not any(r.success for r in run_rollouts(Still(), chosen, batch_size=6))
 
 
 def test_episodes_run_to_their_horizon_so_that_the_final_timestep_is_known():
-    record = run_rollouts(Still, specs(1))[0]
+    record = run_rollouts(Still(), specs(1))[0]
     assert record.steps == make_env("tabletop")._max_episode_steps
-    expert = run_rollouts(partial(Telepath, specs(1)), specs(1))[0]
+    expert = run_rollouts(Telepath(specs(1)), specs(1))[0]
     assert expert.steps < 40
     assert isinstance(expert.success_final, bool)
 
 
 def test_episodes_that_end_at_success_end_there_and_have_the_same_outcome():
     chosen = specs(1)
-    whole = run_rollouts(partial(Telepath, chosen), chosen)[0]
-    ended = run_rollouts(partial(Telepath, chosen), [replace(chosen[0], end_on_success=True)])[0]
+    whole = run_rollouts(Telepath(chosen), chosen)[0]
+    ended = run_rollouts(Telepath(chosen), [replace(chosen[0], end_on_success=True)])[0]
     assert (ended.success, ended.steps) == (whole.success, whole.steps) == (True, ended.steps)
     assert ended.success_final is None
-    failed = run_rollouts(Still, [replace(chosen[0], end_on_success=True)])[0]
+    failed = run_rollouts(Still(), [replace(chosen[0], end_on_success=True)])[0]
     assert (failed.success, failed.success_final) == (False, False)
 
 
 def test_an_interrupted_evaluation_goes_on_from_its_journal(tmp_path):
     journal = tmp_path / "episodes.jsonl"
-    whole = run_rollouts(Reader, specs(), batch_size=2, journal=journal)
+    whole = run_rollouts(Reader(), specs(), batch_size=2, journal=journal)
     lines = journal.read_text().splitlines(keepends=True)
     lines[0] = json.dumps(json.loads(lines[0]) | {"seconds": 1000.0}) + "\n"
     journal.write_text("".join(lines[:4]) + lines[4][:30])
@@ -126,7 +120,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_journal(tmp_path):
             seen.append(len(images))
             return super().act(images, state, instructions)
 
-    assert run_rollouts(Counting, specs(), batch_size=2, journal=journal) == whole
+    assert run_rollouts(Counting(), specs(), batch_size=2, journal=journal) == whole
     assert min(json.loads(line)["seconds"] for line in journal.read_text().splitlines()[5:]) >= 1000
     assert max(seen) == 2
     assert sum(seen) <= 2 * (100 // 4 + 1)
@@ -134,15 +128,15 @@ def test_an_interrupted_evaluation_goes_on_from_its_journal(tmp_path):
 
 def test_a_journal_of_other_episodes_is_not_used(tmp_path):
     journal = tmp_path / "episodes.jsonl"
-    run_rollouts(Still, specs(2), journal=journal)
+    run_rollouts(Still(), specs(2), journal=journal)
     other = [EpisodeSpec(env="tabletop", task="reach", seed=5, tasks=TASKS, image_size=48)]
-    assert run_rollouts(Still, other, journal=journal)[0].seed == 5
+    assert run_rollouts(Still(), other, journal=journal)[0].seed == 5
 
 
 def test_a_filmed_episode_is_a_video(tmp_path):
     import imageio.v3 as iio
 
-    record = run_rollouts(Reader, specs(1), record_video=frozenset([0]), video_folder=tmp_path)[0]
+    record = run_rollouts(Reader(), specs(1), video_folder=tmp_path)[0]
     frames = iio.imread(tmp_path / record.video, plugin="pyav")
     assert len(frames) > 50
     assert frames[0].std() > 10
@@ -184,8 +178,8 @@ def test_an_expert_that_hears_the_swapped_goal_follows_it():
     base = specs()
     planned = grounding_specs(base)
     swapped = [s for s in planned if s.kind == SWAP]
-    plain = run_rollouts(partial(Telepath, base), base, batch_size=6)
-    told = run_rollouts(partial(Telepath, swapped), swapped, batch_size=6)
+    plain = run_rollouts(Telepath(base), base, batch_size=6)
+    told = run_rollouts(Telepath(swapped), swapped, batch_size=6)
     summary = grounding_summary(told, plain)
     assert summary["swap"]["follows_new"]["success_rate"] == 1.0
 
@@ -193,8 +187,8 @@ def test_an_expert_that_hears_the_swapped_goal_follows_it():
 def test_an_expert_that_ignores_the_swap_does_the_old():
     base = specs()
     swapped = [s for s in grounding_specs(base) if s.kind == SWAP]
-    plain = run_rollouts(partial(Telepath, base), base, batch_size=6)
-    deaf = run_rollouts(partial(Telepath, base), swapped, batch_size=6)
+    plain = run_rollouts(Telepath(base), base, batch_size=6)
+    deaf = run_rollouts(Telepath(base), swapped, batch_size=6)
     summary = grounding_summary(deaf, plain)["swap"]
     assert summary["does_old"]["success_rate"] >= 0.8
     assert summary["follows_new"]["success_rate"] <= 0.2
@@ -202,7 +196,7 @@ def test_an_expert_that_ignores_the_swap_does_the_old():
 
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="juggle"):
-        run_rollouts(Still, [EpisodeSpec(env="tabletop", task="juggle", seed=0, tasks=("juggle",))])
+        run_rollouts(Still(), [EpisodeSpec(env="tabletop", task="juggle", seed=0, tasks=("juggle",))])
 
 
 def test_an_environment_goes_on_with_its_task_in_the_next_batch():

@@ -9,8 +9,7 @@ import torch
 
 from tests.training.small_batch import MAIN, SIGMOID, TRANSITIONS, WITHIN_GOAL, gradients, make_batch, make_model, run
 from vla.config import LossConfig
-from vla.models.alignment import PAIRS, AlignmentModel
-from vla.models.alignment import TRANSITIONS as TRANSITION_PAIRS
+from vla.models.alignment import TERMS, AlignmentModel
 from vla.training.align_step import embed_rows, embed_texts, forward_backward
 from vla.training.align_terms import batch_terms
 from vla.training.device_batch import DeviceBatch
@@ -49,7 +48,7 @@ def test_pieces_give_every_gradient_of_the_whole(chunk, loss, monkeypatch):
     assert set(got) == set(expected)
     assert "clip.text_model.embeddings.token_embedding.weight" in got
     scales = {name for name in expected if name.startswith("logit_scales.")}
-    assert scales == {f"logit_scales.{name}" for name in (*PAIRS, *TRANSITION_PAIRS) if getattr(loss, name)}
+    assert scales == {f"logit_scales.{name}" for name in TERMS if getattr(loss, name)}
     assert all(expected[name] for name in scales)  # every term has something to tell apart
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)

@@ -225,6 +225,17 @@ def test_a_temperature_that_is_asked_for_is_kept(openai_clip):
     assert float(model.scale("vision_language").detach()) == pytest.approx(1 / 0.07)
 
 
+def test_scales_of_an_alignment_that_are_configured_or_fixed_are_not_taken_up(tmp_path):
+    model, _ = small_alignment_model(("a",), 1, temperatures={"state": (0.05, True), "word_patch": (0.1, False)})
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("logit_scales.")}
+    (tmp_path / "clip").mkdir()
+    scales = {name: torch.full_like(value, 4.0) for name, value in before.items()}
+    save_file(model.beside_clip() | scales, tmp_path / "alignment.safetensors")
+    take_up(model, str(tmp_path / "clip"), ["state"], print)
+    changed = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
+    assert changed == {"logit_scales.context_action", "logit_scales.vision_language"}
+
+
 def test_a_sigmoid_loss_does_not_start_from_a_softmaxs_scale(openai_clip):
     model, _ = small_alignment_model(("a text",), layers=1, sigmoid=True)
     model.clip = load_clip(openai_clip)[0]

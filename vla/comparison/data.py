@@ -44,7 +44,7 @@ def make_data(config: CompareConfig) -> None:
         cache = config.align.data.cache if root == config.align.data.root else None
         open_pictures(episodes, replace(config.align.data, cache=cache))
         record[root] = {"fingerprint": episodes.fingerprint, **counts(episodes)}
-        record[root] |= {"collected with": (episodes.extra or {}).get("config")}
+        record[root] |= {"collected with": episodes.collected.get("config")}
     own = record.pop(config.align.data.root)
     own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})
     if config.play_scenes:
@@ -83,10 +83,10 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
         scenes = {"scenes": config.play_scenes, "seed": shown["seed"] + shown["scenes"]}
         collect(replace(collected, output=root, kind="play", env=env_of(config, tasks), **scenes))
     episodes = read_episodes(root, partial=True)
-    other = sorted(set((episodes.extra or {}).get("tasks", ())) - set(tasks))
+    other = sorted(set(episodes.collected.get("tasks", ())) - set(tasks))
     if other:
         raise UserError(f"{root}: has play of {other[0]}, which transfer keeps apart; choose another root")
-    made_with = (episodes.extra or {}).get("config")
+    made_with = episodes.collected.get("config")
     if made_with and made_with["scenes"] != config.play_scenes:
         raise UserError(
             f"{root}: has play of {made_with['scenes']} scenes, not play_scenes={config.play_scenes}; choose another root"

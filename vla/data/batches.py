@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from vla.data.augmentation import Augmentation, Augmenter
 from vla.data.episodes import Episodes
 from vla.data.minimal_pairs import MinimalPairs
 from vla.data.normalization import Normalizers, normalize_quantile
-from vla.data.sampler import GoalSampler, MixedSampler
+from vla.data.sampler import MixedSampler
 from vla.data.triplets import gather_chunks, stays
 from vla.types import Indexed, TripletBatch
 
@@ -113,12 +114,12 @@ def progress(episodes: Episodes, rows: np.ndarray) -> np.ndarray:
 
 def training_batch(
     source: TripletSource,
-    sampler: GoalSampler | MixedSampler,
+    sampler: MixedSampler,
     step: int,
     *,
     augmenter: Augmenter,
-    text_of_episode: np.ndarray | None,
-    shuffle_actions: bool,
+    text_of_episode: np.ndarray | None = None,
+    shuffle_actions: bool = False,
     pairs: MinimalPairs | None = None,
 ) -> TripletBatch:
     """Batch `step`: sampled, relabelled if it is a control, augmented; its pictures are not read yet."""
@@ -126,8 +127,8 @@ def training_batch(
     rng = np.random.default_rng([sampler.seed, step, 1])
     batch.frames.augmentation = augmenter.draw(rng, len(batch.frames))
     if pairs is not None:
-        batch = batch.replace(pair_id=pairs.draw(batch.text_id, batch.goal_id, batch.scene_id, rng))
+        batch = replace(batch, pair_id=pairs.draw(batch.text_id, batch.goal_id, batch.scene_id, rng))
     if not shuffle_actions:
         return batch
     order = rng.permutation(len(batch.frame_of_row))
-    return batch.replace(**{name: getattr(batch, name)[order] for name in ("action_chunk", "action_is_pad", "still")})
+    return replace(batch, **{name: getattr(batch, name)[order] for name in ("action_chunk", "action_is_pad", "still")})

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from vla.data.episodes import Episodes, data_files
@@ -21,7 +23,33 @@ def is_video(episodes: Episodes) -> bool:
     return _info(episodes)["features"][episodes.camera]["dtype"] == "video"
 
 
-def decode_picture(picture: dict | None, camera: str, file: Path, group: int, offset: int) -> np.ndarray:
+@dataclass(frozen=True)
+class RowGroup:
+    """A part of a parquet file that is read at once."""
+
+    file: Path
+    number: int  # in the file
+    first: int  # its first row's place in the data set
+    rows: int
+
+
+def row_groups(root: Path) -> list[RowGroup]:
+    """All of a data set's rows, in order."""
+    found, first = [], 0
+    for file in data_files(root):
+        footer = pq.read_metadata(file)
+        for number in range(footer.num_row_groups):
+            found.append(RowGroup(file, number, first, footer.row_group(number).num_rows))
+            first += found[-1].rows
+    return found
+
+
+def read_pictures(group: RowGroup, camera: str) -> pa.ChunkedArray:
+    """The cells of an image column, encoded."""
+    return pq.ParquetFile(group.file).read_row_group(group.number, columns=[camera])[camera]
+
+
+def decode_picture(picture: dict | None, camera: str, group: RowGroup, offset: int) -> np.ndarray:
     """(H, W, 3) uint8 of a cell of an image column, bytes or the path of a file.
 
     Raises:
@@ -29,11 +57,11 @@ def decode_picture(picture: dict | None, camera: str, file: Path, group: int, of
     """
     encoded = (picture or {}).get("bytes") or b""
     if not encoded and picture and picture.get("path"):
-        path = file.parents[2] / picture["path"]
+        path = group.file.parents[2] / picture["path"]
         encoded = path.read_bytes() if path.is_file() else b""
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB) if encoded else None
     if image is None:
-        raise UserError(f"{file}: {camera} of row {offset} in row group {group} is not a picture")
+        raise UserError(f"{group.file}: {camera} of row {offset} in row group {group.number} is not a picture")
     return image
 
 

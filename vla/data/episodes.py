@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class Episodes:
     goals: tuple[str, ...]
     fingerprint: str  # of the data set's files
     target: np.ndarray | None = None  # (r, 2) float32, m: where the instructed object is, if recorded
-    extra: dict | None = None  # meta/concord.json, if there is one
+    collected: dict = field(default_factory=dict)  # meta/concord.json: how it was collected; empty without one
 
     def gather_frames(self, store: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(b, H, W, 3) uint8 pictures of (b,) rows from the frame store."""
@@ -88,8 +88,8 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
     numeric = [key for key in (STATE_KEY, ACTION_KEY) if key in info["features"]]
     columns = [*numeric, "episode_index", "frame_index", "task_index", *optional]
     table = pa.concat_tables(pq.read_table(p, columns=columns) for p in data_files(root))
-    extra_path = root / "meta" / "concord.json"
-    extra = json.loads(extra_path.read_text()) if extra_path.is_file() else None
+    record = root / "meta" / "concord.json"
+    collected = json.loads(record.read_text()) if record.is_file() else {}
 
     episode, frame = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
     order = np.lexsort((frame, episode))
@@ -109,7 +109,7 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
     episode_texts = [str(text_of_task[t] or "") for t in table["task_index"].to_numpy()[order][first]]
     texts, text_id = np.unique(episode_texts, return_inverse=True)
     if GOAL_KEY in optional:
-        goal_id, goals = named_goals(root, of_episode(GOAL_KEY, 0), (extra or {}).get("goals"))
+        goal_id, goals = named_goals(root, of_episode(GOAL_KEY, 0), collected.get("goals"))
     else:
         goal_id, goals = goals_of_texts(texts.tolist(), text_id)
     goal_id = np.where([bool(text.strip()) for text in episode_texts], goal_id, -1)
@@ -133,7 +133,7 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
         goals=goals,
         fingerprint=fingerprint(root),
         target=vectors(TARGET_KEY) if TARGET_KEY in optional else None,
-        extra=extra,
+        collected=collected,
     )
 
 
@@ -217,7 +217,7 @@ def split_episodes(episodes: Episodes, holdout: float, seed: int) -> tuple[np.nd
 
 def task_of_episode(episodes: Episodes) -> np.ndarray:
     """(e,) name of each episode's task: what meta/concord.json says, else its goal."""
-    names = (episodes.extra or {}).get("task_of_goal", {})
+    names = episodes.collected.get("task_of_goal", {})
     return np.array([*(names.get(goal, goal) for goal in episodes.goals), ""])[episodes.goal_id]  # the last of none
 
 

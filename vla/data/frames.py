@@ -1,6 +1,5 @@
 """Frame store: a camera's pictures, decoded once, resized, as one memory-mapped uint8 array."""
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -8,18 +7,27 @@ import platform
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vla.config import DataConfig
-from vla.data.decoding import decode_picture, is_video, open_video, resize, videos_of
-from vla.data.episodes import Episodes, data_files
+from vla.data.decoding import (
+    RowGroup,
+    decode_picture,
+    is_video,
+    open_video,
+    read_pictures,
+    resize,
+    row_groups,
+    videos_of,
+)
+from vla.data.episodes import Episodes
 from vla.data.streaming import StreamedFrames
 from vla.files import is_disk_full
 from vla.types import UserError
@@ -47,8 +55,8 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
     """
     folder = Path(cache) if cache else episodes.root / ".concord"
     path = folder / f"frames_{episodes.fingerprint}_{episodes.camera.replace('.', '_')}_{image_size}.npy"
-    counts = [pq.read_metadata(p).num_rows for p in data_files(episodes.root)]
-    shape = (sum(counts), image_size, image_size, 3)
+    groups = row_groups(episodes.root)
+    shape = (sum(group.rows for group in groups), image_size, image_size, 3)
     store = _open_if_whole(path, shape)
     if store is not None:
         return store
@@ -61,7 +69,10 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
         _need_space(folder, int(np.prod(shape)))
         np.lib.format.open_memmap(partial_path, mode="w+", dtype=np.uint8, shape=shape).flush()
         _take_space(partial_path)
-        _build(episodes, partial_path, counts, workers)
+        if is_video(episodes):
+            _build_from_video(episodes, partial_path)
+        else:
+            _build_from_images(groups, episodes.camera, partial_path, workers)
         with partial_path.open("rb+") as file:
             os.fsync(file.fileno())
         partial_path.rename(path)
@@ -80,7 +91,7 @@ def open_frames(episodes: Episodes, image_size: int, cache: str | None = None, w
 def _remove_abandoned(path: Path) -> None:
     """Delete what builds of this store left that were killed: as much as a whole one each."""
     for left in path.parent.glob(f"{path.stem}.*.partial"):
-        with contextlib.suppress(OSError), left.open("r+b") as file:  # locked: somebody builds
+        with suppress(OSError), left.open("r+b") as file:  # locked: somebody builds
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - left.stat().st_mtime > 60:  # and is not about to lock it
                 left.unlink()
@@ -135,46 +146,35 @@ def _take_space(path: Path) -> None:
                 raise  # others: a file system that cannot
 
 
-def _build(episodes: Episodes, path: Path, counts: list[int], workers: int) -> None:
-    if is_video(episodes):
-        return _build_from_video(episodes, path)
-    jobs = []
-    first = 0
-    for file, _count in zip(data_files(episodes.root), counts, strict=True):
-        for group in range(pq.read_metadata(file).num_row_groups):
-            size = pq.read_metadata(file).row_group(group).num_rows
-            jobs.append((file, group, first, size))
-            first += size
-    work = partial(_decode_group, path, episodes.camera)
-    bar = tqdm(total=sum(counts), desc="frame store", unit="frame", mininterval=1.0)
-    with bar:
-        if workers == 1 or len(jobs) == 1:
-            for done in map(work, jobs):
-                bar.update(done)
-            return None
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for done in pool.map(work, jobs, chunksize=max(1, len(jobs) // (8 * workers))):
-                bar.update(done)
-    return None
+def _build_from_images(groups: list[RowGroup], camera: str, path: Path, workers: int) -> None:
+    """Decode the images in the parquet files, row group by row group."""
+    work = partial(_decode_group, path, camera)
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress(sum(group.rows for group in groups)))
+        if workers == 1 or len(groups) == 1:
+            done = map(work, groups)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            done = pool.map(work, groups, chunksize=max(1, len(groups) // (8 * workers)))
+        for count in done:
+            bar.update(count)
 
 
-def _decode_group(path: Path, camera: str, job: tuple[Path, int, int, int]) -> int:
+def _decode_group(path: Path, camera: str, group: RowGroup) -> int:
     """Decode one row group into its rows of the store; returns how many."""
-    file, group, first, count = job
     cv2.setNumThreads(1)
     store = np.lib.format.open_memmap(path, mode="r+")
-    column = pq.ParquetFile(file).read_row_group(group, columns=[camera])[camera].to_pylist()
-    for offset, picture in enumerate(column):
-        store[first + offset] = resize(decode_picture(picture, camera, file, group, offset), store.shape[1])
+    for offset, picture in enumerate(read_pictures(group, camera).to_pylist()):
+        store[group.first + offset] = resize(decode_picture(picture, camera, group, offset), store.shape[1])
     store.flush()
-    return count
+    return group.rows
 
 
 def _build_from_video(episodes: Episodes, path: Path) -> None:
     """Decode the camera's videos from beginning to end."""
     store = np.lib.format.open_memmap(path, mode="r+")
     files, file_of_row, number_of_row = videos_of(episodes)
-    with tqdm(total=len(store), desc="frame store", unit="frame", mininterval=1.0) as bar:
+    with progress(len(store)) as bar:
         for position, file in enumerate(files):
             rows = np.flatnonzero(file_of_row == position)
             wanted: dict[int, list[int]] = {}  # rows may share a frame
@@ -190,3 +190,8 @@ def _build_from_video(episodes: Episodes, path: Path) -> None:
             if wanted:
                 raise UserError(f"{file}: {len(wanted)} frames are missing; the video is truncated")
     store.flush()
+
+
+def progress(frames: int) -> tqdm:
+    """The bar of a store that is built."""
+    return tqdm(total=frames, desc="frame store", unit="frame", mininterval=1.0)

@@ -38,11 +38,9 @@ class Stores:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 of a row, (n, H, W, 3) of (n,) rows."""
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """(n, H, W, 3) uint8 of (n,) rows."""
         which = np.searchsorted(self.first, rows, side="right") - 1
-        if np.ndim(rows) == 0:
-            return self.stores[which][rows - self.first[which]]
         pictures = np.empty((len(rows), *self.shape[1:]), np.uint8)
         for number in np.unique(which):
             chosen = which == number
@@ -53,7 +51,11 @@ class Stores:
 def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = True, partial: bool = False) -> Mixture:
     """The data set of `data` and further ones, each ROOT or ROOT=WEIGHT; `data.root` has weight 1.
 
-    `told`: only episodes with an instruction are held out for validation. `partial`: the first one may lack what further ones may. The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
+    The further ones may lack actions, states or, in episodes whose task is empty, instructions. They are trained on whole.
+
+    Args:
+        told: only episodes with an instruction are held out for validation.
+        partial: the first one may lack what further ones may.
 
     Raises:
         UserError: a weight that is no positive number, `data.root` again, data sets that do not fit together, or unusable ones.
@@ -157,7 +159,7 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
         goals=tuple(goals[key] for key in sorted(goals)),
         fingerprint=hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()[:16],
         target=None if first.target is None else np.concatenate([target_of(part) for part in parts]),
-        extra=first.extra,
+        collected=first.collected,
     )
 
 
@@ -193,7 +195,7 @@ def told_goals(parts: Sequence[Episodes]) -> tuple[list[list[str]], dict[str, st
 
 def names_goals(episodes: Episodes) -> bool:
     """Whether the data set says what its goals are, beside the texts that ask for them."""
-    return "goals" in (episodes.extra or {})
+    return "goals" in episodes.collected
 
 
 def widened(values: np.ndarray, size: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from vla.types import RANGE_FLOOR
+from vla.types import ACTION_KEY, RANGE_FLOOR, STATE_KEY
 
 RECURS = (5, 2e-4)  # rows at an extreme, and their share, from which on it is a command and not a glitch or a tail
 
@@ -20,10 +20,6 @@ class NormStats:
     q01: np.ndarray
     q99: np.ndarray
 
-    def as_dict(self) -> dict[str, np.ndarray]:
-        """LeRobot's form of one feature's statistics."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Normalizers:
@@ -31,6 +27,10 @@ class Normalizers:
 
     action: NormStats
     state: NormStats
+
+    def by_key(self) -> dict[str, dict[str, np.ndarray]]:
+        """The same in LeRobot's form."""
+        return {STATE_KEY: asdict(self.state), ACTION_KEY: asdict(self.action)}
 
 
 def compute_norm_stats(values: np.ndarray) -> NormStats:

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vla.data.decoding import decode_picture, is_video, open_video, resize, videos_of
-from vla.data.episodes import Episodes, data_files
+from vla.data.decoding import decode_picture, is_video, open_video, read_pictures, resize, row_groups, videos_of
+from vla.data.episodes import Episodes
 from vla.types import UserError
 
 KEPT_BYTES = 1 << 30  # of encoded pictures, in memory
@@ -38,10 +37,8 @@ class StreamedFrames:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 of a row, (n, H, W, 3) of (n,) rows."""
-        if np.ndim(rows) == 0:
-            return self[np.array([rows])][0]
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """(n, H, W, 3) uint8 of (n,) rows."""
         pictures = np.empty((len(rows), *self.shape[1:]), np.uint8)
 
         def read(job: tuple[int, np.ndarray]) -> None:
@@ -68,30 +65,24 @@ class RowGroups:
 
     def __init__(self, episodes: Episodes) -> None:
         self.camera = episodes.camera
-        self.groups = [
-            (file, group)
-            for file in data_files(episodes.root)
-            for group in range(pq.read_metadata(file).num_row_groups)
-        ]
-        sizes = [pq.read_metadata(file).row_group(group).num_rows for file, group in self.groups]
-        self.first = np.cumsum([0, *sizes])
+        self.groups = row_groups(episodes.root)
+        sizes = [group.rows for group in self.groups]
         self.part_of_row = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self._kept: OrderedDict[int, pa.StructArray] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, part: int, rows: np.ndarray) -> list[np.ndarray]:
         """The pictures of (n,) rows of a row group, as large as they are."""
-        (file, group), column = self.groups[part], self._column(part)
-        offsets = (rows - self.first[part]).tolist()
-        return [decode_picture(column[offset].as_py(), self.camera, file, group, offset) for offset in offsets]
+        group, column = self.groups[part], self._column(part)
+        offsets = (rows - group.first).tolist()
+        return [decode_picture(column[offset].as_py(), self.camera, group, offset) for offset in offsets]
 
     def _column(self, part: int) -> pa.StructArray:
         with self._lock:
             if part in self._kept:
                 self._kept.move_to_end(part)
                 return self._kept[part]
-        file, group = self.groups[part]
-        column = pq.ParquetFile(file).read_row_group(group, columns=[self.camera])[self.camera].combine_chunks()
+        column = read_pictures(self.groups[part], self.camera).combine_chunks()
         with self._lock:
             self._kept[part] = column
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:

@@ -20,7 +20,7 @@ from vla.eval.evaluation_report import evaluation_report, failures_report
 from vla.eval.golden import check_golden
 from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
-from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, MakePolicy, rollout_workers, run_rollouts, seconds_so_far
+from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, rollout_workers, run_rollouts, seconds_so_far
 from vla.eval.statistics import summarise
 from vla.files import write_json
 from vla.locks import lock_folder
@@ -43,14 +43,16 @@ def evaluate(config: EvalConfig) -> Path:
     make_policy = partial(load_chunk_policy, policy_folder, config.device)
     with rollout_workers(make_policy, config.workers) as workers:
         try:
-            return evaluate_with(config, policy_folder, make_policy, workers)
+            # Loaded here as well: it fails early, before anything is simulated.
+            return evaluate_with(config, policy_folder, make_policy(), workers)
         except RenderingError as error:
             raise UserError(f"metaworld: {error}") from error
 
 
-def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePolicy, workers: Executor | None) -> Path:
+def evaluate_with(
+    config: EvalConfig, policy_folder: Path, policy: LeRobotChunkPolicy, workers: Executor | None
+) -> Path:
     """`evaluate` in processes that load the policy already."""
-    policy = make_policy()  # fails early, before anything is simulated
     trained = trained_on(policy_folder)
     config = replace(config, env=config.env or trained.get("env"))
     if config.env is None:
@@ -79,16 +81,14 @@ def evaluate_with(config: EvalConfig, policy_folder: Path, make_policy: MakePoli
     started = time.perf_counter() - seconds_so_far(journal)  # of an evaluation that goes on
     print(f"evaluate: {len(specs)} episodes of {config.env} with {config.workers} processes into {output}")
     records = run_rollouts(
-        make_policy,
+        policy,
         specs,
         batch_size=config.batch_size,
         workers=workers,
         journal=journal,
     )
-    films = film(config, make_policy, workers, [specs[i] for i in chosen_plain(config, records)], output / "videos")
-    failures = film(
-        config, make_policy, workers, [specs[i] for i in chosen_failures(config, records)], output / "failures"
-    )
+    films = film(config, policy, workers, [specs[i] for i in chosen_plain(config, records)], output / "videos")
+    failures = film(config, policy, workers, [specs[i] for i in chosen_failures(config, records)], output / "failures")
     result = summary(config, records) | {
         "wall_time_s": round(time.perf_counter() - started, 1),
         "command": command_line(),
@@ -247,18 +247,17 @@ def chosen_failures(config: EvalConfig, records: list[EpisodeRecord]) -> list[in
 
 def film(
     config: EvalConfig,
-    make_policy: MakePolicy,
+    policy: LeRobotChunkPolicy,
     workers: Executor | None,
     specs: list[EpisodeSpec],
     folder: Path,
 ) -> list[EpisodeRecord]:
     """Run episodes once more, with a camera; encoding takes longest, so every process gets its share, a few at a time: a film of them may take 90 MB."""
     return run_rollouts(
-        make_policy,
+        policy,
         specs,
         batch_size=max(1, min(config.batch_size, FILMED_AT_ONCE, -(-len(specs) // config.workers))),
         workers=workers,
-        record_video=frozenset(range(len(specs))),
         video_folder=folder,
     )
 

@@ -87,20 +87,20 @@ def write_golden(
         folder: of the policy.
         policy: it, as loaded from there.
         episodes: with their pictures in `frames`.
-        positions: (n,) of the episodes to choose from, all collected in the environment that `episodes.extra` names, if it names one.
+        positions: (n,) of the episodes to choose from, all collected in the environment that `episodes.collected` names, if it names one.
         action: statistics that the actions are normalised by.
     """
     chosen = spread(positions, OBSERVATIONS)
     rows = episodes.start[chosen]
     images, state = episodes.gather_frames(frames, rows), episodes.state[rows]
     instructions = [episodes.texts[t] for t in episodes.text_id[chosen]]
-    extra = episodes.extra or {}
-    known = "env" in extra and bool((episodes.seed[chosen] >= 0).all())
+    collected = episodes.collected
+    known = "env" in collected and bool((episodes.seed[chosen] >= 0).all())
     goals = [episodes.goals[goal] if goal >= 0 else "" for goal in episodes.goal_id[chosen]]
     scenes = map(Scene, episodes.seed[chosen].tolist(), goals, instructions)
     about = {
-        "env": extra["env"] if known else None,
-        "env_tasks": extra.get("tasks", []),
+        "env": collected["env"] if known else None,
+        "env_tasks": collected.get("tasks", []),
         "drawn_at": drawn_at(episodes, images.shape[1]),
         "scenes": [astuple(scene) for scene in scenes],
     }
@@ -117,7 +117,7 @@ def drawn_at(episodes: Episodes, size: int) -> int:
 
     A policy that reads another size is to be shown pictures of this one, which it resizes as training did.
     """
-    return (episodes.extra or {}).get("config", {}).get("env", {}).get("image_size", size)
+    return episodes.collected.get("config", {}).get("env", {}).get("image_size", size)
 
 
 def check_golden(folder: Path, policy: ChunkPolicy, env: str | None) -> GoldenCheck | None:

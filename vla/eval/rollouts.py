@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,37 +101,35 @@ def rollout_workers(make_policy: MakePolicy, count: int) -> Iterator[Executor | 
 
 
 def run_rollouts(
-    make_policy: MakePolicy,
+    policy: ChunkPolicy | None,
     specs: Sequence[EpisodeSpec],
     *,
     batch_size: int = 32,
     workers: Executor | None = None,
-    record_video: frozenset[int] = frozenset(),
     video_folder: Path | None = None,
     journal: Path | None = None,
 ) -> list[EpisodeRecord]:
     """Run every spec and return the records in their order.
 
     Args:
-        make_policy: builds the policy, if there are no workers, which have theirs.
+        policy: what acts, if there are no workers, which have theirs.
         specs: the episodes.
         batch_size: environments stepped together in one process.
         workers: from `rollout_workers`, of the same policy; None runs in this process.
-        record_video: indices of the episodes to film into `video_folder`.
-        video_folder: where `NNNNN.mp4` files go.
+        video_folder: where every episode is filmed, as `NNNNN.mp4`; none if it is not given.
         journal: file of finished records; an interrupted call with the same specs goes on from it.
     """
     started = time.perf_counter() - (seconds_so_far(journal) if journal else 0.0)
     done = read_journal(journal, specs) if journal else {}
     groups = grouped([i for i in range(len(specs)) if i not in done], specs, batch_size)
     bar = tqdm(total=len(specs), initial=len(done), desc="rollouts", unit="episode", mininterval=1.0)
-    arguments = [([(i, specs[i]) for i in group], record_video & set(group), video_folder) for group in groups]
+    arguments = [([(i, specs[i]) for i in group], video_folder) for group in groups]
     with bar:
         if workers is not None:
             _take(workers.map(_run_in_worker, arguments), done, journal, bar, started)
-        elif groups:
+        else:
             try:
-                _take(map(_run_group, [make_policy()] * len(groups), arguments), done, journal, bar, started)
+                _take(map(partial(_run_group, policy), arguments), done, journal, bar, started)
             finally:  # simulators take some 100 MB each; workers end with theirs
                 close_environments()
     return [done[i] for i in range(len(specs))]
@@ -191,14 +190,10 @@ def _loaded() -> bool:
     return _policy is not None
 
 
-def _policy_here() -> ChunkPolicy:
+def _run_in_worker(arguments):
     if isinstance(_policy, UserError):
         raise _policy
-    return _policy
-
-
-def _run_in_worker(arguments):
-    return _run_group(_policy_here(), arguments)
+    return _run_group(_policy, arguments)
 
 
 def _take(results, done: dict[int, EpisodeRecord], journal: Path | None, bar: tqdm, started: float) -> None:
@@ -253,7 +248,7 @@ def _environments_for(specs: Sequence[EpisodeSpec]) -> list[gym.Env]:
 
 def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, EpisodeRecord]]:
     """Step one batch of environments in lockstep until all have reached their horizon."""
-    members, filmed, video_folder = arguments
+    members, video_folder = arguments
     envs = _environments_for([spec for _, spec in members])
     observations, infos, films = [], [], {}
     for env, (index, spec) in zip(envs, members, strict=True):
@@ -262,7 +257,7 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
         observation, info = env.reset(seed=spec.seed, options={k: v for k, v in options.items() if v is not None})
         observations.append(observation)
         infos.append(info)
-        if index in filmed:
+        if video_folder is not None:
             films[index] = []
     first_success = np.full(len(envs), -1)
     success_now = np.zeros(len(envs), bool)

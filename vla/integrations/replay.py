@@ -45,7 +45,7 @@ def replay(episodes: Episodes) -> Replay | None:
         UserError: meta/concord.json holds no configuration of this version.
         Exception: whatever a simulator raises that cannot run here.
     """
-    made_with = (episodes.extra or {}).get("config")
+    made_with = episodes.collected.get("config")
     if not isinstance(made_with, dict):
         return None
     config, where = CollectConfig(), str(episodes.root / "meta" / "concord.json")

@@ -19,6 +19,7 @@ from vla.models.pooler import TextConditionedPooler
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's clamp
 PAIRS = ("vision_language", "word_patch", "context_action", "state")
 TRANSITIONS = ("transition_action", "transition_language")  # further pairs, where they are switched on
+TERMS = (*PAIRS, *TRANSITIONS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class AlignmentModel(nn.Module):
         self.state_encoder = mlp(state_dim, 128, 128)
         self.state_projection = ProjectionHead(128, d)
         self.transition_projection = ProjectionHead(2 * queries * pooler_width, d) if transitions else None
-        pairs = (*PAIRS, *TRANSITIONS) if transitions else PAIRS
+        pairs = TERMS if transitions else PAIRS
         starts = {pair: temperatures.get(pair, (temperature, learn_temperature)) for pair in pairs}
         self.logit_scales = nn.ParameterDict(
             {

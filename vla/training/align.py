@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from vla.config import AlignConfig, LossConfig
+from vla.config import AlignConfig
 from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
@@ -29,7 +29,7 @@ from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
 from vla.losses.rowwise import Term
-from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
+from vla.models.alignment import AlignmentModel
 from vla.models.clip import note_of_cut, tokenize
 from vla.models.finetuning import add_lora
 from vla.training.align_export import export, export_between, export_encoder
@@ -45,6 +45,7 @@ from vla.training.align_setup import (
     resting_action,
     shared_settings,
     shuffled_labels,
+    switched_on,
 )
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
@@ -110,7 +111,7 @@ def train_align(config: AlignConfig) -> Path:
     if run.end.is_file():
         if accelerator.is_main_process:
             write_alignment_report(run.folder)
-        say(accelerator, f"{run.folder}: finished already; drew its report.html again")
+        accelerator.print(f"{run.folder}: finished already; drew its report.html again")
         return run.folder / "clip"
 
     mixture, old = in_turn(
@@ -128,13 +129,13 @@ def train_align(config: AlignConfig) -> Path:
     rows = rows_of(episodes, train)
     source = make_source(episodes, mixture.frames, rows, config.horizon)
     sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
-    pairs = minimal_pairs(config.loss, episodes, train, partial(say, accelerator))
+    pairs = minimal_pairs(config.loss, episodes, train, accelerator.print)
     relabel = shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None
 
     resumed = config.resume and latest_checkpoint(run.folder) is not None
     model, tokenizer, start = in_turn(
         accelerator,
-        lambda: begin_model(config, episodes, resumed, partial(say, accelerator)),
+        lambda: begin_model(config, episodes, resumed, accelerator.print),
         mine_first=accelerator.is_local_main_process,
     )
     if (
@@ -142,14 +143,14 @@ def train_align(config: AlignConfig) -> Path:
         and from_stage_one(config.tower.pretrained)
         and (note := other_ranges(beside(config.tower.pretrained), source.stats))
     ):
-        say(accelerator, note)
+        accelerator.print(note)
     optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
     model.to(accelerator.device)
     input_ids, attention_mask = tokenize(tokenizer, episodes.texts)
     words = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16]
     check_same_encoders(processes, words, model, accelerator.device)
     if note := note_of_cut(tokenizer, episodes.texts):
-        say(accelerator, note)
+        accelerator.print(note)
     rest = resting_action(episodes, rows, source.stats.action)
 
     began = {"start": start.digest if start else None, "words": words}  # what a resumed run must find as it was
@@ -157,7 +158,7 @@ def train_align(config: AlignConfig) -> Path:
     if config.resume:
         first, before = in_turn(accelerator, lambda: restore(run, model, optimizer, episodes, began), mine_first=writes)
     processes.share(model)
-    say(accelerator, describe(config, episodes, train, validation, model, sampler, first))
+    accelerator.print(describe(config, episodes, train, validation, model, sampler, first))
 
     def make_batch(step: int) -> TripletBatch:
         batch = training_batch(
@@ -277,7 +278,7 @@ def train_align(config: AlignConfig) -> Path:
 
     together(accelerator, finish if run.writes else lambda: None)
     encoder = run.folder / "clip"
-    say(accelerator, f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
+    accelerator.print(f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
     return encoder
 
 
@@ -432,11 +433,6 @@ def at_chance(metrics: dict[str, float]) -> list[str]:
     return [name for name in names if stays(name)]
 
 
-def switched_on(loss: LossConfig) -> list[str]:
-    """The terms that have a weight."""
-    return [name for name in (*PAIRS, *TRANSITIONS) if getattr(loss, name)]
-
-
 def alarm(step: int, terms: list[str]) -> str:
     """What is said of terms that are still at their chance level after a step, or that no batch has rows for."""
     return (
@@ -467,8 +463,3 @@ def describe(
         f"{len(episodes.texts)} instructions, {parameters:.1f} M parameters\n"
         f"{config.steps} steps of about {triplets:,} triplets, {config.steps * triplets:,} in all{resumed}; run folder {config.output}{notes}"
     )
-
-
-def say(accelerator: Accelerator, text: str) -> None:
-    """Print once, whatever the number of processes."""
-    accelerator.print(text)

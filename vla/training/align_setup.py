@@ -17,7 +17,7 @@ from vla.data.minimal_pairs import MinimalPairs
 from vla.data.mixture import Mixture, open_mixture, root_and_weight
 from vla.data.normalization import Normalizers, NormStats, compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler, shares
-from vla.models.alignment import PAIRS, TRANSITIONS, AlignmentModel
+from vla.models.alignment import TERMS, AlignmentModel
 from vla.models.clip import build_clip, load_clip, resize_positions
 from vla.training.pretrained import HeldOut, check_start, old_split
 from vla.training.run import FREE_FIELDS
@@ -37,7 +37,7 @@ def check_alignment(config: AlignConfig) -> None:
 
 def check_terms(config: AlignConfig) -> None:
     """Refuse a loss without terms, options of terms that are off, transition terms whose batches hold no transition, and temperatures that are none."""
-    if not any(getattr(config.loss, name) for name in (*PAIRS, *TRANSITIONS)):
+    if not switched_on(config.loss):
         raise UserError("config error: loss: the weight of every term is 0, so nothing would be trained")
     loss = config.loss
     pair_temperatures(loss)
@@ -63,6 +63,11 @@ def check_terms(config: AlignConfig) -> None:
             "config error: loss.transition_action and loss.transition_language need two frames of an episode in a batch, at most "
             f"`horizon` apart; got batch.frames {batch.frames}, batch.gap {batch.gap}, horizon {config.horizon}"
         )
+
+
+def switched_on(loss: LossConfig) -> list[str]:
+    """The terms that have a weight."""
+    return [name for name in TERMS if getattr(loss, name)]
 
 
 def check_snapshots(config: AlignConfig) -> None:
@@ -107,10 +112,8 @@ def pair_temperatures(loss: LossConfig) -> dict[str, tuple[float, bool]]:
     for text in loss.temperatures:
         pair, _, value = text.partition("=")
         number = value.removeprefix("fixed:")
-        if pair not in (*PAIRS, *TRANSITIONS):
-            raise UserError(
-                f"config error: loss.temperatures: {text!r} names no pair; they are {', '.join((*PAIRS, *TRANSITIONS))}"
-            )
+        if pair not in TERMS:
+            raise UserError(f"config error: loss.temperatures: {text!r} names no pair; they are {', '.join(TERMS)}")
         try:
             start = float(number)
         except ValueError:

@@ -1,13 +1,12 @@
 """Stage one's terms beside the cloning loss of stage two, on the encoder that is fine-tuned and the policy's pooler."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vla.config import AlignConfig, PolicyTrainConfig
@@ -15,7 +14,7 @@ from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.normalization import Normalizers
-from vla.models.alignment import PAIRS, TRANSITIONS
+from vla.models.alignment import TERMS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
 from vla.training.align_setup import (
@@ -27,9 +26,8 @@ from vla.training.align_setup import (
     resting_action,
 )
 from vla.training.align_step import forward_backward
-from vla.training.checkpoint import load_tensors
 from vla.training.device_batch import on_device
-from vla.training.pretrained import beside, from_stage_one, part_of
+from vla.training.pretrained import beside, from_stage_one, take_up
 from vla.training.ranges import other_ranges
 from vla.types import TripletBatch, UserError
 
@@ -53,7 +51,7 @@ class Auxiliary:
             parts, weights: training episodes of every data set, and what each weighs in a batch.
 
         Raises:
-            UserError: a frozen encoder, or sizes that are not those of the policy's pooler or of the file.
+            UserError: a frozen encoder, or sizes that are not those of the policy's pooler.
         """
         if not config.tune:
             raise UserError("config error: auxiliary needs an encoder that is fine-tuned; add --tune=true")
@@ -75,7 +73,7 @@ class Auxiliary:
         self.model = make_model(align, policy.clip, episodes)
         encoder = started_encoder(Path(config.start)) if config.start else config.encoder
         if encoder != "random" and from_stage_one(encoder):
-            load_rest(self.model, beside(encoder), pair_temperatures(loss))
+            take_up(self.model, encoder, pair_temperatures(loss), print)
             if note := other_ranges(beside(encoder), stats):
                 print(f"auxiliary: {note}")
         else:
@@ -94,8 +92,7 @@ class Auxiliary:
 
     def make_batch(self, step: int) -> TripletBatch:
         """The triplets of a step, their pictures read."""
-        changes = {"augmenter": augmenter(self.config.data), "text_of_episode": None, "shuffle_actions": False}
-        batch = training_batch(self.source, self.sampler, step, **changes, pairs=self.pairs)
+        batch = training_batch(self.source, self.sampler, step, augmenter=augmenter(self.config.data), pairs=self.pairs)
         batch.frames.load(slice(0, len(batch.frames)))
         return batch
 
@@ -105,7 +102,7 @@ class Auxiliary:
         """Add the gradients of the weighted terms to those of the parameters; returns the terms, in nats."""
         weight = self.config.auxiliary * (1 - step / self.config.steps)
         loss = self.config.loss
-        weighted = replace(loss, **{name: weight * getattr(loss, name) for name in (*PAIRS, *TRANSITIONS)})
+        weighted = replace(loss, **{name: weight * getattr(loss, name) for name in TERMS})
         _, terms, _ = forward_backward(
             self.model,
             on_device(batch, *self.texts, self.rest.device, word_hider(self.config.data, self.config.seed, step)),
@@ -122,28 +119,3 @@ def started_encoder(policy: Path) -> str:
     """The encoder that a policy was trained on, as its record says; "random" if it says nothing."""
     record = policy / "concord.json"
     return json.loads(record.read_text())["encoder"] if record.is_file() else "random"
-
-
-def load_rest(model: torch.nn.Module, path: Path, configured: Iterable[str]) -> None:
-    """Load what stage one trains beside the encoder; scales that are not learned, and those of `configured` pairs, stay as they are.
-
-    Parts that only one of the two losses has whole, such as what transition terms train, are named and not taken up.
-
-    Raises:
-        UserError: sizes that are not those of the file.
-    """
-    own = {n: p for n, p in model.state_dict().items() if not n.startswith(("clip.", "pooler."))}
-    saved = {name: value for name, value in load_tensors(path).items() if not name.startswith("pooler.")}
-    other = {part_of(name) for name in own.keys() ^ saved.keys()}
-    if other:
-        print(
-            f"auxiliary: stage one's loss and this one differ in {', '.join(sorted(other))}, not taken up from {path}"
-        )
-    scales = {name: p for name, p in model.named_parameters() if name.startswith("logit_scales.")}
-    kept = {f"logit_scales.{pair}" for pair in configured} | {n for n, p in scales.items() if not p.requires_grad}
-    weights = {name: value for name, value in saved.items() if part_of(name) not in other and name not in kept}
-    try:
-        model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: does not fit ({reason}); use stage one's horizon for head.horizon") from error

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,11 @@ def rng_tensors() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return states
+
+
+def own_random_numbers() -> AbstractContextManager:
+    """What is done within draws from torch's generators as if it had them for itself."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def restore_rng(tensors: dict[str, Tensor]) -> None:

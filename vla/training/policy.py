@@ -6,7 +6,6 @@ reads cached patch tokens and never runs the vision tower, unless it is told to 
 
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.episodes import Episodes, rows_of, spread
 from vla.data.mixture import open_mixture
-from vla.data.normalization import Normalizers, compute_norm_stats
 from vla.data.sampler import shares
 from vla.eval.golden import drawn_at
 from vla.eval.rollouts import EpisodeSpec, check_drawing, run_rollouts
@@ -28,15 +26,14 @@ from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import WEIGHTS
+from vla.policies.loading import load_chunk_policy
+from vla.training.align_setup import make_stats
 from vla.training.auxiliary import Auxiliary
-from vla.training.checkpoint import (
-    how_to_replay,
-    restore_rng,
-    rng_tensors,
-)
+from vla.training.checkpoint import how_to_replay, own_random_numbers
 from vla.training.optim import make_optimizers, schedule
-from vla.training.policy_data import CloningBatch, cloned_episodes, digest, gather, needed_tokens
+from vla.training.policy_data import Cloned, CloningBatch, cloned_episodes, digest, gather, needed_tokens
 from vla.training.policy_export import (
+    Trained,
     averaged_weights,
     check_finished_on,
     checkpoint,
@@ -51,7 +48,7 @@ from vla.training.run import RunFolder, begun_precision, mean_metrics
 from vla.training.start import make_policy, policy_stats, starts_trained
 from vla.training.tokens import open_tokens, weights_digest
 from vla.training.words import Words
-from vla.types import ACTION_KEY, STATE_KEY, UserError
+from vla.types import UserError
 
 END = f"policy/{WEIGHTS}"  # what a run writes last
 VALIDATED = 4096  # held-out rows that are measured, at most
@@ -79,7 +76,7 @@ def train_policy(config: PolicyTrainConfig) -> Path:
         return run.folder / "policy"
 
     mixture = open_mixture(replace(config.data, episodes_per_task=None), config.more, config.seed, told=False)
-    if config.rollouts_every and "env" not in (mixture.episodes.extra or {}):
+    if config.rollouts_every and "env" not in mixture.episodes.collected:
         raise UserError(f"{config.data.root}: names no environment (meta/concord.json); leave out --rollouts_every")
     if config.rollouts_every:
         check_drawing("rollouts_every", rollout_specs(config, mixture.episodes)[0])
@@ -99,18 +96,10 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     policy = make_policy(config, episodes)
     encoder_digest = weights_digest(policy.clip)
     policy.to(accelerator.device)
-    stats = (
-        policy_stats(Path(config.start))
-        if config.start
-        else {
-            STATE_KEY: compute_norm_stats(episodes.state[rows]),
-            ACTION_KEY: compute_norm_stats(episodes.action[rows]),
-        }
-    )
-    normalizers = Normalizers(stats[ACTION_KEY], stats[STATE_KEY])
+    stats = policy_stats(Path(config.start)) if config.start else make_stats(episodes, rows)
     auxiliary = None
     if config.auxiliary:
-        auxiliary = Auxiliary(config, episodes, parts, mixture.weights, frames, normalizers, policy)
+        auxiliary = Auxiliary(config, episodes, parts, mixture.weights, frames, stats, policy)
     encoder_lr = config.optimizer.lr * config.encoder_lr_scale
     pooler_lr = config.optimizer.lr * (config.pooler_lr_scale if starts_trained(config) else 1.0)
     groups = [(policy.network.pooler, pooler_lr), (policy.network, config.optimizer.lr), (policy.clip, encoder_lr)]
@@ -127,19 +116,17 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             folder=Path(config.data.cache) if config.data.cache else episodes.root / ".concord",
             accelerator=accelerator,
         )
+    cloned = Cloned(episodes, frames, stats, encoder_digest, tokens)
     reads_alike = not (config.tune and config.tuned_part == "all")
     words = Words(policy, episodes.texts, dropout=config.data.word_dropout, frozen=reads_alike)
     averaged = {name: p.detach().clone() for name, p in trained_parameters(policy).items()}
     others = auxiliary.own_parameters() if auxiliary else {}
-    first, before = (
-        restore(run, policy, optimizer, averaged, others, episodes, encoder_digest, stats)
-        if config.resume
-        else (0, 0.0)
-    )
+    trained = Trained(policy, optimizer, averaged, others)
+    first, before = restore(run, trained, cloned) if config.resume else (0, 0.0)
     accelerator.print(describe(config, episodes, train, validation, policy, first))
 
     def make_batch(step: int) -> CloningBatch:
-        batch = gather(config, episodes, frames, tokens, stats, *draw(step))
+        batch = gather(config, cloned, *draw(step))
         return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
 
     window: list[dict[str, float]] = []
@@ -186,32 +173,22 @@ def train_policy(config: PolicyTrainConfig) -> Path:
             window.clear()
         if (config.eval_every and done % config.eval_every == 0) or done == config.steps:
             with averaged_weights(policy, averaged):
-                run.log(done, validate(config, policy, episodes, frames, tokens, words, stats, validation_rows))
+                run.log(done, validate(config, policy, words, cloned, validation_rows))
         if config.rollouts_every and done % config.rollouts_every == 0:
             with averaged_weights(policy, averaged):
-                folder = export(
-                    run.folder / "rollouts" / "policy",
-                    config,
-                    policy,
-                    stats,
-                    episodes,
-                    frames,
-                    parts[0],
-                    encoder_digest,
-                )
-            random = rng_tensors()
-            run.log(done, rollouts(config, episodes, folder))
-            restore_rng(random)  # training goes on as if nobody had looked
+                folder = export(run.folder / "rollouts" / "policy", config, policy, cloned, parts[0])
+            with own_random_numbers():  # training goes on as if nobody had looked
+                run.log(done, rollouts(config, episodes, folder))
         if saves:
             elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, policy, optimizer, averaged, others, episodes, encoder_digest, stats, elapsed)
+            checkpoint(run, done, trained, cloned, elapsed)
     bar.close()
 
     run.log(config.steps, {"seconds": before + time.perf_counter() - started})
     with averaged_weights(policy, averaged):
-        folder = export(run.folder / "policy", config, policy, stats, episodes, frames, parts[0], encoder_digest)
+        folder = export(run.folder / "policy", config, policy, cloned, parts[0])
     run.close()
-    simulated = "env" in (episodes.extra or {})
+    simulated = "env" in episodes.collected
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
 
@@ -256,12 +233,14 @@ def cloning_loss(policy: ConcordPolicy, features: Tensor, batch: CloningBatch) -
 
 
 @torch.no_grad()
-def validate(config, policy, episodes, frames, tokens, words, stats, rows) -> dict[str, float]:
+def validate(
+    config: PolicyTrainConfig, policy: ConcordPolicy, words: Words, cloned: Cloned, rows: np.ndarray
+) -> dict[str, float]:
     """L1 of predicted chunks on held-out rows, beside the L1 of always predicting their median."""
     policy.eval()
     errors, chunks, pads = [], [], []
     for first in range(0, len(rows), config.batch_size):
-        batch = gather(config, episodes, frames, tokens, stats, rows[first : first + config.batch_size], None)
+        batch = gather(config, cloned, rows[first : first + config.batch_size], None)
         predicted = policy.network.head.predict(embed(policy, batch, words, None)).cpu()
         chunk, pad = torch.from_numpy(batch.action_chunk), torch.from_numpy(batch.action_is_pad)
         errors.append(masked_l1(predicted, chunk, pad).item() * len(batch.rows))
@@ -278,10 +257,8 @@ def validate(config, policy, episodes, frames, tokens, words, stats, rows) -> di
 
 def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dict[str, float]:
     """Closed-loop success of the averaged weights on development seeds."""
-    from vla.policies.loading import load_chunk_policy
-
     specs = rollout_specs(config, episodes)
-    records = run_rollouts(partial(load_chunk_policy, folder), specs, batch_size=min(32, len(specs)))
+    records = run_rollouts(load_chunk_policy(folder), specs, batch_size=min(32, len(specs)))
     successes = sum(record.success for record in records)
     low, high = wilson(successes, len(records))
     return {"rollouts/success": successes / len(records), "rollouts/low": low, "rollouts/high": high}
@@ -289,11 +266,10 @@ def rollouts(config: PolicyTrainConfig, episodes: Episodes, folder: Path) -> dic
 
 def rollout_specs(config: PolicyTrainConfig, episodes: Episodes) -> list[EpisodeSpec]:
     """Episodes of the data set's environment on development seeds, apart from those of evaluations."""
-    extra = episodes.extra
-    tasks = extra["tasks"]
+    tasks = episodes.collected["tasks"]
     return [
         EpisodeSpec(
-            env=extra["env"],
+            env=episodes.collected["env"],
             task=tasks[i % len(tasks)],
             seed=500_000 + i,
             tasks=tuple(tasks),

@@ -10,9 +10,9 @@ from vla.config import PolicyTrainConfig
 from vla.data.augmentation import augmenter
 from vla.data.episodes import Episodes, limit_per_task, rows_of, select
 from vla.data.mixture import Mixture, root_and_weight
-from vla.data.normalization import NormStats, normalize_quantile
+from vla.data.normalization import Normalizers, normalize_quantile
 from vla.data.triplets import gather_chunks
-from vla.types import ACTION_KEY, STATE_KEY, TripletBatch, UserError
+from vla.types import Indexed, TripletBatch, UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,17 @@ class CloningBatch:
     action_chunk: np.ndarray  # (b, h, a) normalised
     action_is_pad: np.ndarray  # (b, h)
     triplets: TripletBatch | None = None  # of the auxiliary loss
+
+
+@dataclass(frozen=True)
+class Cloned:
+    """What is cloned: episodes with their pictures, what normalises them, and which encoder reads them."""
+
+    episodes: Episodes
+    frames: Indexed  # (r, H, W, 3) uint8
+    stats: Normalizers
+    encoder_digest: str  # of its weights before the training
+    tokens: np.ndarray | None  # (copies, r, n, w) fp16, where a frozen encoder's are cached
 
 
 def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episodes, list[np.ndarray], np.ndarray]:
@@ -75,29 +86,24 @@ def draw_copies(rng: np.random.Generator, copies: int, count: int) -> np.ndarray
 
 
 def gather(
-    config: PolicyTrainConfig,
-    episodes: Episodes,
-    frames: np.ndarray,
-    tokens: np.ndarray | None,
-    stats: dict[str, NormStats],
-    rows: np.ndarray,
-    rng: np.random.Generator | None,
+    config: PolicyTrainConfig, cloned: Cloned, rows: np.ndarray, rng: np.random.Generator | None
 ) -> CloningBatch:
     """Samples of (b,) rows; without `rng` nothing is augmented."""
+    episodes, tokens = cloned.episodes, cloned.tokens
     chunk, pad = gather_chunks(episodes, rows, config.head.horizon)
     if tokens is not None:
         copies = np.zeros(len(rows), int) if rng is None else draw_copies(rng, len(tokens), len(rows))
         inputs = tokens[copies, rows]
     else:
-        inputs = episodes.gather_frames(frames, rows)
+        inputs = episodes.gather_frames(cloned.frames, rows)
         if rng is not None:
             inputs = augmenter(config.data)(inputs, rng)
     return CloningBatch(
         rows=rows,
         inputs=inputs,
-        state=normalize_quantile(episodes.state[rows], stats[STATE_KEY]),
+        state=normalize_quantile(episodes.state[rows], cloned.stats.state),
         text_id=episodes.text_id[episodes.episode_of_row[rows]],
-        action_chunk=normalize_quantile(chunk, stats[ACTION_KEY]),
+        action_chunk=normalize_quantile(chunk, cloned.stats.action),
         action_is_pad=pad,
     )
 

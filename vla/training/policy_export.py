@@ -3,6 +3,9 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes, task_of_episode
-from vla.data.normalization import NormStats
+from vla.data.normalization import Normalizers
 from vla.eval.golden import drawn_at, write_golden
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordPolicy
@@ -22,15 +25,17 @@ from vla.training.checkpoint import (
     check_trained_on,
     latest_checkpoint,
     load_checkpoint,
+    own_random_numbers,
     restore_rng,
     restoring,
     rng_tensors,
     save_checkpoint,
 )
 from vla.training.optim import Optimizers
+from vla.training.policy_data import Cloned
 from vla.training.run import RunFolder
 from vla.training.tokens import weights_digest
-from vla.types import ACTION_KEY, Indexed, UserError
+from vla.types import UserError
 from vla.versions import versions
 
 
@@ -45,63 +50,58 @@ def update_average(averaged: dict[str, Tensor], current: dict[str, Tensor], deca
     torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
 
 
-class averaged_weights:
-    """Swap the averaged weights in, and out again."""
-
-    def __init__(self, policy: ConcordPolicy, averaged: dict[str, Tensor]) -> None:
-        self.parameters, self.averaged = trained_parameters(policy), averaged
-
-    def __enter__(self) -> None:
-        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._write(self.averaged)
-
-    def __exit__(self, *_: object) -> None:
-        self._write(self.kept)
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            p.copy_(values[name])
+@contextmanager
+def averaged_weights(policy: ConcordPolicy, averaged: dict[str, Tensor]) -> Iterator[None]:
+    """The policy with its averaged weights; afterwards it has its own again."""
+    parameters = trained_parameters(policy)
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    write(parameters, averaged)
+    try:
+        yield
+    finally:
+        write(parameters, kept)
 
 
-def checkpoint(
-    run: RunFolder,
-    step: int,
-    policy: ConcordPolicy,
-    optimizer: Optimizers,
-    averaged: dict[str, Tensor],
-    others: dict[str, Tensor],
-    episodes: Episodes,
-    encoder_digest: str,
-    stats: dict[str, NormStats],
-    seconds: float,
-) -> None:
-    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest `encoder_digest`."""
-    tensors, meta = optimizer.tensors()
-    groups = {"model": trained_parameters(policy), "averaged": averaged, "optimizer": tensors, "rng": rng_tensors()}
-    groups |= {"auxiliary": others} if others else {}
+@torch.no_grad()
+def write(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into the parameters of their names."""
+    for name, p in parameters.items():
+        p.copy_(values[name])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a step changes: the policy, its optimiser, its averaged weights, and the parameters of the auxiliary loss."""
+
+    policy: ConcordPolicy
+    optimizer: Optimizers
+    averaged: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+
+def checkpoint(run: RunFolder, step: int, trained: Trained, cloned: Cloned, seconds: float) -> None:
+    """Everything that step + 1 depends on; a frozen encoder is in its own folder and is not repeated, only its digest."""
+    tensors, meta = trained.optimizer.tensors()
+    groups = {
+        "model": trained_parameters(trained.policy),
+        "averaged": trained.averaged,
+        "optimizer": tensors,
+        "rng": rng_tensors(),
+    }
+    groups |= {"auxiliary": trained.others} if trained.others else {}
     state = {
         "step": step,
         "optimizer": meta,
-        "data": episodes.fingerprint,
-        "labels": episodes.labels(),
-        "encoder": encoder_digest,
-        "stats": plain(stats),
+        "data": cloned.episodes.fingerprint,
+        "labels": cloned.episodes.labels(),
+        "encoder": cloned.encoder_digest,
+        "stats": plain(cloned.stats),
         "seconds": seconds,
     }
     save_checkpoint(run.folder, step, groups, state)
 
 
-def restore(
-    run: RunFolder,
-    policy: ConcordPolicy,
-    optimizer: Optimizers,
-    averaged: dict[str, Tensor],
-    others: dict[str, Tensor],
-    episodes: Episodes,
-    encoder_digest: str,
-    stats: dict[str, NormStats],
-) -> tuple[int, float]:
+def restore(run: RunFolder, trained: Trained, cloned: Cloned) -> tuple[int, float]:
     """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
 
     Raises:
@@ -112,65 +112,56 @@ def restore(
         run.truncate(0)
         return 0, 0.0
     tensors, state = load_checkpoint(path)
-    check_trained_on(path, state, episodes)
-    if state.get("encoder", encoder_digest) != encoder_digest:  # an older version does not say
+    check_trained_on(path, state, cloned.episodes)
+    if state.get("encoder", cloned.encoder_digest) != cloned.encoder_digest:  # an older version does not say
         raise UserError(
             f"{path}: was trained on an encoder that has changed since; restore that, or choose another --output"
         )
-    if state.get("stats", plain(stats)) != plain(stats):
+    if state.get("stats", plain(cloned.stats)) != plain(cloned.stats):
         raise UserError(
             f"{path}: was trained with other statistics of states and actions; restore the policy it began from, or choose another --output"
         )
-    with torch.no_grad(), restoring(path):
-        for name, p in trained_parameters(policy).items():
-            p.copy_(tensors["model"][name])
-            averaged[name].copy_(tensors["averaged"][name])
-        for name, p in others.items():
-            p.copy_(tensors["auxiliary"][name])
-        optimizer.restore(tensors["optimizer"], state["optimizer"])
+    with restoring(path):
+        write(trained_parameters(trained.policy), tensors["model"])
+        write(trained.averaged, tensors["averaged"])
+        write(trained.others, tensors.get("auxiliary", {}))
+        trained.optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
     return state["step"], state["seconds"]
 
 
-def plain(stats: dict[str, NormStats]) -> dict[str, dict[str, list[float]]]:
+def plain(stats: Normalizers) -> dict[str, dict[str, list[float]]]:
     """Statistics as JSON has them."""
-    return {key: {name: value.tolist() for name, value in of.as_dict().items()} for key, of in stats.items()}
+    return {key: {name: value.tolist() for name, value in of.items()} for key, of in stats.by_key().items()}
 
 
 def export(
-    folder: Path,
-    config: PolicyTrainConfig,
-    policy: ConcordPolicy,
-    stats: dict[str, NormStats],
-    episodes: Episodes,
-    frames: Indexed,
-    positions: np.ndarray,
-    encoder_digest: str,
+    folder: Path, config: PolicyTrainConfig, policy: ConcordPolicy, cloned: Cloned, positions: np.ndarray
 ) -> Path:
     """Write a LeRobot policy folder with its processors and golden observations; it appears whole or not at all.
 
-    `positions` (n,) are the training episodes of the first data set, with pictures in `frames`.
+    `positions` (n,) are the training episodes of the first data set.
     """
+    episodes = cloned.episodes
     partial_folder = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     policy.save_pretrained(partial_folder)
     dataset_stats = {
-        key: {name: torch.from_numpy(value) for name, value in values.as_dict().items()}
-        for key, values in stats.items()
+        key: {name: torch.from_numpy(value) for name, value in values.items()}
+        for key, values in cloned.stats.by_key().items()
     }
     for processor in make_pre_post_processors(policy.config, dataset_stats=dataset_stats):
         processor.save_pretrained(partial_folder)
-    extra = episodes.extra or {}
     record = {
-        "env": extra.get("env"),
-        "tasks": extra.get("tasks", []),
+        "env": episodes.collected.get("env"),
+        "tasks": episodes.collected.get("tasks", []),
         "episodes": of_tasks(episodes, positions),
         "drawn_at": drawn_at(episodes, config.data.image_size),
         "data": {"root": config.data.root, "fingerprint": episodes.fingerprint},
         "more": config.more,
         "encoder": started_encoder(Path(config.start)) if config.start else config.encoder,
-        "encoder_weights": encoder_digest,
+        "encoder_weights": cloned.encoder_digest,
         "start": config.start,
         "tune": config.tune,
         "steps": config.steps,
@@ -178,10 +169,9 @@ def export(
         "versions": versions(),
     }
     (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
-    random = rng_tensors()
-    loaded = load_chunk_policy(partial_folder)
-    restore_rng(random)  # which loading has drawn from
-    write_golden(partial_folder, loaded, episodes, frames, positions, stats[ACTION_KEY])
+    with own_random_numbers():  # loading draws some
+        loaded = load_chunk_policy(partial_folder)
+    write_golden(partial_folder, loaded, episodes, cloned.frames, positions, cloned.stats.action)
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
     return folder
@@ -189,7 +179,7 @@ def export(
 
 def of_tasks(episodes: Episodes, positions: np.ndarray) -> dict[str, int]:
     """How many of the episodes at `positions` are of each task of their data set, also of a task that none is of."""
-    names = (episodes.extra or {}).get("tasks", ())
+    names = episodes.collected.get("tasks", ())
     return {**dict.fromkeys(sorted(names), 0), **Counter(task_of_episode(episodes)[positions].tolist())}
 
 

@@ -66,8 +66,6 @@ class RunFolder:
 
     def log(self, step: int, metrics: dict[str, float | str | list[str]]) -> None:
         """Append one line; numbers go to TensorBoard too."""
-        if not self.writes:
-            return
         with self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._tensorboard is None:

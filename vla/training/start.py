@@ -1,6 +1,6 @@
 """What stage two starts from: a new policy on an encoder, or one that was trained before."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 
 from vla.config import HeadConfig, LossConfig, PolicyTrainConfig
 from vla.data.episodes import Episodes
-from vla.data.normalization import NormStats
+from vla.data.normalization import Normalizers, NormStats
 from vla.models.clip import load_clip, resize_positions
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.policies.concord.processor_concord import floored_stats
@@ -52,7 +52,6 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
 
 def policy_config(config: PolicyTrainConfig, episodes: Episodes) -> ConcordConfig:
     """What LeRobot is told of the policy."""
-    head = config.head
     return ConcordConfig(
         device="cuda" if torch.cuda.is_available() else "cpu",
         input_features={
@@ -65,16 +64,8 @@ def policy_config(config: PolicyTrainConfig, episodes: Episodes) -> ConcordConfi
         hide=config.hide,
         encoder_lr_scale=config.encoder_lr_scale,
         precision=chosen_precision(config.precision),
-        kind=head.kind,
-        horizon=head.horizon,
-        n_action_steps=head.n_action_steps,
-        queries=head.queries,
-        width=head.width,
-        hidden=head.hidden,
-        layers=head.layers,
-        state_dropout=head.state_dropout,
-        flow_steps=head.flow_steps,
         image_size=config.data.image_size,
+        **{name: value for name, value in asdict(config.head).items() if name != "token_noise"},
     )
 
 
@@ -108,7 +99,7 @@ def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordP
     return ConcordPolicy.from_pretrained(folder, config=wanted)
 
 
-def policy_stats(folder: Path) -> dict[str, NormStats]:
+def policy_stats(folder: Path) -> Normalizers:
     """The statistics of states and actions inside a policy folder.
 
     Raises:
@@ -121,10 +112,11 @@ def policy_stats(folder: Path) -> dict[str, NormStats]:
     except LOAD_ERRORS as error:
         raise UserError(f"config error: start: {folder}: no statistics in it: {first_line(error)}") from error
     stats = stats | floored_stats(stats)  # LeRobot's own training may have written others
-    return {
-        key: NormStats(**{field.name: np.asarray(stats[key][field.name], np.float32) for field in fields(NormStats)})
-        for key in (STATE_KEY, ACTION_KEY)
-    }
+    action, state = (
+        NormStats(**{field.name: np.asarray(stats[key][field.name], np.float32) for field in fields(NormStats)})
+        for key in (ACTION_KEY, STATE_KEY)
+    )
+    return Normalizers(action, state)
 
 
 def starts_trained(config: PolicyTrainConfig) -> bool:

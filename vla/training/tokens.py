@@ -5,6 +5,8 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from vla.models.clip import patch_tokens, pixel_values
 from vla.types import UserError
 
 BATCH = 256
+Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (m,) copies and rows -> (m, n, w) float16
 
 
 def open_tokens(
@@ -50,11 +53,12 @@ def open_tokens(
     told = (repr(settings) + weights_digest(clip)).encode() + episodes.frame_row.tobytes()
     key = hashlib.sha256(told).hexdigest()[:16]
     path, marks = folder / f"tokens_{key}.npy", folder / f"computed_{key}.npy"
+    encode = partial(encoded, clip, episodes, frames, augmenter, accelerator)
     make_cache(folder)
     with (folder / f"tokens_{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run of the same encoder waits, then adds what else it needs
         try:
-            extend(path, marks, shape, needed, clip, episodes, frames, augmenter, accelerator)
+            extend(path, marks, shape, needed, encode)
         except OSError as error:
             if is_disk_full(error):
                 raise UserError(
@@ -64,17 +68,28 @@ def open_tokens(
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def extend(
-    path: Path,
-    marks: Path,
-    shape: tuple[int, ...],
-    needed: np.ndarray,
+@torch.inference_mode()
+def encoded(
     clip: CLIPModel,
     episodes: Episodes,
     frames: np.ndarray,
     augmenter: Augmenter,
     accelerator: Accelerator,
-) -> None:
+    copies: np.ndarray,
+    rows: np.ndarray,
+) -> np.ndarray:
+    """(m, n, w) float16 tokens of (m,) copies of rows; augmentation depends on the row and copy alone."""
+    images = episodes.gather_frames(frames, rows)
+    for place in np.flatnonzero(copies):
+        rng = np.random.default_rng([copies[place], rows[place]])
+        images[place] = augmenter(images[place][None], rng)[0]
+    clip.eval()
+    with accelerator.autocast():
+        tokens = patch_tokens(clip, pixel_values(torch.from_numpy(images).to(accelerator.device)))
+    return tokens.to(torch.float16).cpu().numpy()
+
+
+def extend(path: Path, marks: Path, shape: tuple[int, ...], needed: np.ndarray, encode: Encode) -> None:
     """Compute what is needed and not yet in the cache at `path`; `marks` is a file that says what is."""
     if path.is_file() and marks.is_file():
         computed = np.load(marks, allow_pickle=False)
@@ -89,36 +104,18 @@ def extend(
     if shutil.disk_usage(path.parent).free < size + (256 << 20):
         raise OSError(errno.ENOSPC, "not enough space", str(path))
     print(f"token cache: {len(missing)} of {needed.size} pictures, {size / 1e9:.1f} GB in {path.parent}")
-    fill(path, missing, computed, marks, clip, episodes, frames, augmenter, accelerator)
+    fill(path, missing, computed, marks, encode)
 
 
-@torch.inference_mode()
-def fill(
-    path: Path,
-    missing: np.ndarray,
-    computed: np.ndarray,
-    marks: Path,
-    clip: CLIPModel,
-    episodes: Episodes,
-    frames: np.ndarray,
-    augmenter: Augmenter,
-    accelerator: Accelerator,
-) -> None:
-    """Compute the (m, 2) missing copies and rows and mark them; augmentation depends on the row and copy alone."""
-    clip.eval()
-    partial = marks.with_suffix(".partial")
+def fill(path: Path, missing: np.ndarray, computed: np.ndarray, marks: Path, encode: Encode) -> None:
+    """Compute the (m, 2) missing copies and rows and mark them."""
+    partial_marks = marks.with_suffix(".partial")
     store = np.load(path, mmap_mode="r", allow_pickle=False)
     # Written as a file: a full disk is an error then, and not the death of the process as in mapped memory.
     with path.open("r+b") as file, tqdm(total=len(missing), desc="token cache", unit="picture", mininterval=1.0) as bar:
         for first in range(0, len(missing), BATCH):
             copies, rows = missing[first : first + BATCH].T
-            images = episodes.gather_frames(frames, rows)
-            for place in np.flatnonzero(copies):
-                rng = np.random.default_rng([copies[place], rows[place]])
-                images[place] = augmenter(images[place][None], rng)[0]
-            with accelerator.autocast():
-                tokens = patch_tokens(clip, pixel_values(torch.from_numpy(images).to(accelerator.device)))
-            for copy, row, picture in zip(copies, rows, tokens.to(torch.float16).cpu().numpy(), strict=True):
+            for copy, row, picture in zip(copies, rows, encode(copies, rows), strict=True):
                 file.seek(store.offset + (copy * store.shape[1] + row) * picture.nbytes)
                 file.write(picture.tobytes())
             computed[copies, rows] = True
@@ -126,9 +123,9 @@ def fill(
             if first // BATCH % 40 == 39 or first + BATCH >= len(missing):
                 file.flush()
                 os.fsync(file.fileno())
-                with partial.open("wb") as marked:
+                with partial_marks.open("wb") as marked:
                     np.save(marked, computed)
-                partial.rename(marks)
+                partial_marks.rename(marks)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
