@@ -65,7 +65,7 @@ def test_beginning_anew_deletes_no_evaluation_of_another_policy(tmp_path):
     ("error", "told"),
     [
         (UserError("run: was trained on other data; choose another --output"), "data; start anew with --fresh=true"),
-        (FolderHeldError("run: wait for it or choose another --output"), "wait for it or choose another --output"),
+        (FolderHeldError("run: wait for it or choose another --output"), "run: wait for it$"),
         (UserError("run: disk full; free some space, then add --resume=true"), "then run the same command again"),
     ],
 )
@@ -114,6 +114,19 @@ def test_beginning_anew_deletes_nothing_of_a_run_in_use(tmp_path, monkeypatch):
         other.kill()
     assert run.is_dir()
     assert (tmp_path / "outputs" / "data" / "debug").is_dir()
+
+
+def test_beginning_anew_deletes_nothing_behind_a_link(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "meta").mkdir(parents=True)
+    (tmp_path / "outputs" / "data").mkdir(parents=True)
+    (tmp_path / "outputs" / "data" / "debug").symlink_to(elsewhere)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"outputs/data/debug: is a link, which fresh does not follow; empty .*elsewhere, or"
+    ):
+        pipeline(PipelineConfig(name="debug", fresh=True))
+    assert (elsewhere / "meta").is_dir()
 
 
 def test_who_began_anew_is_not_told_to_begin_anew_again(tmp_path, monkeypatch, capsys):

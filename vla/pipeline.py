@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,10 +44,15 @@ def pipeline(config: PipelineConfig) -> Path:
             raise UserError(
                 f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
             )
+        if links := [folder for folder in folders if folder.is_symlink()]:
+            raise UserError(
+                f"{links[0]}: is a link, which fresh does not follow; empty {links[0].resolve()}, or remove the link"
+            )
         held = [folder for folder in (*folders[1:], parts_folder(folders[0])) if folder.is_dir()]
-        locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
+        with only_waiting_helps():
+            locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
         for folder in (folders[0], *held):
-            shutil.rmtree(folder.resolve(), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         for lock in locks:
             lock.close()
 
@@ -58,7 +64,8 @@ def pipeline(config: PipelineConfig) -> Path:
         print(f"\n=== {number} of 4: {name} ===", flush=True)
         started = time.perf_counter()
         try:
-            run()
+            with only_waiting_helps():
+                run()
         except FolderHeldError:
             raise
         except UserError as error:
@@ -81,6 +88,15 @@ def pipeline(config: PipelineConfig) -> Path:
     report = (folders[3] / "report.html").resolve()
     print(f"  evaluation report  {report}  <- open this one")
     return report
+
+
+@contextmanager
+def only_waiting_helps() -> Iterator[None]:
+    """Of a folder that is held do not say that another one could be named: the pipeline's have their names."""
+    try:
+        yield
+    except FolderHeldError as error:
+        raise FolderHeldError(str(error).replace(" or choose another --output", "")) from error
 
 
 def again(config: PipelineConfig) -> str:

@@ -125,6 +125,11 @@ def test_it_becomes_a_page_of_the_documentation_that_needs_no_runs(finished, tmp
     (Path(docs) / "compare" / "mine.md").write_text("By an older test.\n")
     comparison_page(ResultsConfig(runs=str(tmp_path / "nothing"), docs=docs))
     assert "## mine\n\nBy an older test.\n" in page.read_text()
+    result = json.loads((finished / "comparison.json").read_text())
+    made_anew = json.dumps(result | {"protocol": result["protocol"] | {"made": "anew"}})
+    (tmp_path / "outputs" / "compare" / "mine" / "comparison.json").write_text(made_anew)
+    comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=docs))
+    assert "By an older test." not in page.read_text()
 
 
 def test_arms_share_the_text_tower_and_differ_in_vision(finished):
@@ -265,6 +270,9 @@ def test_the_result_says_where_there_were_fewer_demonstrations_than_asked(finish
     record = json.loads(path.read_text())
     assert set(record["episodes"].values()) == {1}
     path.write_text(json.dumps(record | {"episodes": record["episodes"] | {"reach": 0}}))
+    looked_at = tmp_path / "moved" / "policy" / "cloning" / "1234" / "rollouts" / "policy" / "concord.json"
+    looked_at.parent.mkdir(parents=True)
+    looked_at.write_text(path.read_text())
     compare(config)
     protocol = json.loads((tmp_path / "moved" / "comparison.json").read_text())["protocol"]
     assert protocol["demonstrations of each task that there were"] == "0 to 1 instead of 1"

@@ -168,6 +168,13 @@ def test_a_damaged_processor_is_named_in_one_line(copy):
             load_chunk_policy(copy)
 
 
+def test_a_folder_without_processors_is_told_in_one_line(copy):
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json", "concord.json"):
+        (copy / name).unlink()
+    with pytest.raises(UserError, match=r"policy: cannot load the policy: .+$"):
+        load_chunk_policy(copy)
+
+
 def test_attention_is_a_distribution_over_the_picture_that_follows_the_words(policy_folder, observation):
     policy = ConcordPolicy.from_pretrained(policy_folder)
     looks = policy.attention(observation)

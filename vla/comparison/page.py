@@ -38,7 +38,10 @@ def comparison_page(config: ResultsConfig) -> Path | None:
         for path in sorted((Path(config.runs) / kind).glob(f"*/{file}")):
             if path.parent.name != "debug" and not (kind == "compare" and json.loads(path.read_text()).get("failed")):
                 folder.mkdir(parents=True, exist_ok=True)
-                write_whole(folder / f"{path.parent.name}.json", path.read_text())
+                kept = folder / f"{path.parent.name}.json"
+                if kept.is_file() and kept.read_text() != path.read_text():
+                    kept.with_suffix(".md").unlink(missing_ok=True)  # it is about the result that is replaced
+                write_whole(kept, path.read_text())
                 keep_records(path.parent, folder / f"{path.parent.name}.zip")
         found = sorted(folder.glob("*.json"))
         folders += [f"[results/{kind}/](results/{kind}/)"] if found else []

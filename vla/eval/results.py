@@ -165,6 +165,7 @@ def bench_section(r: dict[str, Any]) -> str:
         ["tabletop, reset", f"{simulator['reset_ms']:.1f} ms"],
     ]
     evaluation = r["evaluation"]
+    filmed = evaluation.get("filmed", {}).get("evaluate")
     episodes = [
         [f"{evaluation['episodes']} episodes of `{evaluation['task']}`", "episodes/min", "seconds", "whole command"]
     ]
@@ -186,7 +187,7 @@ def bench_section(r: dict[str, Any]) -> str:
             "\n".join(f"* {line}" for line in r["alignment"]["in_words"]) + "\n" if "alignment" in r else "",
             f"One policy on the same episodes with {evaluation['cores']} cores; the runs' successes agree with the first one's in "
             f"{', '.join(map(str, evaluation['agree']))} episodes. `lerobot-eval` ends episodes at the first success, films ten of them, and its seconds leave out "
-            f"starting and loading, as those of `evaluate` do{', which films as many' * bool(evaluation.get('filmed'))}.\n",
+            f"starting and loading, as those of `evaluate` do{f', which films {filmed}' * (filmed is not None)}.\n",
             table(episodes),
             table(expert),
         ]

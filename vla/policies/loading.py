@@ -9,6 +9,7 @@ from draccus.utils import DecodingError
 from einops import rearrange
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.processor.pipeline import ProcessorMigrationError
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError
 
@@ -16,7 +17,17 @@ import vla.policies.concord  # noqa: F401 - registers the policy type
 from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 
 # What transformers, LeRobot and safetensors raise for a folder that is damaged, or that another program or version wrote.
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, DecodingError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    DecodingError,
+    ProcessorMigrationError,  # no processor in the folder
+)
 
 # Of LeRobot 0.6, what trusts the code of a repository that its configuration names. Steps that it does not register run any class.
 FOREIGN_TYPES = ("gaussian_actor", "groot", "pi0_fast", "wall_x")

@@ -127,7 +127,8 @@ def train_align(config: AlignConfig) -> Path:
     if not len(told):
         raise refusal(f"{config.data.root}: no training episode has an instruction; lower --data.holdout")
     rows = rows_of(episodes, train)
-    source = make_source(episodes, mixture.frames, rows, config.horizon)
+    # It reads pictures, which may be damaged on one machine alone.
+    source = together(accelerator, lambda: make_source(episodes, mixture.frames, rows, config.horizon))
     sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
     pairs = minimal_pairs(config.loss, episodes, train, accelerator.print)
     relabel = shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None

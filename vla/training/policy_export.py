@@ -178,9 +178,14 @@ def export(
 
 
 def of_tasks(episodes: Episodes, positions: np.ndarray) -> dict[str, int]:
-    """How many of the episodes at `positions` are of each task of their data set, also of a task that none is of."""
-    names = episodes.collected.get("tasks", ())
-    return {**dict.fromkeys(sorted(names), 0), **Counter(task_of_episode(episodes)[positions].tolist())}
+    """How many of the episodes at `positions` are of each task of their data set, also of a task that none is of.
+
+    Where tasks are not named, each of what may be thousands of goals is one; then the smallest and the largest number.
+    """
+    counts = Counter(task_of_episode(episodes)[positions].tolist())
+    if "tasks" not in episodes.collected:
+        return {"fewest": min(counts.values()), "most": max(counts.values())}
+    return {**dict.fromkeys(sorted(episodes.collected["tasks"]), 0), **counts}
 
 
 def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
