@@ -20,7 +20,7 @@ ALLOWED = {
     "vla/losses": set(),
     "vla/data": TYPES | {"vla.files"},
     "vla/models": TYPES | {"vla.losses"},
-    "vla/policies": TYPES | {"vla.models", "vla.losses", "vla.precision"},
+    "vla/policies": TYPES | {"vla.files", "vla.models", "vla.losses", "vla.precision"},
     "vla/eval": TYPES
     | {
         "vla.files",
@@ -30,6 +30,7 @@ ALLOWED = {
         "vla.workers",
         "vla.data",
         "vla.models",
+        "vla.losses",
         "vla.policies",
         "envs",
     },

@@ -25,6 +25,7 @@ from vla.data.augmentation import augmenter
 from vla.data.batches import training_batch
 from vla.data.episodes import data_files, read_episodes, rows_of
 from vla.data.frames import open_frames
+from vla.files import write_json
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align_setup import make_encoders, make_sampler, make_source
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
@@ -77,7 +78,7 @@ def bench(config: BenchConfig) -> Path:
         "versions": versions(),
     }
     path = output / "bench.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     print(f"  triplets with {config.horizon}-step chunks, augmented, warm frame store   {ours:10,.0f} /s")
     print(f"  LeRobotDataset with delta_timestamps, not augmented            {peer:10,.0f} /s")
     for line in alignment["in_words"]:

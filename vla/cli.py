@@ -38,13 +38,13 @@ def align(argv: list[str]) -> Path | None:
 
     config = load_config(AlignConfig, argv)
     from vla.training.align import train_align as run
-    from vla.training.processes import part
+    from vla.training.processes import leave_group
     from vla.training.unused import refuse_unused
 
     if not config.resume:  # a run that an older version began goes on as it is
         refuse_unused(config, given(argv))
     folder = run(config)
-    part()
+    leave_group()
     return folder.parent / "alignment.json"
 
 
@@ -54,13 +54,13 @@ def policy(argv: list[str]) -> Path | None:
 
     config = load_config(PolicyTrainConfig, argv)
     from vla.training.policy import train_policy as run
-    from vla.training.processes import part
+    from vla.training.processes import leave_group
     from vla.training.unused import refuse_unused
 
     if not config.resume:
         refuse_unused(config, given(argv))
     folder = run(config)
-    part()
+    leave_group()
     return folder / "concord.json"
 
 

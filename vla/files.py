@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,6 +33,16 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which replaces `folder` at the end; an error leaves the old one."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
 def fsync(path: Path) -> None:
     """Have the disk hold a file or folder, should the machine go down."""
     handle = os.open(path, os.O_RDONLY)
@@ -37,6 +50,11 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(path: Path) -> dict:
+    """What a file holds; nothing if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,6 +1,5 @@
 """What a result was made with."""
 
-import json
 import os
 import platform
 import shlex
@@ -10,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vla.files import write_whole
+from vla.files import read_json, write_json
 
 PACKAGES = (
     "lerobot_policy_concord",
@@ -52,14 +51,14 @@ def write_versions(path: Path) -> dict[str, Any]:
     Returns:
         the versions now, with `commits` and `before` if there were others.
     """
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    old = read_json(path)
     commits, before = old.pop("commits", []), old.pop("before", [])
     now = versions()
     commits = list(dict.fromkeys([*commits, now["commit"]])) if "commit" in now else commits
     old.pop("commit", None)
     before += [old] if old and old != {k: v for k, v in now.items() if k != "commit"} and old not in before else []
     earlier = {"before": before} if before else {}
-    write_whole(path, json.dumps(now | {"commits": commits} | earlier, indent=1) + "\n")
+    write_json(path, now | {"commits": commits} | earlier)
     return now | ({"commits": commits} if len(commits) > 1 else {}) | earlier
 
 

@@ -43,7 +43,6 @@ def test_stores_are_indexed_like_one_array():
     assert len(several) == 5
     rows = np.array([4, 0, 2, 3, 0])
     np.testing.assert_array_equal(several[rows], whole[rows])
-    np.testing.assert_array_equal(several[3], whole[3])
 
 
 def test_goals_of_several_data_sets_are_told_by_name_and_scenes_are_apart(data_root):

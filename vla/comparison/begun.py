@@ -9,7 +9,7 @@ from pathlib import Path
 from vla.comparison.data import check_data_there
 from vla.config import CompareConfig, SweepConfig
 from vla.config_io import changed, filled, to_dict
-from vla.files import write_json
+from vla.files import read_json, write_json
 from vla.locks import waiting_lock
 from vla.precision import chosen_precision
 from vla.training import run
@@ -82,7 +82,7 @@ def changes(begun: dict, config: CompareConfig | SweepConfig) -> list[str]:
 def with_precision[C: (CompareConfig, SweepConfig)](folder: Path, config: C) -> C:
     """With one precision for every job: of "auto", the folder's if it was begun, else what suits this machine."""
     path = folder / "begun.json"
-    begun = json.loads(path.read_text()) if path.is_file() else {}
+    begun = read_json(path)
 
     def of(stage: str) -> str:
         wanted = getattr(config, stage).precision

@@ -1,7 +1,6 @@
 """The data sets of a comparison: what encoders are trained on, what policies clone, and play beside them."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from vla.config_io import inside
 from vla.data.episodes import Episodes, fingerprint, read_episodes, task_of_episode
 from vla.data.frames import open_pictures
 from vla.eval.evaluate import check_sizes
-from vla.files import write_json
+from vla.files import read_json, write_json
 from vla.integrations.collect import checked_tasks, collect
 from vla.locks import LOCK_NAME
 from vla.types import UserError
@@ -60,7 +59,7 @@ def check_data_there(folder: Path) -> None:
         UserError: names the data set and both fingerprints.
     """
     path = folder / "data.json"
-    made = json.loads(path.read_text()) if path.is_file() else {}
+    made = read_json(path)
     fingerprints = {made["root"]: made["fingerprint"]} if made else {}
     fingerprints |= {root: record["fingerprint"] for root, record in made.get("cloned", {}).items()}
     fingerprints |= {record["root"]: record["fingerprint"] for record in [made.get("play")] if record}
@@ -164,8 +163,7 @@ def counts(episodes) -> dict[str, int]:
 
 def record_of(root: str) -> dict:
     """How a data set was collected; nothing of one that is not there, or not from here."""
-    path = Path(root) / "meta" / "concord.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(Path(root) / "meta" / "concord.json")
 
 
 def env_name(config: CompareConfig | SweepConfig) -> str:

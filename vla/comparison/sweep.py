@@ -43,7 +43,7 @@ from vla.data.frames import open_pictures
 from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.evaluate import evaluate
 from vla.eval.report import with_interval, write_report
-from vla.files import write_json
+from vla.files import read_json, write_json
 from vla.integrations.collect import collect
 from vla.locks import waiting_lock
 from vla.policies.concord.modeling_concord import WEIGHTS
@@ -269,7 +269,7 @@ def row_of(config: SweepConfig, folder: Path, point: Point, seed: int) -> dict[s
     share = share_of(config, point)
     if share is not None:
         path = share_folder(folder, point, seed, share) / "measures.json"
-        between = json.loads(path.read_text()) if path.is_file() else {}  # an older version wrote none
+        between = read_json(path)  # an older version wrote none
         measures = {name.removeprefix("new/"): value for name, value in between.items()}
     result = json.loads(result_of(folder, point, seed).read_text())
     return {

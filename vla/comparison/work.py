@@ -19,7 +19,7 @@ from vla.eval.evaluate import evaluate
 from vla.files import write_json
 from vla.models.clip import (
     load_clip,
-    resize_positions,
+    load_clip_at,
     tokenize,
     untrained,
     with_text_of,
@@ -99,8 +99,7 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
     torch.set_num_threads(align.threads)
     torch.manual_seed(seed)
     folder = encoder_folder(config, encoder, seed)
-    clip, tokenizer = load_clip(folder)
-    clip = resize_positions(clip, align.data.image_size)
+    clip, tokenizer = load_clip_at(folder, align.data.image_size)
     mixture = open_mixture(replace(align.data, episodes_per_task=None), aligned_beside(config), seed)
     episodes, own = mixture.episodes, mixture.train[0]
     limited = limit_per_task(episodes, own, align.data.episodes_per_task, seed)

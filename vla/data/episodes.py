@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla.data.validation import OPTIONAL, validate
+from vla.files import read_json
 from vla.types import (
     ACTION_KEY,
     GOAL_KEY,
@@ -88,8 +89,7 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
     numeric = [key for key in (STATE_KEY, ACTION_KEY) if key in info["features"]]
     columns = [*numeric, "episode_index", "frame_index", "task_index", *optional]
     table = pa.concat_tables(pq.read_table(p, columns=columns) for p in data_files(root))
-    record = root / "meta" / "concord.json"
-    collected = json.loads(record.read_text()) if record.is_file() else {}
+    collected = read_json(root / "meta" / "concord.json")
 
     episode, frame = table["episode_index"].to_numpy(), table["frame_index"].to_numpy()
     order = np.lexsort((frame, episode))

@@ -10,7 +10,8 @@ from torch import Tensor
 from vla.data.batches import TripletSource
 from vla.data.episodes import Episodes, task_of_episode
 from vla.eval.retrieval import alignment, rank_me, recall_at_k, recall_at_k_chance, uniformity
-from vla.models.alignment import AlignmentModel, unit
+from vla.losses.contrastive import unit
+from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, patch_embeds, pixel_values, text_features, vision_features, word_embeds
 from vla.types import TripletBatch
 

@@ -22,7 +22,7 @@ from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
 from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, rollout_workers, run_rollouts, seconds_so_far
 from vla.eval.statistics import summarise
-from vla.files import write_json
+from vla.files import read_json, write_json
 from vla.locks import lock_folder
 from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.policies.loading import LeRobotChunkPolicy, load_chunk_policy
@@ -112,8 +112,7 @@ def evaluate_with(
 
 def trained_on(policy_folder: Path) -> dict[str, Any]:
     """What the policy folder says about its training; empty for policies of other programs."""
-    path = policy_folder / "concord.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    record = read_json(policy_folder / "concord.json")
     config = json.loads((policy_folder / "config.json").read_text())
     shapes = [f["shape"] for f in config.get("input_features", {}).values() if f.get("type") == "VISUAL"]
     return record | {"image_size": shapes[0][-1]} if shapes else record

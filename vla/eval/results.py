@@ -12,7 +12,7 @@ import yaml
 
 from vla.config import ResultsConfig
 from vla.eval.pictures import tabletop_picture
-from vla.files import write_whole
+from vla.files import write_json, write_whole
 from vla.versions import told
 
 HEAD = """\
@@ -31,15 +31,13 @@ def results(config: ResultsConfig) -> Path | None:
     for path in sorted((Path(config.runs) / "eval").rglob("eval.json")):
         name = "-".join(path.relative_to(Path(config.runs) / "eval").parent.parts)
         if "debug" not in name:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / f"{name}.json", json.dumps(take_up(path), indent=1) + "\n")
+            write_json(folder / f"{name}.json", take_up(path))
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not records:
         return None
     for name, taken in (("bench", bench_file(Path(config.runs))), ("towers", towers(Path(config.runs)))):
         if taken:
-            (folder / name).mkdir(exist_ok=True)
-            write_whole(folder / name / f"{name}.json", json.dumps(taken, indent=1) + "\n")
+            write_json(folder / name / f"{name}.json", taken)
     page = folder.with_suffix(".md")
     parts = [HEAD, overview(records), *(section(name, r) for name, r in records.items())]
     for name, of_file in (("bench", bench_section), ("towers", towers_section)):

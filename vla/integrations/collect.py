@@ -24,7 +24,7 @@ from envs.metaworld.gl import RenderingError
 from vla.config import CollectConfig
 from vla.config_io import changed, filled, to_dict
 from vla.data.episodes import read_episodes, task_of_episode
-from vla.files import fsync, write_whole
+from vla.files import fsync, write_json, write_whole
 from vla.integrations.behaviours import PATIENCE, Behaviour, demonstration, mistakes, play, stopped
 from vla.integrations.dataset_writer import episode_stats, episode_table, write_dataset
 from vla.locks import lock_folder
@@ -347,7 +347,7 @@ def merge(
         "config": wanted,
         "versions": made_with,
     }
-    (joined / "meta" / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(joined / "meta" / "concord.json", record)
     for path in joined.rglob("*"):
         fsync(path)
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,17 @@
 """Contrastive losses as pure functions. Logits, log-sum-exp and means are float32 whatever the inputs' type."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Reduced precision raised to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(features: Tensor) -> Tensor:
+    """L2-normalised in float32 at least."""
+    return nn.functional.normalize(at_least_float32(features), dim=-1)
 
 
 def info_nce(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vla.losses.contrastive import at_least_float32
+from vla.losses.contrastive import unit
 
 
 class ActionEncoder(nn.Module):
@@ -26,7 +26,7 @@ class ProjectionHead(nn.Module):
         self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
 
     def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.normalize(at_least_float32(self.layers(features)), dim=-1)
+        return unit(self.layers(features))
 
 
 def mlp(width_in: int, width: int, width_out: int) -> nn.Sequential:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from vla.losses.alignment import Group, grouped_late_interaction
-from vla.losses.contrastive import at_least_float32
+from vla.losses.contrastive import at_least_float32, unit
 from vla.models.action_encoder import ActionEncoder, ProjectionHead, mlp
 from vla.models.clip import IMAGES, TEXTS, in_multiples, patch_embeds, text_features, vision_features, word_embeds
 from vla.models.finetuning import merged
@@ -207,8 +207,3 @@ class AlignmentModel(nn.Module):
         no_words, no_likeness = tokens.new_zeros(b, 1, width), tokens.new_zeros(b, 1, tokens.shape[1])
         mask = torch.ones(b, 1, dtype=torch.bool, device=tokens.device)
         return self.pooler(tokens, no_words, mask, no_likeness).flatten(1)
-
-
-def unit(features: Tensor) -> Tensor:
-    """L2-normalised in float32 at least."""
-    return nn.functional.normalize(at_least_float32(features), dim=-1)

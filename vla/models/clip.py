@@ -32,7 +32,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vla.losses.contrastive import at_least_float32
+from vla.losses.contrastive import unit
 from vla.models.lexicon import MAX_TEXT_TOKENS, general_tokenizer, give_meanings, train_tokenizer
 from vla.types import UserError, first_line
 
@@ -383,6 +383,17 @@ def with_text_of[E: Encoder](model: E, other: Encoder) -> E:
     return model
 
 
+def load_clip_at(
+    source: str | Path, image_size: int, flag: str | None = None
+) -> tuple[Encoder, PreTrainedTokenizerBase]:
+    """`load_clip` adapted to an image size; with `flag` it says so, and which flag keeps the encoder's own size."""
+    clip, tokenizer = load_clip(source)
+    own = clip.config.vision_config.image_size
+    if flag and own != image_size:
+        print(f"{source}: trained on pictures of {own} px, adapted to {image_size}; {flag}={own} keeps them")
+    return resize_positions(clip, image_size), tokenizer
+
+
 def resize_positions[E: Encoder](model: E, image_size: int) -> E:
     """Adapt the vision tower in place to another image size by bicubic interpolation of its position embeddings."""
     vision = model.config.vision_config
@@ -487,9 +498,9 @@ def in_multiples(multiple: int, embed: Callable[..., tuple[Tensor, ...]], *input
 
 def patch_embeds(model: Encoder, tokens: Tensor) -> Tensor:
     """(b, n, w) patch tokens -> (b, n, d) in the joint space, unit norm, float32."""
-    return nn.functional.normalize(at_least_float32(model.visual_projection(tokens)), dim=-1)
+    return unit(model.visual_projection(tokens))
 
 
 def word_embeds(model: Encoder, words: Tensor) -> Tensor:
     """(u, l, w) word tokens -> (u, l, d) in the joint space, unit norm, float32."""
-    return nn.functional.normalize(at_least_float32(model.text_projection(words)), dim=-1)
+    return unit(model.text_projection(words))

@@ -1,6 +1,5 @@
 """A LeRobot policy folder as something that rollouts can drive."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PR
 from safetensors import SafetensorError
 
 import vla.policies.concord  # noqa: F401 - registers the policy type
+from vla.files import read_json
 from vla.types import STATE_KEY, TASK_KEY, UserError, first_line
 
 # What transformers, LeRobot and safetensors raise for a folder that is damaged, or that another program or version wrote.
@@ -131,7 +131,7 @@ def refuse_foreign_code(folder: Path, config: PreTrainedConfig) -> None:
         )
     for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
         path = folder / f"{name}.json"
-        content = json.loads(path.read_text()) if path.is_file() else {}
+        content = read_json(path)
         steps = content.get("steps") if isinstance(content, dict) else None
         for step in steps if isinstance(steps, list) else ():  # what is malformed LeRobot refuses
             if isinstance(step, dict) and ("registry_name" not in step or step["registry_name"] in FOREIGN_STEPS):

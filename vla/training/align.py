@@ -148,13 +148,13 @@ def train_align(config: AlignConfig) -> Path:
     optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
     model.to(accelerator.device)
     input_ids, attention_mask = tokenize(tokenizer, episodes.texts)
-    words = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16]
-    check_same_encoders(processes, words, model, accelerator.device)
+    words_digest = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16]
+    check_same_encoders(processes, words_digest, model, accelerator.device)
     if note := note_of_cut(tokenizer, episodes.texts):
         accelerator.print(note)
     rest = resting_action(episodes, rows, source.stats.action)
 
-    began = {"start": start.digest if start else None, "words": words}  # what a resumed run must find as it was
+    began = {"start": start.digest if start else None, "words": words_digest}  # what a resumed run must find as it was
     first, before = (0, 0.0)
     if config.resume:
         first, before = in_turn(accelerator, lambda: restore(run, model, optimizer, episodes, began), mine_first=writes)

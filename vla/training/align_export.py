@@ -1,7 +1,6 @@
 """What stage one leaves: the encoder folder, the rest of the model, alignment.json."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from vla.config import AlignConfig
 from vla.data.episodes import Episodes
 from vla.data.mixture import open_mixture
 from vla.data.normalization import Normalizers
-from vla.files import write_json, write_whole
+from vla.files import whole_folder, write_json
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, load_clip, save_clip
 from vla.models.finetuning import between, interpolated
@@ -58,7 +57,7 @@ def export(
         "warnings": warnings,
         "versions": versions(),
     }
-    write_whole(folder / "alignment.json", json.dumps(record, indent=2) + "\n")
+    write_json(folder / "alignment.json", record)
 
 
 def export_share(config: AlignConfig, share: float) -> None:
@@ -122,8 +121,5 @@ def write_beside(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str
 
 def write_clip(folder: Path, clip: Encoder, tokenizer) -> None:
     """Write an encoder folder that appears whole or not at all."""
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    save_clip(partial_folder, clip, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
+    with whole_folder(folder) as partial:
+        save_clip(partial, clip, tokenizer)

@@ -18,7 +18,7 @@ from vla.data.mixture import Mixture, open_mixture, root_and_weight
 from vla.data.normalization import Normalizers, NormStats, compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import TERMS, AlignmentModel
-from vla.models.clip import build_clip, load_clip, resize_positions
+from vla.models.clip import build_clip, load_clip_at
 from vla.training.pretrained import HeldOut, check_start, old_split
 from vla.training.run import FREE_FIELDS
 from vla.types import Indexed, UserError
@@ -200,8 +200,7 @@ def make_encoders(tower: TowerConfig, image_size: int, texts: tuple[str, ...], r
     if tower.pretrained is None:
         sizes = {key: value for key, value in asdict(tower).items() if key not in ("pretrained", "locked", "lora_rank")}
         return build_clip(texts, image_size=image_size, resumed=resumed, **sizes)
-    clip, tokenizer = load_clip(tower.pretrained)
-    return resize_positions(clip, image_size), tokenizer
+    return load_clip_at(tower.pretrained, image_size)
 
 
 def held_out_data(config: AlignConfig, mixture: Mixture) -> dict[str, HeldOut]:

@@ -1,6 +1,5 @@
 """Stage one's terms beside the cloning loss of stage two, on the encoder that is fine-tuned and the policy's pooler."""
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from vla.data.augmentation import augmenter, word_hider
 from vla.data.batches import TripletSource, training_batch
 from vla.data.episodes import Episodes, rows_of
 from vla.data.normalization import Normalizers
+from vla.files import read_json
 from vla.models.alignment import TERMS
 from vla.models.clip import tokenize
 from vla.policies.concord import ConcordPolicy
@@ -117,5 +117,4 @@ class Auxiliary:
 
 def started_encoder(policy: Path) -> str:
     """The encoder that a policy was trained on, as its record says; "random" if it says nothing."""
-    record = policy / "concord.json"
-    return json.loads(record.read_text())["encoder"] if record.is_file() else "random"
+    return read_json(policy / "concord.json").get("encoder", "random")

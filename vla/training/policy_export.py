@@ -1,7 +1,5 @@
 """What stage two leaves behind: averaged weights, checkpoints and the policy folder."""
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,8 @@ from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes, task_of_episode
 from vla.data.normalization import Normalizers
 from vla.eval.golden import drawn_at, write_golden
-from vla.models.clip import load_clip, resize_positions
+from vla.files import read_json, whole_folder, write_json
+from vla.models.clip import load_clip_at
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training.auxiliary import started_encoder
@@ -144,15 +143,10 @@ def export(
     `positions` (n,) are the training episodes of the first data set.
     """
     episodes = cloned.episodes
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    policy.save_pretrained(partial_folder)
     dataset_stats = {
         key: {name: torch.from_numpy(value) for name, value in values.items()}
         for key, values in cloned.stats.by_key().items()
     }
-    for processor in make_pre_post_processors(policy.config, dataset_stats=dataset_stats):
-        processor.save_pretrained(partial_folder)
     record = {
         "env": episodes.collected.get("env"),
         "tasks": episodes.collected.get("tasks", []),
@@ -168,12 +162,14 @@ def export(
         "seed": config.seed,
         "versions": versions(),
     }
-    (partial_folder / "concord.json").write_text(json.dumps(record, indent=1) + "\n")
-    with own_random_numbers():  # loading draws some
-        loaded = load_chunk_policy(partial_folder)
-    write_golden(partial_folder, loaded, episodes, cloned.frames, positions, cloned.stats.action)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
+    with whole_folder(folder) as partial:
+        policy.save_pretrained(partial)
+        for processor in make_pre_post_processors(policy.config, dataset_stats=dataset_stats):
+            processor.save_pretrained(partial)
+        write_json(partial / "concord.json", record)
+        with own_random_numbers():  # loading draws some
+            loaded = load_chunk_policy(partial)
+        write_golden(partial, loaded, episodes, cloned.frames, positions, cloned.stats.action)
     return folder
 
 
@@ -194,12 +190,11 @@ def check_finished_on(config: PolicyTrainConfig, policy: Path) -> None:
     Raises:
         UserError: it was trained on other weights.
     """
-    path = policy / "concord.json"
-    before = json.loads(path.read_text()).get("encoder_weights") if path.is_file() else None
+    before = read_json(policy / "concord.json").get("encoder_weights")
     if before is None or config.start or not Path(config.encoder).is_dir():
         return
-    clip, _ = load_clip(config.encoder)
-    if weights_digest(resize_positions(clip, config.data.image_size)) != before:
+    clip, _ = load_clip_at(config.encoder, config.data.image_size)
+    if weights_digest(clip) != before:
         raise UserError(
             f"{policy}: was trained on an encoder that {config.encoder} no longer holds; choose another --output, or delete {policy.parent} to train anew"
         )

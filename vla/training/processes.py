@@ -133,14 +133,14 @@ def check_same_settings(processes: Processes, settings: str, device: torch.devic
         )
 
 
-def check_same_encoders(processes: Processes, words: str, model: torch.nn.Module, device: torch.device) -> None:
-    """Refuse to compute one batch with towers of different sizes, or that read the texts, whose tokens have the digest `words`, differently.
+def check_same_encoders(processes: Processes, words_digest: str, model: torch.nn.Module, device: torch.device) -> None:
+    """Refuse to compute one batch with towers of different sizes, or that read the texts, whose tokens have the digest `words_digest`, differently.
 
     Raises:
         UserError: they differ between two processes.
     """
     sizes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    if rank := other_than_first(processes.numbers(number_of(f"{words}{sizes}"), device)):
+    if rank := other_than_first(processes.numbers(number_of(f"{words_digest}{sizes}"), device)):
         raise refusal(
             f"process {rank} has an encoder of other words or sizes than process 0; copy what tower.pretrained, tower.vocabulary or "
             "tower.lexicon names to all machines anew, whole, and give all the same versions (uv.lock)"
@@ -203,18 +203,18 @@ def agreed[T](accelerator: Accelerator, result: T, error: Exception | None) -> T
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     failed = processes.numbers(int(error is not None), accelerator.device)
     if any(failed):
-        part()
+        leave_group()
         raise error or UserError(f"process {failed.index(1)} has stopped; its message says why")
     return result
 
 
 def refusal(text: str) -> UserError:
     """The error that all processes stop with; they part first, as one that is left alone would crash."""
-    part()
+    leave_group()
     return UserError(text)
 
 
-def part() -> None:
+def leave_group() -> None:
     """Leave the other processes, if there are any, which all do alike; one that still belongs to them when the interpreter ends may abort."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

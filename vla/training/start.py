@@ -11,7 +11,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from vla.config import HeadConfig, LossConfig, PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import Normalizers, NormStats
-from vla.models.clip import load_clip, resize_positions
+from vla.models.clip import load_clip_at
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.policies.concord.processor_concord import floored_stats
 from vla.policies.loading import LOAD_ERRORS, load_processors
@@ -37,13 +37,7 @@ def make_policy(config: PolicyTrainConfig, episodes: Episodes) -> ConcordPolicy:
             )
         clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts)
     else:
-        clip, tokenizer = load_clip(config.encoder)
-        own = clip.config.vision_config.image_size
-        if own != config.data.image_size:
-            print(
-                f"{config.encoder}: trained on pictures of {own} px, adapted to {config.data.image_size}; --data.image_size={own} keeps them"
-            )
-        clip = resize_positions(clip, config.data.image_size)
+        clip, tokenizer = load_clip_at(config.encoder, config.data.image_size, "--data.image_size")
     policy = ConcordPolicy(policy_config(config, episodes), clip=clip, tokenizer=tokenizer)
     if starts_trained(config):
         load_pooler(policy, beside(config.encoder))

@@ -18,11 +18,10 @@ from vla.models.clip import (
     Encoder,
     build_clip,
     fix_words,
-    load_clip,
+    load_clip_at,
     load_tokenizer,
     patch_embeds,
     patch_tokens,
-    resize_positions,
     text_features,
     tokenize,
     untrained_like,
@@ -260,13 +259,7 @@ def choose_trained(clip: Encoder, tune: bool, part: str) -> None:
 def new_encoder(config: ConcordConfig, texts: list[str]) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """The encoder that a new policy starts from."""
     if config.encoder is not None:
-        clip, tokenizer = load_clip(config.encoder)
-        own = clip.config.vision_config.image_size
-        if own != config.image_size:
-            print(
-                f"{config.encoder}: trained on pictures of {own} px, adapted to {config.image_size}; --policy.image_size={own} keeps them"
-            )
-        return resize_positions(clip, config.image_size), tokenizer
+        return load_clip_at(config.encoder, config.image_size, "--policy.image_size")
     return build_clip(
         texts,
         image_size=config.image_size,
