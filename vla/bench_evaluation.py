@@ -39,8 +39,8 @@ def evaluation_speed(policy: Path, episodes: int, output: Path) -> dict[str, Any
     }
     successes = [row.pop("successes") for row in rows.values()]
     agree = [sum(a == b for a, b in zip(successes[0], other, strict=True)) for other in successes[1:]]
-    filmed = {"lerobot-eval": min(FILMED, episodes), "evaluate": len(list((output / "ended" / "videos").glob("*.mp4")))}
-    return {"task": TASK, "episodes": episodes, "cores": cores, "filmed": filmed, "runs": rows, "agree": agree}
+    films = {"lerobot-eval": min(FILMED, episodes), "evaluate": len(list((output / "ended" / "videos").glob("*.mp4")))}
+    return {"task": TASK, "episodes": episodes, "cores": cores, "films": films, "runs": rows, "agree": agree}
 
 
 def lerobot_eval(policy: Path, episodes: int, output: Path, flags: list[str]) -> dict[str, Any]:

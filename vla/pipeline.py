@@ -44,7 +44,7 @@ def pipeline(config: PipelineConfig) -> Path:
             raise UserError(
                 f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
             )
-        if links := [folder for folder in folders if folder.is_symlink()]:
+        if links := [folder for folder in (*folders, parts_folder(folders[0])) if folder.is_symlink()]:
             raise UserError(
                 f"{links[0]}: is a link, which fresh does not follow; empty {links[0].resolve()}, or remove the link"
             )

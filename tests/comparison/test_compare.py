@@ -126,10 +126,11 @@ def test_it_becomes_a_page_of_the_documentation_that_needs_no_runs(finished, tmp
     comparison_page(ResultsConfig(runs=str(tmp_path / "nothing"), docs=docs))
     assert "## mine\n\nBy an older test.\n" in page.read_text()
     result = json.loads((finished / "comparison.json").read_text())
-    made_anew = json.dumps(result | {"protocol": result["protocol"] | {"made": "anew"}})
-    (tmp_path / "outputs" / "compare" / "mine" / "comparison.json").write_text(made_anew)
-    comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=docs))
-    assert "By an older test." not in page.read_text()
+    replaced = tmp_path / "outputs" / "compare" / "mine" / "comparison.json"
+    for changes, kept in (({"command": "another"}, True), ({"success": result["success"][1:]}, False)):
+        replaced.write_text(json.dumps(result | changes))
+        comparison_page(ResultsConfig(runs=str(tmp_path / "outputs"), docs=docs))
+        assert ("By an older test." in page.read_text()) == kept
 
 
 def test_arms_share_the_text_tower_and_differ_in_vision(finished):

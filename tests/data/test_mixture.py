@@ -99,7 +99,7 @@ def test_a_text_that_asks_for_several_goals_elsewhere_tells_itself(data_root):
 
 def test_a_data_set_in_which_a_text_is_vague_keeps_no_others_apart(data_root, tmp_path):
     own = read_episodes(data_root)
-    numbers = {"goals": tuple(str(i) for i in range(len(own.goals))), "extra": None}
+    numbers = {"goals": tuple(str(i) for i in range(len(own.goals))), "collected": {}}
     clear = replace(
         own, texts=("do it",), text_id=np.zeros_like(own.text_id), goal_id=np.zeros_like(own.goal_id), **numbers
     )
@@ -161,7 +161,9 @@ def test_what_a_data_set_lacks_is_unknown(data_root, captions, play):
     assert set(mixture.validation) < set(range(pictures[0]))
     store = open_frames(read_episodes(play), 48)
     row = episodes.start[unspoken[3]]
-    np.testing.assert_array_equal(mixture.frames[episodes.frame_row[row]], store[row - episodes.start[unspoken[0]]])
+    np.testing.assert_array_equal(
+        mixture.frames[episodes.frame_row[[row]]][0], store[row - episodes.start[unspoken[0]]]
+    )
 
 
 def test_batches_hold_rows_of_every_data_set(align_config, captions, play):

@@ -236,6 +236,21 @@ def test_scales_of_an_alignment_that_are_configured_or_fixed_are_not_taken_up(tm
     assert changed == {"logit_scales.context_action", "logit_scales.vision_language"}
 
 
+def test_terms_that_only_the_alignment_had_are_left_out_and_named(tmp_path):
+    before, _ = small_alignment_model(("a",), 1, transitions=True, sigmoid=True)
+    (tmp_path / "clip").mkdir()
+    save_file(before.beside_clip(), tmp_path / "alignment.safetensors")
+    model, _ = small_alignment_model(("a",), 1)
+    told = []
+    take_up(model, str(tmp_path / "clip"), (), told.append)
+    assert torch.equal(
+        model.beside_clip()["action_projection.layers.1.weight"],
+        before.beside_clip()["action_projection.layers.1.weight"],
+    )
+    names = "logit_scales.transition_action, logit_scales.transition_language, logit_scales.vision_language, transition_projection"
+    assert told == [f"{tmp_path}/alignment.safetensors: not taken up, as it does not fit this run: {names}"]
+
+
 def test_a_sigmoid_loss_does_not_start_from_a_softmaxs_scale(openai_clip):
     model, _ = small_alignment_model(("a text",), layers=1, sigmoid=True)
     model.clip = load_clip(openai_clip)[0]

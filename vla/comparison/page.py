@@ -39,8 +39,10 @@ def comparison_page(config: ResultsConfig) -> Path | None:
             if path.parent.name != "debug" and not (kind == "compare" and json.loads(path.read_text()).get("failed")):
                 folder.mkdir(parents=True, exist_ok=True)
                 kept = folder / f"{path.parent.name}.json"
-                if kept.is_file() and kept.read_text() != path.read_text():
-                    kept.with_suffix(".md").unlink(missing_ok=True)  # it is about the result that is replaced
+                note = kept.with_suffix(".md")
+                if note.is_file() and numbers(kept) != numbers(path):
+                    print(f"{note}: deleted, as it is about the result that {path} replaces")
+                    note.unlink()
                 write_whole(kept, path.read_text())
                 keep_records(path.parent, folder / f"{path.parent.name}.zip")
         found = sorted(folder.glob("*.json"))
@@ -60,6 +62,12 @@ def comparison_page(config: ResultsConfig) -> Path | None:
     write_whole(page, "\n".join([HEAD.format(folders=" and ".join(folders)), *parts]))
     print(f"wrote {page} from {len(parts)} results")
     return page
+
+
+def numbers(path: Path) -> list:
+    """What a comparison found, or a sweep; made again it says the same."""
+    result = json.loads(path.read_text())
+    return [result.get(part) for part in ("success", "levels", "contrasts", "rows")]
 
 
 def keep_records(run: Path, archive: Path) -> None:

@@ -163,7 +163,7 @@ def bench_section(r: dict[str, Any]) -> str:
         ["tabletop, reset", f"{simulator['reset_ms']:.1f} ms"],
     ]
     evaluation = r["evaluation"]
-    filmed = evaluation.get("filmed", {}).get("evaluate")
+    filmed = evaluation.get("films", {}).get("evaluate")
     episodes = [
         [f"{evaluation['episodes']} episodes of `{evaluation['task']}`", "episodes/min", "seconds", "whole command"]
     ]
