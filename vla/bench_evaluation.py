@@ -57,6 +57,7 @@ def evaluate(policy: Path, episodes: int, output: Path, cores: int, flags: list[
     """This project's command; its own measure of the seconds leaves out starting and loading, too."""
     command = [sys.executable, "-m", "vla.cli", "evaluate", f"--policy={policy}", f"--output={output}"]
     command += [
+        "--env=tabletop",
         f"--tasks=[{TASK}]",
         f"--episodes={episodes}",
         f"--seed={SEED}",
