@@ -21,6 +21,16 @@ from vla.versions import versions
 SLOWER = "\nThis machine has no fast products in bfloat16, so new runs compute in float32: training takes up to four times as long as docs/results.md says."
 
 
+@contextmanager
+def only_waiting_helps() -> Iterator[None]:
+    """Of a folder that is held do not say that another one could be named: the pipeline's have their names."""
+    try:
+        yield
+    except FolderHeldError as error:
+        raise FolderHeldError(str(error).replace(" or choose another --output", "")) from error
+
+
+@only_waiting_helps()
 def pipeline(config: PipelineConfig) -> Path:
     """Run collect, align, policy and evaluate and return the report; a stage that is finished says so and does nothing."""
     from vla.eval.evaluate import evaluate
@@ -49,8 +59,7 @@ def pipeline(config: PipelineConfig) -> Path:
                 f"{links[0]}: is a link, which fresh does not follow; empty {links[0].resolve()}, or remove the link"
             )
         held = [folder for folder in (*folders[1:], parts_folder(folders[0])) if folder.is_dir()]
-        with only_waiting_helps():
-            locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
+        locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
         for folder in (folders[0], *held):
             shutil.rmtree(folder, ignore_errors=True)
         for lock in locks:
@@ -64,8 +73,7 @@ def pipeline(config: PipelineConfig) -> Path:
         print(f"\n=== {number} of 4: {name} ===", flush=True)
         started = time.perf_counter()
         try:
-            with only_waiting_helps():
-                run()
+            run()
         except FolderHeldError:
             raise
         except UserError as error:
@@ -88,15 +96,6 @@ def pipeline(config: PipelineConfig) -> Path:
     report = (folders[3] / "report.html").resolve()
     print(f"  evaluation report  {report}  <- open this one")
     return report
-
-
-@contextmanager
-def only_waiting_helps() -> Iterator[None]:
-    """Of a folder that is held do not say that another one could be named: the pipeline's have their names."""
-    try:
-        yield
-    except FolderHeldError as error:
-        raise FolderHeldError(str(error).replace(" or choose another --output", "")) from error
 
 
 def again(config: PipelineConfig) -> str:

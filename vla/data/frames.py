@@ -150,7 +150,7 @@ def _build_from_images(groups: list[RowGroup], camera: str, path: Path, workers:
     """Decode the images in the parquet files, row group by row group."""
     work = partial(_decode_group, path, camera)
     with ExitStack() as stack:
-        bar = stack.enter_context(progress(sum(group.rows for group in groups)))
+        bar = stack.enter_context(_bar(sum(group.rows for group in groups)))
         if workers == 1 or len(groups) == 1:
             done = map(work, groups)
         else:
@@ -174,7 +174,7 @@ def _build_from_video(episodes: Episodes, path: Path) -> None:
     """Decode the camera's videos from beginning to end."""
     store = np.lib.format.open_memmap(path, mode="r+")
     files, file_of_row, number_of_row = videos_of(episodes)
-    with progress(len(store)) as bar:
+    with _bar(len(store)) as bar:
         for position, file in enumerate(files):
             rows = np.flatnonzero(file_of_row == position)
             wanted: dict[int, list[int]] = {}  # rows may share a frame
@@ -192,6 +192,6 @@ def _build_from_video(episodes: Episodes, path: Path) -> None:
     store.flush()
 
 
-def progress(frames: int) -> tqdm:
+def _bar(frames: int) -> tqdm:
     """The bar of a store that is built."""
     return tqdm(total=frames, desc="frame store", unit="frame", mininterval=1.0)

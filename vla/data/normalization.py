@@ -29,7 +29,7 @@ class Normalizers:
     state: NormStats
 
     def by_key(self) -> dict[str, dict[str, np.ndarray]]:
-        """The same in LeRobot's form."""
+        """The same in LeRobot's form: (n,) float32 by feature and by name."""
         return {STATE_KEY: asdict(self.state), ACTION_KEY: asdict(self.action)}
 
 

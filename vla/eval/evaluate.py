@@ -199,8 +199,8 @@ def begin(output: Path, config: EvalConfig) -> bool:
         found = list(changed(filled(begun["config"], usual), comparable).values())
         if begun["weights"] != stamp["weights"]:
             found.append("other weights")
-        now = {"policy": stamp["policy"]}
-        found += changed(now | {k: v for k, v in begun.items() if k in now}, now).values()
+        before = begun.get("policy", stamp["policy"])  # an older version does not say
+        found += changed({"policy": before}, {"policy": stamp["policy"]}).values()
         if found:
             raise UserError(
                 f"{output}: holds an evaluation with {'; '.join(found)}; delete it or choose another --output"

@@ -54,15 +54,15 @@ def averaged_weights(policy: ConcordPolicy, averaged: dict[str, Tensor]) -> Iter
     """The policy with its averaged weights; afterwards it has its own again."""
     parameters = trained_parameters(policy)
     kept = {name: p.detach().clone() for name, p in parameters.items()}
-    write(parameters, averaged)
+    copy_values(parameters, averaged)
     try:
         yield
     finally:
-        write(parameters, kept)
+        copy_values(parameters, kept)
 
 
 @torch.no_grad()
-def write(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def copy_values(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copy values into the parameters of their names."""
     for name, p in parameters.items():
         p.copy_(values[name])
@@ -121,9 +121,9 @@ def restore(run: RunFolder, trained: Trained, cloned: Cloned) -> tuple[int, floa
             f"{path}: was trained with other statistics of states and actions; restore the policy it began from, or choose another --output"
         )
     with restoring(path):
-        write(trained_parameters(trained.policy), tensors["model"])
-        write(trained.averaged, tensors["averaged"])
-        write(trained.others, tensors.get("auxiliary", {}))
+        copy_values(trained_parameters(trained.policy), tensors["model"])
+        copy_values(trained.averaged, tensors["averaged"])
+        copy_values(trained.others, tensors.get("auxiliary", {}))
         trained.optimizer.restore(tensors["optimizer"], state["optimizer"])
     restore_rng(tensors["rng"])
     run.truncate(state["step"])
