@@ -21,7 +21,7 @@ from vla.config import AlignConfig, CollectConfig, EvalConfig, PolicyTrainConfig
 from vla.config_io import load_config
 from vla.integrations.collect import collect
 from vla.models.alignment import AlignmentModel
-from vla.models.clip import build_clip
+from vla.models.clip_build import build_clip
 from vla.models.lexicon import train_tokenizer
 from vla.training.align import train_align
 from vla.training.policy import train_policy

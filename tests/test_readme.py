@@ -13,7 +13,8 @@ from envs import make_env
 from vla import config
 from vla.config_io import load_config, split_flags
 from vla.data.episodes import read_episodes
-from vla.models.clip import load_clip, patch_embeds, patch_tokens, pixel_values, tokenize
+from vla.models.clip import patch_embeds, patch_tokens, pixel_values, tokenize
+from vla.models.clip_files import load_clip
 from vla.training.align_setup import make_model
 
 ROOT = Path(__file__).resolve().parent.parent

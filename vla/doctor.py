@@ -213,7 +213,7 @@ def lacking(episodes) -> str:
 
 
 def encoder_found(folder: Path) -> str:
-    from vla.models.clip import load_clip
+    from vla.models.clip_files import load_clip
 
     clip, _ = load_clip(str(folder))
     vision = clip.config.vision_config

@@ -28,7 +28,7 @@ from vla.config import (
     CompareConfig,
     ResultsConfig,
 )
-from vla.models.clip import load_clip, save_clip, with_vision_of
+from vla.models.clip_files import load_clip, save_clip, with_vision_of
 from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -26,24 +26,18 @@ from transformers.utils import logging
 from vla.data.decoding import resize
 from vla.models.clip import (
     IMAGE_MEAN,
-    build_clip,
     in_multiples,
-    load_clip,
     most_tokens,
     note_of_cut,
     patch_tokens,
     pixel_values,
-    resize_positions,
-    resized_grid,
-    save_clip,
-    sdpa_or_matmul,
     text_features,
     tokenize,
-    untrained,
     vision_features,
-    with_vision_of,
 )
 from vla.models.clip import TEXTS as TEXTS_AT_ONCE
+from vla.models.clip_build import build_clip, sdpa_or_matmul
+from vla.models.clip_files import load_clip, resize_positions, resized_grid, save_clip, untrained, with_vision_of
 from vla.types import UserError
 
 TEXTS = ("push the red star to the left", "pick up the blue cross")

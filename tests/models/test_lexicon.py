@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from vla.models.clip import build_clip, load_clip
+from vla.models.clip_build import build_clip
+from vla.models.clip_files import load_clip
 from vla.models.lexicon import general_tokenizer, train_tokenizer
 from vla.policies.concord import ConcordPolicy
 from vla.training.align import train_align

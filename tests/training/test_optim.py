@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModel, Dinov2Config, ViTConfig
 
 from tests.conftest import small_alignment_model
-from vla.models.clip import with_vision_of
+from vla.models.clip_files import with_vision_of
 from vla.training.muon import BatchedMuon
 from vla.training.optim import layer_groups, make_optimizers, schedule
 

@@ -20,7 +20,7 @@ from vla.config_io import load_config, save_yaml
 from vla.data.episodes import Episodes, read_episodes, split_episodes, task_of_episode
 from vla.data.frames import open_frames
 from vla.data.mixture import Mixture, open_mixture
-from vla.models.clip import load_clip
+from vla.models.clip_files import load_clip
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training import policy, words

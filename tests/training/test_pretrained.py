@@ -19,7 +19,9 @@ from vla.config import AlignConfig, CollectConfig
 from vla.config_io import save_yaml
 from vla.data.episodes import read_episodes, split_episodes
 from vla.integrations.collect import collect
-from vla.models.clip import build_clip, load_clip, patch_tokens, save_clip, vision_features, with_vision_of
+from vla.models.clip import patch_tokens, vision_features
+from vla.models.clip_build import build_clip
+from vla.models.clip_files import load_clip, save_clip, with_vision_of
 from vla.models.finetuning import add_lora, interpolated, merged
 from vla.training.align import train_align
 from vla.training.align_export import export_share

@@ -14,7 +14,7 @@ from vla.config import PolicyTrainConfig
 from vla.data.augmentation import Augmenter
 from vla.data.episodes import Episodes, read_episodes
 from vla.data.frames import open_frames
-from vla.models.clip import load_clip
+from vla.models.clip_files import load_clip
 from vla.training import tokens
 from vla.training.policy import train_policy
 from vla.training.tokens import open_tokens

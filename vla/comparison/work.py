@@ -17,14 +17,8 @@ from vla.data.mixture import open_mixture, root_and_weight
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.files import write_json
-from vla.models.clip import (
-    load_clip,
-    load_clip_at,
-    tokenize,
-    untrained,
-    with_text_of,
-    with_vision_of,
-)
+from vla.models.clip import tokenize
+from vla.models.clip_files import load_clip, load_clip_at, untrained, with_text_of, with_vision_of
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.align_export import write_clip

@@ -14,7 +14,8 @@ from vla.data.mixture import open_mixture
 from vla.data.normalization import Normalizers
 from vla.files import whole_folder, write_json
 from vla.models.alignment import AlignmentModel
-from vla.models.clip import Encoder, load_clip, save_clip
+from vla.models.clip import Encoder
+from vla.models.clip_files import load_clip, save_clip
 from vla.models.finetuning import between, interpolated
 from vla.training.align_setup import held_out_data, make_encoders
 from vla.training.checkpoint import latest_checkpoint, load_tensors

@@ -18,7 +18,8 @@ from vla.data.mixture import Mixture, open_mixture, root_and_weight
 from vla.data.normalization import Normalizers, NormStats, compute_norm_stats, normalize_quantile
 from vla.data.sampler import GoalSampler, MixedSampler, shares
 from vla.models.alignment import TERMS, AlignmentModel
-from vla.models.clip import build_clip, load_clip_at
+from vla.models.clip_build import build_clip
+from vla.models.clip_files import load_clip_at
 from vla.training.pretrained import HeldOut, check_start, old_split
 from vla.training.run import FREE_FIELDS
 from vla.types import Indexed, UserError

@@ -16,7 +16,7 @@ from vla.data.episodes import Episodes, task_of_episode
 from vla.data.normalization import Normalizers
 from vla.eval.golden import drawn_at, write_golden
 from vla.files import read_json, whole_folder, write_json
-from vla.models.clip import load_clip_at
+from vla.models.clip_files import load_clip_at
 from vla.policies.concord import ConcordPolicy
 from vla.policies.loading import load_chunk_policy
 from vla.training.auxiliary import started_encoder

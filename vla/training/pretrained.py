@@ -17,7 +17,8 @@ from vla.data.batches import TripletSource
 from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.alignment import encoder_measures
 from vla.models.alignment import MAX_LOGIT_SCALE, AlignmentModel
-from vla.models.clip import Encoder, check_sizes, tokenize
+from vla.models.clip import Encoder, tokenize
+from vla.models.clip_build import check_sizes
 from vla.models.finetuning import interpolated
 from vla.training.checkpoint import load_tensors
 from vla.training.optim import layer_groups

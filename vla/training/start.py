@@ -11,7 +11,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from vla.config import HeadConfig, LossConfig, PolicyTrainConfig
 from vla.data.episodes import Episodes
 from vla.data.normalization import Normalizers, NormStats
-from vla.models.clip import load_clip_at
+from vla.models.clip_files import load_clip_at
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.policies.concord.processor_concord import floored_stats
 from vla.policies.loading import LOAD_ERRORS, load_processors

@@ -16,17 +16,14 @@ from vla.models.clip import (
     IMAGE_MEAN,
     IMAGE_STD,
     Encoder,
-    build_clip,
-    fix_words,
-    load_clip_at,
-    load_tokenizer,
     patch_embeds,
     patch_tokens,
     text_features,
     tokenize,
-    untrained_like,
     word_embeds,
 )
+from vla.models.clip_build import build_clip, fix_words
+from vla.models.clip_files import load_clip_at, load_tokenizer, untrained_like
 from vla.models.policy_network import PolicyNetwork
 from vla.policies.concord.configuration_concord import ConcordConfig
 from vla.policies.concord.processor_concord import floored_stats
