@@ -395,7 +395,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache_without_a_network(openai_clip, tmp
     shutil.copytree(openai_clip, model / "snapshots" / "0123abcd")
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("0123abcd")
-    code = "from vla.models.clip import load_clip; print(load_clip('somebody/{}')[0].config.projection_dim)"
+    code = "from vla.models.clip_files import load_clip; print(load_clip('somebody/{}')[0].config.projection_dim)"
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
     def load(name: str) -> subprocess.CompletedProcess:
