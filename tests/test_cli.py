@@ -1,12 +1,15 @@
 """What a user sees: exit statuses, one-line errors, help."""
 
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from vla.cli import VERBS, run
+from vla.cli import VERBS, main, run
 from vla.types import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +71,32 @@ def test_a_mistake_is_one_line_whatever_the_verb(verb, flags, message, tmp_path,
     assert run(verb, [*flags, f"--output={tmp_path}/run"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_an_unknown_verb_lists_the_verbs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["concord", "traim"])
+    assert main() == 2
+    assert "'traim' is not a verb; known: collect, align, policy" in capsys.readouterr().err
+
+
+def test_the_doctor_ends_with_what_it_found(encoder, capsys):
+    assert run("doctor", [f"--encoder={encoder}"]) == 0
+    assert f"{encoder}: 48 px, patch 12, width 32" in capsys.readouterr().out
+    assert run("doctor", [f"--encoder={encoder}/nowhere"]) == 2
+    assert "doctor: encoder need attention" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_ends_with_status_130(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "collect.py"), f"--output={tmp_path}/data", "--workers=1"]
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even if the tests run in the background
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
+        while not list(tmp_path.glob("data.parts/*.json")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; run the same command again" in told
+    assert "Traceback" not in told
 
 
 def test_an_error_without_a_message_is_named_by_its_kind():

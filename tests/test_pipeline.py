@@ -48,8 +48,8 @@ def test_collect_align_clone_evaluate(name, tmp_path):
     assert 'href="http' not in page
 
 
-def test_beginning_anew_deletes_no_evaluation_of_another_policy(tmp_path):
-    kept = tmp_path / "outputs" / "eval" / "debug" / "mine" / "eval.json"
+def test_beginning_anew_deletes_no_evaluation_of_another_policy_that_has_begun(tmp_path):
+    kept = tmp_path / "outputs" / "eval" / "debug" / "mine" / "begun.json"
     kept.parent.mkdir(parents=True)
     kept.touch()
     command = [sys.executable, str(ROOT / "scripts" / "pipeline.py"), "--name=debug", "--fresh=true"]

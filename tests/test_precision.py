@@ -84,6 +84,19 @@ def test_one_process_trains_in_both_precisions(align_config, policy_config, tmp_
     assert json.loads((train_policy(config) / "config.json").read_text())["precision"] == "no"
 
 
+def test_what_trains_in_bfloat16_computes_in_it(align_config, policy_config, tmp_path):
+    def first_loss(stage: str, precision: str) -> float:
+        train, config = {"align": (train_align, align_config), "policy": (train_policy, policy_config)}[stage]
+        folder = tmp_path / stage / precision
+        train(replace(config, precision=precision, steps=1, eval_every=0, output=str(folder)))
+        return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+    for stage in ("align", "policy"):
+        rounded, exact = first_loss(stage, "bf16"), first_loss(stage, "no")
+        assert rounded != exact
+        assert rounded == pytest.approx(exact, rel=0.05)
+
+
 @pytest.mark.parametrize("has_it", [True, False])
 def test_the_demo_says_at_once_where_training_will_be_slower(processor, has_it):
     processor(amx_bf16=has_it)

@@ -5,12 +5,14 @@ import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from envs import make_env
 from vla import config
+from vla.comparison.points import at_point
 from vla.config_io import load_config, split_flags
 from vla.data.episodes import read_episodes
 from vla.models.clip import patch_embeds, patch_tokens, pixel_values, tokenize
@@ -21,9 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def snippets(page: Path) -> list[str]:
+    """The Python that a page shows."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
 def test_the_snippet_for_loading_the_encoder_reads_what_the_policy_reads(encoder):
-    text = (ROOT / "README.md").read_text()
-    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "CLIPModel" in code]
+    (snippet,) = [code for code in snippets(ROOT / "README.md") if "CLIPModel" in code]
     names: dict = {}
     exec(snippet.replace("outputs/align/demo/clip", str(encoder)).replace("(96, 96)", "(48, 48)"), names)
     clip, _ = load_clip(encoder)
@@ -32,7 +38,7 @@ def test_the_snippet_for_loading_the_encoder_reads_what_the_policy_reads(encoder
 
 
 def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder, align_config):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "encoder.md").read_text(), re.S)
+    (snippet,) = snippets(ROOT / "docs" / "encoder.md")
     names: dict = {}
     exec(snippet, names)
     features = names["AlignedFeatures"](str(encoder.parent)).eval()
@@ -55,16 +61,33 @@ def test_the_snippet_for_a_policy_of_ones_own_reads_as_stage_one_did(encoder, al
 
 
 def test_the_snippet_for_a_simulator_of_ones_own_runs_an_episode(policy_folder):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.S)
+    (snippet,) = snippets(ROOT / "docs" / "evaluation.md")
     names = {"env": make_env("tabletop", split="light", level=2)}
     exec(snippet.replace("outputs/policy/mine/policy", str(policy_folder)), names)
     assert names["over"]
 
 
+def test_the_snippet_for_a_robot_gives_a_chunk_of_actions(policy_folder):
+    (snippet,) = [code for code in snippets(ROOT / "README.md") if "load_chunk_policy" in code]
+    names = {"image": np.zeros((60, 80, 3), np.uint8), "state": np.zeros(4, np.float32)}
+    exec(snippet.replace("outputs/policy/mine/policy", str(policy_folder)), names)
+    assert names["actions"].shape == (8, 3)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, _, anchor in (
+        link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+    ):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not anchor or there.suffix != ".md" or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What links can name in a page: its headings as they are shown on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 CONFIGS = {
@@ -95,8 +118,11 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_that_are_shown_have_these_flags(page):
     for name, flags in commands(page):
-        flags = [flag for flag in split_flags(flags)[1] if flag not in ("--json", "--help")]
-        load_config(CONFIGS[name], flags)
+        swept, rest = split_flags(flags)
+        loaded = load_config(CONFIGS[name], [flag for flag in rest if flag not in ("--json", "--help")])
+        for field, values in swept.items():
+            for value in values:
+                at_point(loaded, {field: value})
 
 
 def test_flags_that_are_named_exist():

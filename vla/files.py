@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from vla.types import UserError, first_line
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -53,8 +55,20 @@ def fsync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """What a file holds; nothing if there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The object in a file; an empty one if there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); restore it, or make {path.parent} anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged (not a JSON object); restore it, or make {path.parent} anew")
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:

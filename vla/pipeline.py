@@ -1,6 +1,5 @@
 """The four stages one after the other, by the configurations of one name."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import torch
 
 from vla.config import AlignConfig, CollectConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.config_io import load_config
-from vla.files import write_json
+from vla.files import read_json, write_json
 from vla.locks import FolderHeldError, lock_folder
 from vla.precision import multiplies_bf16
 from vla.types import UserError
@@ -50,7 +49,7 @@ def pipeline(config: PipelineConfig) -> Path:
         raise UserError(f"configs/eval/{config.name}.yaml: names no output; the report of the pipeline goes there")
     folders = [Path(stage.output) for stage in (data, align, policy, evaluation)]
     if config.fresh:
-        if others := sorted(path.parent for path in folders[-1].glob("*/eval.json")):
+        if others := sorted(path.parent for path in folders[-1].glob("*/begun.json")):
             raise UserError(
                 f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
             )
@@ -67,7 +66,7 @@ def pipeline(config: PipelineConfig) -> Path:
 
     print(opening(config, data, align, policy, evaluation))
     record = folders[-1] / "pipeline.json"
-    seconds = json.loads(record.read_text())["seconds"] if record.is_file() else {}
+    seconds = read_json(record).get("seconds", {})
 
     def stage(number: int, name: str, run: Callable[[], object]) -> None:
         print(f"\n=== {number} of 4: {name} ===", flush=True)

@@ -99,11 +99,13 @@ def test_differences_are_of_the_same_seeds_and_corrected(finished):
 
 def test_table_and_report_are_beside_the_json(finished):
     result = json.loads((finished / "comparison.json").read_text())
-    for name in ("success", "levels", "contrasts", "validity"):
+    for name in ("success", "levels", "contrasts", "measures", "validity"):
         with (finished / f"{name}.csv").open() as file:
             assert len(list(csv.DictReader(file))) == len(result[name])
     page = (finished / "report.html").read_text()
     assert "aligned-frozen - shuffle-all" in page
+    assert {(row["arm"], row["seed"]) for row in result["measures"]} >= {("aligned-frozen", 0), ("aligned-frozen", 1)}
+    assert "Alignment measures by training seed" in page
     assert 'src="http' not in page
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vla.comparison.report import answers, comparison_report
+from vla.comparison.report import answers, comparison_report, measures_table
 from vla.comparison.summary import contrasts, estimate, fisher_interval, mcnemar_p_values, read_outcomes
 
 
@@ -117,6 +117,19 @@ def test_against_scratch_fewer_demonstrations_are_compared_with_more():
         {"contrasts": rows, "success": [], "arms": {}, "levels": [], "validity": [], "command": "", "protocol": {}}
     )
     assert "5 demonstrations of each task against all demonstrations" in report.answers[-1]
+
+
+def test_what_encoders_know_is_shown_by_training_seed_beside_chance():
+    probe = [("aligned", 0, 0.8), ("aligned", 1, 0.79), ("random", 0, -0.02), ("random", 1, 0.1)]
+    rows = [{"arm": a, "seed": s, "measure": "target_probe_r2", "value": v, "chance": None} for a, s, v in probe]
+    rows += [{"arm": a, "seed": s, "measure": "zero_shot", "value": 0.9, "chance": 1 / 3} for a, s, _ in probe]
+    table = measures_table(rows)
+    assert table.header == ("encoder of", "target probe r2", "zero shot")
+    assert table.rows == (
+        ("aligned", "0.80, 0.79", "0.90, 0.90"),
+        ("random", "-0.02, 0.10", "0.90, 0.90"),
+        ("chance", "-", "0.33"),
+    )
 
 
 def test_policies_alone_make_a_report():

@@ -182,6 +182,13 @@ def two_types(root: Path) -> None:
     pq.write_table(rest.set_column(column, SUCCESS_KEY, boolean), path.with_name("file-001.parquet"))
 
 
+def edit_info(root, **changes) -> None:
+    """Other values in meta/info.json; None takes the key out."""
+    path = root / "meta" / "info.json"
+    info = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in info.items() if value is not None}))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -206,7 +213,15 @@ def two_types(root: Path) -> None:
         (two_types, r"files whose columns differ in type"),
         (lambda r: (r / "meta" / "stats.json").unlink(), r"missing statistics"),
         (lambda r: (r / "meta" / "tasks.parquet").unlink(), r"tasks\.parquet: missing"),
-        (lambda r: (r / "meta" / "info.json").write_text("{"), r"not valid JSON"),
+        (lambda r: (r / "meta" / "tasks.parquet").write_bytes(b"PAR1"), r"tasks\.parquet: "),
+        (lambda r: (r / "meta" / "info.json").write_text("{"), r"info\.json: damaged"),
+        (lambda r: (r / "meta" / "info.json").write_text("[]"), r"info\.json: damaged \(not a JSON object\)"),
+        (lambda r: (r / "meta" / "info.json").write_bytes(b'{"fps": "\xff"}'), r"info\.json: damaged"),
+        (lambda r: (r / "meta" / "concord.json").write_text("[]"), r"concord\.json: damaged"),
+        (lambda r: edit_info(r, codebase_version="v2.1"), r"codebase_version is v2\.1, must be v3\.0; .*convert"),
+        (lambda r: edit_info(r, fps=None), r"info\.json: no 'fps'"),
+        (lambda r: edit_info(r, total_episodes=99), r"says 99 episodes, data/ has \d+"),
+        (lambda r: shutil.rmtree(r / "data"), r"data: no parquet files"),
         (lambda r: (r / "meta" / "info.json").unlink(), r"not a LeRobotDataset .*collect\.py"),
     ],
 )

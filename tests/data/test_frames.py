@@ -127,6 +127,24 @@ def test_augmentation_shifts_by_at_most_the_given_pixels_and_never_flips():
         assert abs(columns.min() - 4) <= 3
 
 
+def test_augmentation_shifts_by_every_number_of_pixels():
+    picture = np.zeros((1, 32, 32, 3), np.uint8)
+    picture[0, 10, 4] = 255
+    moved = [Augmenter(3, 0.0)(picture, np.random.default_rng(seed))[0, :, :, 0] for seed in range(60)]
+    places = np.array([np.argwhere(one)[0] - (10, 4) for one in moved])
+    assert set(places[:, 0]) == set(places[:, 1]) == set(range(-3, 4))
+
+
+def test_augmentation_changes_colours_and_moves_nothing_by_itself():
+    frames = np.full((20, 8, 8, 3), 90, np.uint8)
+    frames[:, :4] = 160
+    changed = Augmenter(0, 0.2)(frames, np.random.default_rng(0))
+    assert (changed[:, :4] == changed[:, :1, :1]).all()
+    assert (changed[:, 4:] == changed[:, 4:5, :1]).all()
+    assert len({picture[0, 0].tobytes() for picture in changed}) > 10
+    assert np.ptp(changed[:, 0, 0].astype(int), axis=1).max() > 0  # channels by different gains
+
+
 def test_augmentation_depends_on_its_generator_alone():
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     once, again = (Augmenter(4, 0.2, 0.5)(frames, np.random.default_rng(5)) for _ in range(2))

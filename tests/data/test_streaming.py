@@ -14,15 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from vla.config import DoctorConfig
+from vla.config import DataConfig, DoctorConfig
 from vla.data import streaming
 from vla.data.episodes import data_files, fingerprint, read_episodes
-from vla.data.frames import open_frames
+from vla.data.frames import open_frames, open_pictures
 from vla.data.streaming import StreamedFrames
 from vla.doctor import doctor
 from vla.training.align import train_align
 from vla.training.policy import train_policy
-from vla.types import IMAGE_KEY, UserError
+from vla.types import IMAGE_KEY, IMAGES_PREFIX, UserError
+
+WRIST = f"{IMAGES_PREFIX}wrist"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,29 @@ def video_root(tmp_path_factory):
 @pytest.fixture(params=["images", "video"])
 def episodes(request):
     return read_episodes(request.getfixturevalue("data_root" if request.param == "images" else "video_root"))
+
+
+@pytest.fixture
+def two_cameras(data_root, tmp_path):
+    """A data set whose second camera has the first one's pictures in reverse order."""
+    root = shutil.copytree(data_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"][WRIST] = info["features"][IMAGE_KEY]
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (path,) = data_files(root)
+    table = pq.read_table(path)
+    pq.write_table(table.append_column(WRIST, table[IMAGE_KEY].take(list(reversed(range(len(table)))))), path)
+    return root
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_pictures_are_those_of_the_camera_that_is_named(two_cameras, stream):
+    with pytest.raises(UserError, match=r"name one of its cameras, observation\.image, observation\.images\.wrist"):
+        read_episodes(two_cameras)
+    rows, data = np.arange(7), DataConfig(image_size=32, stream=stream, workers=1)
+    first, second = (open_pictures(read_episodes(two_cameras, camera), data) for camera in (IMAGE_KEY, WRIST))
+    assert (first[rows] != second[rows]).any()
+    np.testing.assert_array_equal(second[rows], first[len(first) - 1 - rows])
 
 
 def test_any_rows_in_any_order_are_those_of_the_store(episodes, tmp_path):

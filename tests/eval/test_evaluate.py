@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 
 from vla.config import EvalConfig
+from vla.config_io import save_yaml
 from vla.eval.evaluate import evaluate
 from vla.eval.evaluation_report import curves_of
 from vla.eval.grounding import grounding_summary
@@ -43,6 +45,23 @@ def test_for_machines_standard_output_is_the_result_alone(eval_config):
     assert result["n"] == 2
     assert json.loads(Path(result["file"]).read_text())["success_rate"] == result["success_rate"]
     assert "at the final timestep" in done.stderr
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(eval_config, tmp_path):
+    config = replace(eval_config, episodes=6, batch_size=1, grounding_episodes=0)
+    save_yaml(config, tmp_path / "eval.yaml")
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--config_path", str(tmp_path / "eval.yaml")]
+    journal = Path(config.output) / "episodes.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not journal.is_file() or journal.read_text().count("\n") < 2:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    kept = journal.read_text().splitlines()[:2]
+    whole = json.loads((evaluate(replace(config, output=str(tmp_path / "whole"))) / "eval.json").read_text())
+    again = json.loads((evaluate(config) / "eval.json").read_text())
+    assert again["episodes"] == whole["episodes"]
+    assert journal.read_text().splitlines()[:2] == kept
 
 
 def test_the_score_is_the_share_of_goals_done_because_told():

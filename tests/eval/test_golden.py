@@ -101,6 +101,15 @@ def test_a_truncated_file_is_named(copy):
         checked(copy)
 
 
+def test_a_damaged_record_is_named_by_the_doctor_and_an_evaluation(copy, eval_config, capsys):
+    (copy / "concord.json").write_text('{"env": "tab')
+    with pytest.raises(UserError, match=r"concord\.json: damaged"):
+        evaluate(replace(eval_config, policy=str(copy)))
+    with pytest.raises(UserError, match="doctor: policy need attention"):
+        doctor(DoctorConfig(policy=str(copy)))
+    assert "concord.json: damaged" in capsys.readouterr().out
+
+
 def test_an_evaluation_says_so(eval_config, policy_folder, darker, capsys):
     output = evaluate(eval_config)
     problem = json.loads((output / "eval.json").read_text())["golden"]["problem"]

@@ -58,6 +58,30 @@ class Telepath:
         return np.stack(actions)[:, None]
 
 
+class Leaver(Telepath):
+    """Does as the expert for some timesteps, then drives away."""
+
+    def __init__(self, specs, leaves_at: int):
+        super().__init__(specs)
+        self.leaves_at, self.steps = leaves_at, 0
+
+    def act(self, images, state, instructions):
+        self.steps += 1
+        actions = super().act(images, state, instructions)
+        return actions if self.steps <= self.leaves_at else np.sign(0.5 - state[:, None, [0, 1, 0]]).astype(np.float32)
+
+
+class Counting:
+    """Counts the looks of a policy."""
+
+    def __init__(self, policy):
+        self.policy, self.looks = policy, 0
+
+    def act(self, images, state, instructions):
+        self.looks += 1
+        return self.policy.act(images, state, instructions)
+
+
 def specs(count: int = 6) -> list[EpisodeSpec]:
     return [
         EpisodeSpec(env="tabletop", task=TASKS[i % 3], seed=900 + i, tasks=TASKS, image_size=48) for i in range(count)
@@ -92,16 +116,27 @@ def test_an_expert_succeeds_and_an_idle_policy_does_not():
 def test_episodes_run_to_their_horizon_so_that_the_final_timestep_is_known():
     record = run_rollouts(Still(), specs(1))[0]
     assert record.steps == make_env("tabletop")._max_episode_steps
-    expert = run_rollouts(Telepath(specs(1)), specs(1))[0]
-    assert expert.steps < 40
-    assert isinstance(expert.success_final, bool)
+    expert = Counting(Telepath(specs(1)))  # looks at every timestep
+    reached = run_rollouts(expert, specs(1))[0]
+    assert reached.steps < 40
+    assert expert.looks == record.steps
+
+
+def test_who_succeeds_and_leaves_has_no_success_at_the_final_timestep():
+    stays = run_rollouts(Telepath(specs(1)), specs(1))[0]
+    leaves = run_rollouts(Leaver(specs(1), stays.steps), specs(1))[0]
+    assert (stays.success, stays.success_final) == (True, True)
+    assert (leaves.success, leaves.success_final) == (True, False)
 
 
 def test_episodes_that_end_at_success_end_there_and_have_the_same_outcome():
     chosen = specs(1)
     whole = run_rollouts(Telepath(chosen), chosen)[0]
-    ended = run_rollouts(Telepath(chosen), [replace(chosen[0], end_on_success=True)])[0]
-    assert (ended.success, ended.steps) == (whole.success, whole.steps) == (True, ended.steps)
+    expert = Counting(Telepath(chosen))
+    ended = run_rollouts(expert, [replace(chosen[0], end_on_success=True)])[0]
+    assert ended.success
+    assert whole.success
+    assert ended.steps == whole.steps == expert.looks
     assert ended.success_final is None
     failed = run_rollouts(Still(), [replace(chosen[0], end_on_success=True)])[0]
     assert (failed.success, failed.success_final) == (False, False)

@@ -42,7 +42,7 @@ def test_two_processes_write_the_data_of_one(config, data_root, monkeypatch):
     assert same(collect(replace(config, workers=2)), data_root)
 
 
-def test_a_killed_collection_goes_on_and_ends_equal(config, data_root, tmp_path):
+def test_a_killed_collection_goes_on_with_what_is_not_finished_and_ends_equal(config, data_root, tmp_path, monkeypatch):
     save_yaml(config, tmp_path / "collect.yaml")
     program = (
         "import sys, vla.integrations.collect as m, vla.cli as c; m.SHARD_EPISODES = 4;"
@@ -56,12 +56,12 @@ def test_a_killed_collection_goes_on_and_ends_equal(config, data_root, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not Path(config.output).exists()
-    module_size = module.SHARD_EPISODES
-    try:
-        module.SHARD_EPISODES = 4
-        assert same(collect(config), data_root)
-    finally:
-        module.SHARD_EPISODES = module_size
+    finished = {int(path.stem.removeprefix("shard_")) for path in parts.glob("shard_*.json")}
+    written, write_shard = set(), module.write_shard
+    monkeypatch.setattr(module, "SHARD_EPISODES", 4)
+    monkeypatch.setattr(module, "write_shard", lambda *given: written.add(given[2]) or write_shard(*given))
+    assert same(collect(replace(config, workers=1)), data_root)
+    assert written == set(range(6)) - finished
     assert not parts.exists()
 
 

@@ -28,6 +28,24 @@ def test_every_task_is_a_vector_environment_of_its_own():
     assert all(isinstance(text, str) and text for text in environments[0].call("task_description"))
 
 
+@pytest.mark.parametrize(("name", "task"), [("tabletop", "push"), ("metaworld", "reach-v3")])
+def test_an_environment_gives_and_takes_what_it_declares(name, task):
+    config = EnvConfig.get_choice_class(f"concord_{name}")(task=task, image_size=48)
+    ((environment,),) = (suite.values() for suite in make_env(config, n_envs=1).values())
+    observation, _ = environment.reset(seed=[1])
+    for key in ("pixels", "agent_pos"):
+        assert observation[key].shape == (1, *config.features[key].shape)
+    assert environment.action_space.shape == (1, *config.features["action"].shape)
+    assert environment.metadata["render_fps"] == config.fps
+    environment.close()
+
+
+def test_scenes_of_a_split_are_asked_for_by_its_name_and_level():
+    config = EnvConfig.get_choice_class("concord_tabletop")(task="push", image_size=48, split="light", level=3)
+    (environment,) = make_env(config, n_envs=1)["tabletop"].values()
+    assert (environment.envs[0].unwrapped.split, environment.envs[0].unwrapped.level) == ("light", 3)
+
+
 def test_processes_of_a_task_start_when_it_is_run():
     config = EnvConfig.get_choice_class("concord_tabletop")(task="push,place", image_size=48)
     first, second = make_env(config, n_envs=2, use_async_envs=True)["tabletop"].values()
@@ -72,6 +90,7 @@ def test_lerobot_train_trains_the_policy_type(data_root, encoder, tmp_path):
         "--policy.type=concord",
         f"--policy.encoder={encoder}",
         "--policy.image_size=48",
+        "--policy.n_action_steps=4",
         "--policy.device=cpu",
         "--dataset.repo_id=local/debug",
         f"--dataset.root={data_root}",
@@ -88,4 +107,4 @@ def test_lerobot_train_trains_the_policy_type(data_root, encoder, tmp_path):
     assert (saved / "model.safetensors").is_file()
     from vla.policies.loading import load_chunk_policy
 
-    assert load_chunk_policy(saved).n_action_steps == 8
+    assert load_chunk_policy(saved).n_action_steps == 4

@@ -1,7 +1,10 @@
 """The policy folder: self-contained, strict, and deaf to nothing it is told."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from lerobot.policies.gaussian_actor.configuration_gaussian_actor import Gaussia
 from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from safetensors.torch import load_file, save_file
 
+from vla.data.normalization import normalize_quantile
 from vla.policies.concord import ConcordPolicy
 from vla.policies.concord.modeling_concord import new_encoder
 from vla.policies.concord.processor_concord import floored_stats
@@ -22,6 +26,8 @@ from vla.training.start import policy_stats
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
 
 TEXTS = ["push the red star to the left", "pick up the blue cross"]
+ROOT = Path(__file__).resolve().parent.parent.parent
+SEEN = (np.zeros((2, 48, 48, 3), np.uint8), np.full((2, 4), 0.3, np.float32), TEXTS)
 
 
 @pytest.fixture
@@ -41,13 +47,26 @@ def test_lerobot_finds_the_class_by_the_type_in_the_folder(policy_folder):
     assert get_policy_class(config.type) is ConcordPolicy
 
 
-def test_a_moved_policy_needs_neither_the_encoder_nor_the_data(policy_folder, encoder, copy, observation, tmp_path):
-    expected = ConcordPolicy.from_pretrained(policy_folder).predict_action_chunk(observation)
-    hidden = encoder.rename(tmp_path / "hidden")
+def test_a_moved_policy_needs_neither_the_encoder_nor_the_data(policy_folder, encoder, data_root, copy, tmp_path):
+    expected = load_chunk_policy(policy_folder).act(*SEEN)
+    hidden = [(path, path.rename(tmp_path / path.name)) for path in (encoder, data_root)]
     try:
-        assert torch.equal(ConcordPolicy.from_pretrained(copy).predict_action_chunk(observation), expected)
+        np.testing.assert_array_equal(load_chunk_policy(copy).act(*SEEN), expected)
     finally:
-        hidden.rename(encoder)
+        for path, elsewhere in hidden:
+            elsewhere.rename(path)
+
+
+def test_encoder_and_policy_load_without_asking_a_network(policy_folder, encoder):
+    """Not even where the hub may be asked."""
+    program = (
+        "import os, socket, sys; ended = lambda *_: os._exit(7); socket.getaddrinfo = socket.socket.connect = ended;"
+        "from vla.models.clip_files import load_clip; from vla.policies.loading import load_chunk_policy;"
+        "load_clip(sys.argv[1]); load_chunk_policy(sys.argv[2])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-c", program, str(encoder), str(policy_folder)]
+    subprocess.run(command, check=True, timeout=120, env=environment | {"PYTHONPATH": str(ROOT)})
 
 
 def test_saved_again_it_is_the_same(policy_folder, observation, tmp_path):
@@ -81,7 +100,18 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(policy_folder, observati
     torch.testing.assert_close(alone, both[:1], atol=1e-5, rtol=1e-4)
 
 
-def test_forward_is_the_cloning_loss_and_reaches_only_the_network_when_frozen(policy_folder, observation):
+def test_forward_is_the_cloning_loss_without_padding(policy_folder, observation):
+    policy = ConcordPolicy.from_pretrained(policy_folder)
+    predicted = policy.predict_action_chunk(observation)
+    chunk = torch.randn_like(predicted)
+    pad = torch.arange(16).expand(2, -1) >= torch.tensor([[16], [3]])
+    for padded in (0.0, 100.0):
+        given = {ACTION_KEY: torch.where(pad[..., None], padded, chunk), f"{ACTION_KEY}_is_pad": pad}
+        loss, _ = policy.forward(observation | given)
+        torch.testing.assert_close(loss, (predicted - chunk).abs()[~pad].mean())
+
+
+def test_forward_reaches_only_the_network_when_frozen(policy_folder, observation):
     policy = ConcordPolicy.from_pretrained(policy_folder).train()
     loss, _ = policy.forward(observation | {ACTION_KEY: torch.zeros(2, 16, 3)})
     loss.backward()
@@ -116,12 +146,15 @@ def test_a_truncated_file_is_named(copy):
         ConcordPolicy.from_pretrained(copy)
 
 
-def test_driven_through_its_processors_actions_are_in_environment_units(policy_folder):
-    policy = load_chunk_policy(policy_folder)
-    images = np.zeros((2, 48, 48, 3), np.uint8)
-    actions = policy.act(images, np.zeros((2, 4), np.float32), TEXTS)
+def test_its_processors_normalise_as_training_did(policy_folder):
+    policy, stats = load_chunk_policy(policy_folder), policy_stats(policy_folder)
+    images, state, texts = SEEN
+    batch = policy._batch(images, state, texts)
+    np.testing.assert_allclose(batch[STATE_KEY], normalize_quantile(state, stats.state), atol=1e-5)
+    chunk = policy.policy.predict_action_chunk(batch)[:, : policy.n_action_steps]
+    actions = policy.act(*SEEN)
     assert actions.shape == (2, policy.n_action_steps, 3)
-    assert np.isfinite(actions).all()
+    np.testing.assert_allclose(normalize_quantile(actions, stats.action), chunk, atol=1e-4)
 
 
 def test_the_fine_tuned_policy_reads_and_trains_its_own_encoder(policy_folder, observation):
@@ -164,7 +197,7 @@ def test_a_policy_that_runs_code_of_a_repository_it_names_is_not_loaded(policy_f
 def test_a_damaged_processor_is_named_in_one_line(copy):
     for damaged in ('{"steps": ["normalizer_processor"]}', "{}", "[]", "{"):
         (copy / "policy_preprocessor.json").write_text(damaged)
-        with pytest.raises(UserError, match="cannot load the policy"):
+        with pytest.raises(UserError, match=r"cannot load the policy|policy_preprocessor\.json: damaged"):
             load_chunk_policy(copy)
 
 

@@ -277,10 +277,20 @@ def test_a_resumed_run_does_not_raise_the_same_alarm_again(stuck, monkeypatch):
     assert len(json.loads((folder / "alignment.json").read_text())["warnings"]) == 1
 
 
-def test_a_run_that_learns_has_no_warnings_and_counts_its_instructions(encoder):
-    folder = encoder.parent
+def test_a_run_learns_and_has_no_warnings(align_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("vla.training.align.SETTLED", 40)
+    run = {"steps": 60, "eval_every": 0, "save_every": 60, "output": str(tmp_path / "run")}
+    config = replace(align_config, optimizer=replace(align_config.optimizer, warmup=5), **run)
+    folder = train_align(config).parent
     assert json.loads((folder / "alignment.json").read_text())["warnings"] == []
-    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for term in ("context_action", "word_patch", "vision_language", "state"):
+        losses = [line[f"{term}/loss"] for line in lines if f"{term}/loss" in line]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_a_run_counts_its_instructions(encoder):
+    line = json.loads((encoder.parent / "metrics.jsonl").read_text().splitlines()[0])
     assert line["distinct_instructions"] >= line["distinct_goals"] > 1
 
 

@@ -135,13 +135,16 @@ def test_two_runs_on_one_encoder_share_its_token_cache(policy_config, tmp_path):
     configs = [replace(policy_config, data=data, seed=s, steps=1, output=str(tmp_path / str(s))) for s in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(train_policy, configs))
-    assert all((folder / "model.safetensors").is_file() for folder in folders)
     assert len(list((tmp_path / "cache").glob("tokens_*.npy"))) == 1
+    for config, folder in zip(configs, folders, strict=True):
+        alone = replace(config, data=replace(data, cache=str(tmp_path / "own")), output=str(folder.parent) + "_alone")
+        ours, theirs = (load_file(path / "model.safetensors") for path in (folder, train_policy(alone)))
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 def test_an_untrained_encoder_is_a_baseline(policy_config, tmp_path):
-    config = replace(policy_config, encoder="random", steps=1, output=str(tmp_path / "run"))
-    config.tower.width, config.tower.heads, config.tower.layers = 32, 2, 1
+    tower = replace(policy_config.tower, width=32, heads=2, layers=1)
+    config = replace(policy_config, encoder="random", tower=tower, steps=1, output=str(tmp_path / "run"))
     assert (train_policy(config) / "model.safetensors").is_file()
 
 
@@ -201,6 +204,53 @@ def test_only_the_named_part_of_the_encoder_is_tuned(policy_config, tmp_path, pa
     tuned = ConcordPolicy.from_pretrained(train_policy(config)).clip.state_dict()
     before = load_clip(config.encoder)[0].state_dict()
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], tuned[name])} == changed
+
+
+def test_an_encoder_that_is_tuned_at_rate_zero_stays_as_it_is(policy_config, tmp_path):
+    config = replace(policy_config, tune=True, encoder_lr_scale=0.0, steps=2, ema=0.0, output=str(tmp_path / "run"))
+    policy = ConcordPolicy.from_pretrained(train_policy(config))
+    before = load_clip(config.encoder)[0].state_dict()
+    assert all(torch.equal(before[name], weight) for name, weight in policy.clip.state_dict().items())
+
+
+def test_what_is_exported_are_the_averages(policy_config, tmp_path):
+    config = replace(policy_config, steps=3, save_every=3, ema=0.9, eval_every=0, output=str(tmp_path / "run"))
+    exported = load_file(train_policy(config) / "model.safetensors")
+    last = tmp_path / "run" / "checkpoints" / "step_000003"
+    averaged, learned = (load_file(last / f"{name}.safetensors") for name in ("averaged", "model"))
+    assert all(exported[name].equal(averaged[name]) for name in averaged)
+    assert any(not exported[name].equal(learned[name]) for name in averaged)
+
+
+def test_validation_is_the_error_of_all_held_out_rows_whatever_the_batch_size(policy_config, tmp_path):
+    """Some rows are near the end of an episode, so that much of their chunks is padding."""
+
+    def validated(batch_size: int) -> dict[str, float]:
+        run = {"steps": 1, "batch_size": batch_size, "ema": 0.0, "output": str(tmp_path / str(batch_size))}
+        config = replace(policy_config, optimizer=replace(policy_config.optimizer, lr=1e-20), **run)
+        train_policy(config)
+        lines = [json.loads(line) for line in (tmp_path / str(batch_size) / "metrics.jsonl").read_text().splitlines()]
+        (line,) = [line for line in lines if "validation/l1" in line]
+        return line
+
+    few, many = validated(3), validated(64)
+    assert few["validation/l1"] == pytest.approx(many["validation/l1"], rel=1e-5)
+    assert few["validation/l1_of_median"] == many["validation/l1_of_median"]
+
+
+def test_cloning_learns(policy_config, tmp_path):
+    train_policy(replace(policy_config, steps=60, eval_every=0, save_every=60, output=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_failures_are_cloned_if_asked_for(policy_config):
+    everything = read_episodes(policy_config.data.root)
+    failed = replace(everything, success=np.zeros(len(everything.success), bool))
+    config = replace(policy_config, failures=True)
+    episodes, _, _ = cloned_episodes(config, mixture_of(config, failed))
+    assert len(episodes.success) == len(everything.success)
 
 
 @pytest.mark.parametrize("hide", ["language", "vision"])

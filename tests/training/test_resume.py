@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from vla.config import LossConfig
 from vla.config_io import save_yaml
 from vla.models.clip import tokenize
+from vla.policies.loading import load_chunk_policy
 from vla.training import align
 from vla.training.align import train_align
 from vla.training.policy import train_policy
@@ -224,10 +225,23 @@ def test_a_snapshot_is_there_before_a_checkpoint_says_that_its_step_is_done(alig
     assert (tmp_path / "run" / "snapshots" / "1" / "clip" / "model.safetensors").is_file()
 
 
+def test_a_policy_whose_export_is_interrupted_is_not_finished(policy_config, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    config = replace(policy_config, steps=2, eval_every=0, output=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr("vla.training.policy_export.write_golden", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(config)
+    assert not (tmp_path / "run" / "policy").exists()
+    load_chunk_policy(train_policy(replace(config, resume=True)))
+
+
 @pytest.mark.parametrize(
     "what", ["frozen", "tuned", "auxiliary", "flow_and_noise", "more", "stream_and_word_dropout", "start"]
 )
-def test_stage_two_resumes_exactly(policy_config, policy_folder, alike, tmp_path, what):
+def test_stage_two_resumes_exactly(policy_config, policy_folder, alike, tmp_path, capsys, what):
     data, head = policy_config.data, policy_config.head
     changes = {
         "frozen": {},
@@ -243,6 +257,7 @@ def test_stage_two_resumes_exactly(policy_config, policy_folder, alike, tmp_path
     broken = replace(config, output=str(tmp_path / "broken"))
     run_and_kill("train_policy.py", broken, tmp_path / "broken", 5)
     train_policy(replace(broken, resume=True))
+    assert "resumed at step 4" in capsys.readouterr().out
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -35,11 +35,11 @@ def check_same(folder: Path, config: CompareConfig | SweepConfig, *, keep: bool 
     with waiting_lock(folder / "jobs" / "begun") if keep else nullcontext():
         path = folder / "begun.json"
         given = {field: dict(pair.partition("=")[::2] for pair in getattr(config, field, ())) for field in GIVEN}
-        begun = without(json.loads(path.read_text()), FREE_FIELDS) if path.is_file() else comparable(config) | given
+        begun = without(read_json(path), FREE_FIELDS) or comparable(config) | given
         if found := changes(begun, config):
             raise UserError(f"{folder}: was begun with {'; '.join(found)}; choose another --output")
         for job in sorted(folder.glob("jobs/*/settings.json")):
-            if found := changes(json.loads(job.read_text()), config):
+            if found := changes(read_json(job), config):
                 raise UserError(
                     f"{job.parent}: was run with {'; '.join(found)}; results of both are not one comparison"
                 )
@@ -111,7 +111,7 @@ def without(tree: dict, names: tuple[str, ...]) -> dict:
 def records(folder: Path, name: str) -> dict[Path, dict]:
     """The JSON files of a name that trained encoders and policies left."""
     paths = (path for stage in ("align", "policy") for path in sorted(folder.glob(f"{stage}/**/{name}")))
-    return {path: json.loads(path.read_text()) for path in paths}
+    return {path: read_json(path) for path in paths}
 
 
 def check_same_data(folder: Path) -> None:

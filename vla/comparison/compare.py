@@ -1,7 +1,6 @@
 """The matched comparison: same head, data, text features and episodes for every arm."""
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from vla.config_io import inside, to_dict
 from vla.eval.evaluate import tasks_and_splits
 from vla.eval.report import write_report
 from vla.eval.statistics import episodes_needed, visible_difference
-from vla.files import write_json
+from vla.files import read_json, write_json
 from vla.locks import waiting_lock
 from vla.versions import command_line, versions
 
@@ -64,7 +63,7 @@ def compare(config: CompareConfig) -> Path | None:
 def reported_whole(folder: Path) -> bool:
     """Whether there is a report of arms of which none failed; one that lacks some does not take its place."""
     path = folder / "comparison.json"
-    return path.is_file() and not json.loads(path.read_text()).get("failed")
+    return path.is_file() and not read_json(path).get("failed")
 
 
 def finished_part(config: CompareConfig) -> CompareConfig | None:
@@ -105,8 +104,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[s
     with waiting_lock(folder / "jobs" / "report"):
         result = summarise_comparison(config)
         protocol = {"power": can_see, "training seeds": ", ".join(map(str, config.seeds))} if can_see else {}
-        if (folder / "data.json").is_file():
-            data = json.loads((folder / "data.json").read_text())
+        if data := read_json(folder / "data.json"):
             result["data"] = data
             protocol["demonstrations"] = f"{data['root']}, {data['episodes']} episodes of {data['goals']} goals"
         protocol |= (
@@ -121,7 +119,7 @@ def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[s
             "config": to_dict(config),
         }
         write_json(folder / "comparison.json", result)
-        for name in ("success", "levels", "contrasts", "validity"):
+        for name in ("success", "levels", "contrasts", "measures", "validity"):
             write_csv(folder / f"{name}.csv", result[name])
         write_report(report, comparison_report(result))
     for row in result["success"]:
@@ -138,7 +136,7 @@ def fewer_than_asked(folder: Path) -> dict[str, str]:
         if path.parents[1].name == "rollouts":  # of a policy that was looked at in training
             continue
         asked = int(path.parents[2].name)
-        found.setdefault(asked, set()).update(json.loads(path.read_text()).get("episodes", {}).values())
+        found.setdefault(asked, set()).update(read_json(path).get("episodes", {}).values())
     told = [
         f"{min(of)} to {max(of)} instead of {asked}" for asked, of in sorted(found.items()) if of and min(of) < asked
     ]

@@ -26,6 +26,16 @@ def comparison_report(result: dict[str, Any]) -> Report:
                 tuple(contrast_table(result, group) for group in groups if any_contrast(result, group)),
             )
         )
+    if result.get("measures"):  # older versions wrote none
+        sections.append(
+            Section(
+                "What the encoders know",
+                "Measures of each frozen encoder on held-out episodes of what it was aligned on, a value for every training seed: linear probes "
+                "(R², 0 is knowing nothing) for the instructed object's position, the proprio state and the time to go, then retrieval and "
+                "zero-shot accuracy, by chance as in the last line. What was not trained, as a cloned encoder's projections, is at chance.",
+                (measures_table(result["measures"]),),
+            )
+        )
     if result["validity"]:
         sections.append(
             Section(
@@ -232,6 +242,21 @@ def contrast_table(result: dict[str, Any], group: str) -> Table:
         "p (McNemar, each seed)",
     )
     return Table(f"Differences, {group}", heads, rows)
+
+
+def measures_table(rows: list[dict[str, Any]]) -> Table:
+    """Arms by measures, `0.80, 0.79, 0.77` for three training seeds; the chance level last."""
+    measures = list(dict.fromkeys(row["measure"] for row in rows))
+
+    def line(name: str, chosen: list[dict[str, Any]], key: str) -> tuple[str, ...]:
+        of = [[f"{row[key]:.2f}" for row in chosen if row["measure"] == m and row[key] is not None] for m in measures]
+        return (name, *(", ".join(values) or "-" for values in of))
+
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = [line(arm, [row for row in rows if row["arm"] == arm], "value") for arm in arms]
+    first = [row for row in rows if row["arm"] == arms[0] and row["seed"] == rows[0]["seed"]]
+    heads = ("encoder of", *(measure.replace("_", " ") for measure in measures))
+    return Table("Alignment measures by training seed", heads, (*lines, line("chance", first, "chance")))
 
 
 def validity_tables(result: dict[str, Any]) -> tuple[Table, ...]:

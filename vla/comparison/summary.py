@@ -16,6 +16,7 @@ from vla.comparison.work import cloning_run, encoder_folder, evaluation_folder, 
 from vla.config import CompareConfig
 from vla.eval.evaluation_report import LANGUAGE
 from vla.eval.statistics import Estimate, crossed_interval, holm, paired_p_value
+from vla.files import read_json
 from vla.types import UserError
 
 # Which episodes a number is of: by kind of episode and split.
@@ -28,6 +29,15 @@ GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "swapped instructions": ("swap", lambda split: True),
 }
 FEWEST_ENCODERS = 5  # fewer say nothing about a correlation
+# What the report says that encoders know: of the instructed object, the proprio state and time to go; what fits what.
+KNOWN = (
+    "target_probe_r2",
+    "state_probe_r2",
+    "time_to_go_probe_r2",
+    "context_to_action_r1",
+    "image_to_text_r1",
+    "zero_shot",
+)
 Outcomes = dict[tuple, bool]  # (split, level, task, seed) -> success
 Runs = dict[tuple[str, int | None], list[dict[str, Outcomes]]]  # arm, demonstrations (None: as given) -> training seeds
 
@@ -119,6 +129,7 @@ def summarise_comparison(config: CompareConfig) -> dict[str, Any]:
         "success": rows,
         "levels": levels,
         "contrasts": contrasts(runs, config.demonstrations, pairs),
+        "measures": measures_rows(config),
         "validity": validity(config, runs),
     }
 
@@ -197,14 +208,9 @@ def validity(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
 
     Over encoders, snapshots of the alignment among them, each the mean of its training seeds; at each number of demonstrations.
     """
-    arms = {
-        name: arm
-        for name, arm in chosen_arms(config).items()
-        if arm.source != "named" and arm.tuned_part == "nothing" and arm.hide == "none"
-    }
     rows = []
     for count in config.demonstrations:
-        there = {name: arm for name, arm in arms.items() if (name, count) in runs and is_measured(config, arm)}
+        there = {name: arm for name, arm in measured_arms(config).items() if (name, count) in runs}
         if len(there) < FEWEST_ENCODERS:
             continue
         measured = [mean_measures(config, arm) for arm in there.values()]
@@ -233,6 +239,29 @@ def validity(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
     return rows
 
 
+def measures_rows(config: CompareConfig) -> list[dict[str, Any]]:
+    """What the encoder of each frozen arm knows by each of `KNOWN` that was measured, and the chance level if there is one."""
+    rows = []
+    for name, arm in measured_arms(config).items():
+        for seed, file in zip(config.seeds, measures_of(config, arm), strict=True):
+            found = read_json(file)
+            rows += [
+                {"arm": name, "seed": seed, "measure": m, "value": found[m], "chance": found.get(f"{m}/chance")}
+                for m in KNOWN
+                if m in found
+            ]
+    return rows
+
+
+def measured_arms(config: CompareConfig) -> dict[str, Arm]:
+    """The arms that show an encoder as it is, frozen, and with all that it can know, if no measures of it failed."""
+    return {
+        name: arm
+        for name, arm in chosen_arms(config).items()
+        if arm.source != "named" and arm.tuned_part == "nothing" and arm.hide == "none" and is_measured(config, arm)
+    }
+
+
 def measures_of(config: CompareConfig, arm: Arm) -> list[Path]:
     """Where the measures of an arm's encoders are, one of each training seed."""
     return [encoder_folder(config, arm.encoder, seed).parent / "measures.json" for seed in config.seeds]
@@ -245,7 +274,7 @@ def is_measured(config: CompareConfig, arm: Arm) -> bool:
 
 def mean_measures(config: CompareConfig, arm: Arm) -> dict[str, float]:
     """An encoder's alignment measures, averaged over training seeds; those that every seed has."""
-    seeds = [json.loads(file.read_text()) for file in measures_of(config, arm)]
+    seeds = [read_json(file) for file in measures_of(config, arm)]
     return {name: float(np.mean([m[name] for m in seeds])) for name in seeds[0] if all(name in m for m in seeds)}
 
 

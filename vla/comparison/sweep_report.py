@@ -13,8 +13,9 @@ MEASURES = (
     "zero_shot",
     "target_probe_r2",
     "state_probe_r2",
-    "old/zero_shot",  # these two on the data that `align.forgetting` names
+    "old/zero_shot",  # these three on the data that `align.forgetting` names, the last on goals that the start was not trained on
     "old/text_to_image_r1",
+    "old_goals/zero_shot",
 )
 
 

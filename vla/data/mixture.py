@@ -1,7 +1,6 @@
 """Several data sets as one: their rows one after another, texts and goals by name, pictures from each one's store."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from vla.config import DataConfig
 from vla.data.episodes import Episodes, as_read, limit_per_task, read_episodes, split_episodes
 from vla.data.frames import open_pictures
+from vla.files import read_json
 from vla.types import UserError
 
 
@@ -88,8 +88,8 @@ def open_mixture(data: DataConfig, more: Sequence[str], seed: int, told: bool = 
 def camera_in(root: str, camera: str | None) -> str | None:
     """The camera, if a data set has one of that name; else its only one."""
     try:
-        features = json.loads((Path(root) / "meta" / "info.json").read_text()).get("features", {})
-    except (OSError, json.JSONDecodeError):  # the reader says which
+        features = read_json(Path(root) / "meta" / "info.json").get("features", {})
+    except UserError:  # the reader says which
         return None
     return camera if camera in features else None
 

@@ -1,13 +1,23 @@
 """Checks of a LeRobotDataset v3 root, each problem in one line that names the file."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla.types import ACTION_KEY, GOAL_KEY, SCENE_KEY, SEED_KEY, STATE_KEY, SUCCESS_KEY, TARGET_KEY, first_line
+from vla.files import read_json
+from vla.types import (
+    ACTION_KEY,
+    GOAL_KEY,
+    SCENE_KEY,
+    SEED_KEY,
+    STATE_KEY,
+    SUCCESS_KEY,
+    TARGET_KEY,
+    UserError,
+    first_line,
+)
 
 NUMERIC = (STATE_KEY, ACTION_KEY)
 CONSTANT = (GOAL_KEY, SCENE_KEY, SEED_KEY, SUCCESS_KEY)  # within an episode
@@ -22,9 +32,10 @@ def validate(root: Path | str, *, partial: bool = False) -> list[str]:
     if not info_path.is_file():
         return [f"{root}: not a LeRobotDataset (no meta/info.json); run `python scripts/collect.py` to make one"]
     try:
-        info = json.loads(info_path.read_text())
-    except json.JSONDecodeError as error:
-        return [f"{info_path}: not valid JSON ({error})"]
+        info = read_json(info_path)
+        read_json(root / "meta" / "concord.json")
+    except UserError as error:
+        return [str(error)]
     if info.get("codebase_version") != "v3.0":
         return [
             f"{info_path}: codebase_version is {info.get('codebase_version')}, must be v3.0; "
@@ -34,12 +45,6 @@ def validate(root: Path | str, *, partial: bool = False) -> list[str]:
     missing = [key for key in ("features", "fps", "total_frames", "total_episodes") if key not in info]
     if missing:
         return [f"{info_path}: no {missing[0]!r}"]
-    try:
-        json.loads((root / "meta" / "concord.json").read_text())
-    except FileNotFoundError:
-        pass
-    except json.JSONDecodeError as error:
-        return [f"{root / 'meta' / 'concord.json'}: not valid JSON ({error})"]
     features = info.get("features", {})
     problems = [f"{info_path}: no feature {key!r}" for key in NUMERIC if key not in features and not partial]
     if not (root / "meta" / "stats.json").is_file():

@@ -1,7 +1,6 @@
 """Evaluation of a policy folder: success by task and split, grounding, videos, one JSON and one report."""
 
 import csv
-import json
 import time
 from concurrent.futures import Executor
 from dataclasses import asdict, replace
@@ -113,7 +112,7 @@ def evaluate_with(
 def trained_on(policy_folder: Path) -> dict[str, Any]:
     """What the policy folder says about its training; empty for policies of other programs."""
     record = read_json(policy_folder / "concord.json")
-    config = json.loads((policy_folder / "config.json").read_text())
+    config = read_json(policy_folder / "config.json")
     shapes = [f["shape"] for f in config.get("input_features", {}).values() if f.get("type") == "VISUAL"]
     return record | {"image_size": shapes[0][-1]} if shapes else record
 
@@ -191,11 +190,10 @@ def begin(output: Path, config: EvalConfig) -> bool:
     stamp = {
         "config": comparable,
         "weights": [weights.stat().st_size, weights.stat().st_mtime_ns],
-        "policy": json.loads((Path(config.policy) / "config.json").read_text()),
+        "policy": read_json(Path(config.policy) / "config.json"),
     }
     path = output / "begun.json"
-    if path.is_file():
-        begun = json.loads(path.read_text())
+    if begun := read_json(path):
         found = list(changed(filled(begun["config"], usual), comparable).values())
         if begun["weights"] != stamp["weights"]:
             found.append("other weights")

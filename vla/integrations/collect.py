@@ -118,7 +118,7 @@ def collected_with(root: Path) -> dict:
     path = root / "meta" / "concord.json"
     try:
         return json.loads(path.read_text())["config"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: damaged ({error}); delete {root} to collect anew, or choose another --output"
         ) from error

@@ -131,8 +131,7 @@ def refuse_foreign_code(folder: Path, config: PreTrainedConfig) -> None:
         )
     for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
         path = folder / f"{name}.json"
-        content = read_json(path)
-        steps = content.get("steps") if isinstance(content, dict) else None
+        steps = read_json(path).get("steps")
         for step in steps if isinstance(steps, list) else ():  # what is malformed LeRobot refuses
             if isinstance(step, dict) and ("registry_name" not in step or step["registry_name"] in FOREIGN_STEPS):
                 what = step.get("registry_name", step.get("class"))

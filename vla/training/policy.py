@@ -238,19 +238,17 @@ def validate(
 ) -> dict[str, float]:
     """L1 of predicted chunks on held-out rows, beside the L1 of always predicting their median."""
     policy.eval()
-    errors, chunks, pads = [], [], []
+    predictions, chunks, pads = [], [], []
     for first in range(0, len(rows), config.batch_size):
         batch = gather(config, cloned, rows[first : first + config.batch_size], None)
-        predicted = policy.network.head.predict(embed(policy, batch, words, None)).cpu()
-        chunk, pad = torch.from_numpy(batch.action_chunk), torch.from_numpy(batch.action_is_pad)
-        errors.append(masked_l1(predicted, chunk, pad).item() * len(batch.rows))
-        chunks.append(chunk)
-        pads.append(pad)
+        predictions.append(policy.network.head.predict(embed(policy, batch, words, None)).cpu())
+        chunks.append(torch.from_numpy(batch.action_chunk))
+        pads.append(torch.from_numpy(batch.action_is_pad))
     chunk, pad = torch.cat(chunks), torch.cat(pads)
     median = chunk[~pad].median(0).values
     policy.train()
     return {
-        "validation/l1": sum(errors) / len(rows),
+        "validation/l1": masked_l1(torch.cat(predictions), chunk, pad).item(),
         "validation/l1_of_median": masked_l1(median.expand_as(chunk), chunk, pad).item(),
     }
 
