@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -175,8 +176,6 @@ def test_the_pooled_output_gives_the_last_patch_tokens_no_gradient_and_the_tap_d
 
 
 def test_a_folder_with_missing_weights_is_refused(saved):
-    from safetensors.torch import load_file, save_file
-
     folder, _, _ = saved
     weights = load_file(folder / "model.safetensors")
     weights.pop("visual_projection.weight")
@@ -277,6 +276,16 @@ def dinov2(tmp_path):
     model = Dinov2Model(Dinov2Config(**sizes)).eval()
     model.save_pretrained(tmp_path / "dinov2")
     return tmp_path / "dinov2", model
+
+
+def test_weights_that_would_have_to_be_unpickled_are_refused(saved, dinov2):
+    (clip_folder, clip, _), (vision_folder, _) = saved, dinov2
+    for folder, load in ((clip_folder, load_clip), (vision_folder, lambda folder: with_vision_of(folder, clip, 70))):
+        weights = folder / "model.safetensors"
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+        with pytest.raises(UserError, match=r"cannot load .*model\.safetensors"):
+            load(folder)
 
 
 def test_a_vision_model_of_others_is_read_as_it_is_and_gets_the_text_tower(saved, dinov2, tmp_path):
