@@ -15,6 +15,7 @@ from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, patch_embeds, pixel_values, text_features, vision_features, word_embeds
 from vla.types import TripletBatch
 
+RANKS = (1, 5, 10)  # k of R@k
 MAX_ROWS = 1500
 BATCH = 250
 
@@ -193,10 +194,11 @@ def retrieval_measures(held_out: Embedded) -> dict[str, float]:
     measures = picture_text_measures(held_out.vision, held_out.language, batch)
     measures |= recalls("context_to_action", held_out.context @ held_out.action.T, near)
     for other in ("text", "image") if len(np.unique(batch.goal_id)) > 1 else ():
-        context = getattr(held_out, f"context_of_other_{other}")
-        name = f"context_to_action_r1_of_other_{other}"
-        measures[name] = recall_at_k(context @ held_out.action.T, near, 1)
-        measures[f"{name}/chance"] = measures["context_to_action_r1/chance"]
+        similarity = getattr(held_out, f"context_of_other_{other}") @ held_out.action.T
+        for k in RANKS:
+            name = f"context_to_action_r{k}_of_other_{other}"
+            measures[name] = recall_at_k(similarity, near, k)
+            measures[f"{name}/chance"] = measures[f"context_to_action_r{k}/chance"]
     return measures
 
 
@@ -218,7 +220,7 @@ def picture_text_measures(vision: np.ndarray, language: np.ndarray, batch: Tripl
 def recalls(name: str, similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]:
     """Multi-positive R@1, R@5 and R@10 beside their chance levels."""
     measures = {}
-    for k in (1, 5, 10):
+    for k in RANKS:
         measures[f"{name}_r{k}"] = recall_at_k(similarity, positives, k)
         measures[f"{name}_r{k}/chance"] = recall_at_k_chance(positives, k)
     return measures

@@ -27,7 +27,7 @@ def write_alignment_report(folder: Path) -> Path:
     train = [line for line in lines if "loss" in line]
     validation = [line for line in lines if any(key.startswith("validation/") for key in line)]
     terms = [name for name in TITLES if any(f"{name}/loss" in line for line in train)]
-    blocks: list[Table | Figure] = [loss_figure(train, name) for name in terms]
+    blocks: list[Table | Figure] = [*(loss_figure(train, name) for name in terms), scale_figure(train, terms)]
     report = Report(
         title="Stage one: alignment",
         answers=(
@@ -123,6 +123,22 @@ def loss_figure(train: list[dict], name: str) -> Figure:
         draw,
         f"{TITLES[name]}: from {loss[0]:.2f} to {loss[-1]:.2f} nats; chance {chance[-1]:.2f}, floor {floor[-1]:.2f}.",
     )
+
+
+def scale_figure(train: list[dict], terms: list[str]) -> Figure:
+    """What each term multiplies its cosines by, over the steps."""
+    curves = {
+        name: [(line["step"], line[f"{name}/scale"]) for line in train if f"{name}/loss" in line] for name in terms
+    }
+
+    def draw(axes) -> None:
+        for (name, points), color in zip(curves.items(), COLORS, strict=False):
+            axes.plot(*zip(*points, strict=True), color=color, label=name)
+        axes.set(xlabel="step", ylabel="scale (1 / temperature)")
+        axes.legend(frameon=False, fontsize=8)
+
+    said = "; ".join(f"{name} {points[0][1]:.1f} -> {points[-1][1]:.1f}" for name, points in curves.items())
+    return figure(draw, f"Scales of the cosines: {said}.")
 
 
 def measure_figures(validation: list[dict]) -> list[Figure]:
