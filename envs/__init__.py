@@ -3,21 +3,40 @@
 Both environments share one interface, described in `docs/environments.md`.
 """
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
-ENVIRONMENTS = {"tabletop": "concord/Tabletop-v0", "metaworld": "concord/MetaWorld-v0"}
-_ENTRY_POINTS = {
-    "concord/Tabletop-v0": "envs.tabletop.env:TabletopEnv",
-    "concord/MetaWorld-v0": "envs.metaworld.env:MetaWorldEnv",
+
+@dataclass(frozen=True)
+class Environment:
+    """Where an environment and its expert are, as "module:class", and the packages that it needs beside this project's own."""
+
+    gym_id: str
+    env: str
+    expert: str
+    packages: tuple[str, ...] = ()
+
+
+ENVIRONMENTS = {
+    "tabletop": Environment(
+        "concord/Tabletop-v0", "envs.tabletop.env:TabletopEnv", "envs.tabletop.expert:ScriptedExpert"
+    ),
+    "metaworld": Environment(
+        "concord/MetaWorld-v0",
+        "envs.metaworld.env:MetaWorldEnv",
+        "envs.metaworld.expert:ScriptedExpert",
+        ("metaworld", "mujoco"),
+    ),
 }
 
-for _id, _entry_point in _ENTRY_POINTS.items():
-    if _id not in gym.registry:
-        gym.register(_id, entry_point=_entry_point, disable_env_checker=True, order_enforce=False)
+for _environment in ENVIRONMENTS.values():
+    if _environment.gym_id not in gym.registry:
+        gym.register(_environment.gym_id, entry_point=_environment.env, disable_env_checker=True, order_enforce=False)
 
 
 class Expert(Protocol):
@@ -28,17 +47,22 @@ class Expert(Protocol):
         ...
 
 
-def env_class(name: str) -> type[gym.Env]:
-    """The class behind a name of `ENVIRONMENTS`.
+def environment_named(name: str) -> Environment:
+    """What `ENVIRONMENTS` says of a name.
 
     Raises:
         ValueError: no such environment, where the names are listed, or one whose packages are not installed.
     """
     if name not in ENVIRONMENTS:
         raise ValueError(f"env {name!r} is not one of {', '.join(sorted(ENVIRONMENTS))}")
-    if name == "metaworld" and not all(find_spec(package) for package in ("metaworld", "mujoco")):
-        raise ValueError("env 'metaworld' is not installed; pip install 'lerobot_policy_concord[metaworld]'")
-    return gym.envs.registration.load_env_creator(_ENTRY_POINTS[ENVIRONMENTS[name]])
+    if not all(find_spec(package) for package in ENVIRONMENTS[name].packages):
+        raise ValueError(f"env {name!r} is not installed; pip install 'lerobot_policy_concord[{name}]'")
+    return ENVIRONMENTS[name]
+
+
+def env_class(name: str) -> type[gym.Env]:
+    """The class of an environment; raises as `environment_named` does."""
+    return load_env_creator(environment_named(name).env)
 
 
 def make_env(name: str, **kwargs: Any) -> gym.Env:
@@ -48,10 +72,4 @@ def make_env(name: str, **kwargs: Any) -> gym.Env:
 
 def make_expert(name: str, env: gym.Env) -> Expert:
     """The scripted expert of an environment."""
-    if name == "tabletop":
-        from envs.tabletop.expert import ScriptedExpert
-    elif name == "metaworld":
-        from envs.metaworld.expert import ScriptedExpert
-    else:
-        raise ValueError(f"env {name!r} is not one of {', '.join(sorted(ENVIRONMENTS))}")
-    return ScriptedExpert(env)
+    return load_env_creator(environment_named(name).expert)(env)

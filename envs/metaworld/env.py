@@ -31,6 +31,7 @@ class MetaWorldEnv(gym.Env):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 80, "rendering": "fast"}
     TASKS: ClassVar[tuple[str, ...]] = tuple(INSTRUCTIONS)
+    SEVERAL_GOALS: ClassVar[bool] = False
 
     def __init__(
         self,

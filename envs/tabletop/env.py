@@ -34,6 +34,7 @@ class TabletopEnv(gym.Env):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": round(1 / CONTROL_DT)}
     TASKS: ClassVar[tuple[str, ...]] = TASKS
+    SEVERAL_GOALS: ClassVar[bool] = True  # in a scene
     MIN_GOALS: ClassVar[int] = 4
 
     def __init__(

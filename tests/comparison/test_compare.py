@@ -327,7 +327,7 @@ def test_a_job_that_fails_leaves_the_other_arms_and_their_report(data_root, tmp_
             raise UserError("loss is not finite at step 1")
         return train(policy)
 
-    monkeypatch.setattr(work, "train_policy", diverges)
+    monkeypatch.setattr("vla.comparison.data.train_policy", diverges)
     with pytest.raises(UserError, match=r"policy-aligned-frozen-1-0 failed, .* not finite at step 1"):
         compare(config)
     result = json.loads((tmp_path / "run" / "comparison.json").read_text())
@@ -353,7 +353,7 @@ def test_a_report_that_lacks_an_arm_does_not_take_the_place_of_a_whole_one(finis
     def diverges(policy):
         raise UserError("loss is not finite at step 1")
 
-    monkeypatch.setattr(work, "train_policy", diverges)
+    monkeypatch.setattr("vla.comparison.data.train_policy", diverges)
     with pytest.raises(UserError, match=r"policy-no-language-1-0 .*failed"):
         compare(config)
     assert (tmp_path / "run" / "comparison.json").read_text() == before

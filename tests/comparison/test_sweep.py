@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from vla.comparison import sweep as sweeping
-from vla.comparison.data import drop_caches, env_name, token_cache
+from vla.comparison.data import clone_cached, drop_caches, env_name, token_cache
 from vla.comparison.estimates import MEASURED
 from vla.comparison.page import comparison_page
 from vla.comparison.points import at_point, folder_name, label, points
-from vla.comparison.sweep import make_policy, refuse_unused_fields, sweep
+from vla.comparison.sweep import refuse_unused_fields, sweep
 from vla.config import ResultsConfig, SweepConfig
 from vla.config_io import load_config, split_flags
 from vla.types import UserError
@@ -96,11 +96,11 @@ def test_a_cache_stays_while_another_policy_reads_it_or_will(config, tmp_path, m
         Path(policy.output, "policy").mkdir(parents=True)
         Path(policy.output, "policy", "model.safetensors").touch()
 
-    monkeypatch.setattr(sweeping, "train_policy", train)
+    monkeypatch.setattr("vla.comparison.data.train_policy", train)
     policy = replace(config.policy, output=str(tmp_path / "a"), data=replace(config.align.data, cache=str(cache)))
-    make_policy(config, policy, readers)
+    clone_cached(config, policy, readers)
     assert cache.is_dir()
-    make_policy(config, replace(policy, output=str(tmp_path / "b")), readers)
+    clone_cached(config, replace(policy, output=str(tmp_path / "b")), readers)
     assert not cache.exists()
 
 

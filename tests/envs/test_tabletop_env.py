@@ -16,7 +16,7 @@ def test_gymnasium_accepts_the_environment():
 
 
 def test_registered_id_makes_the_environment():
-    with gym.make(ENVIRONMENTS["tabletop"], render_mode=None) as env:
+    with gym.make(ENVIRONMENTS["tabletop"].gym_id, render_mode=None) as env:
         assert type(env.unwrapped) is type(make_env("tabletop"))
 
 

@@ -47,6 +47,12 @@ def test_for_machines_standard_output_is_the_result_alone(eval_config):
     assert "at the final timestep" in done.stderr
 
 
+def test_a_finished_evaluation_may_move(eval_config, tmp_path, capsys):
+    moved = evaluate(eval_config).rename(tmp_path / "moved")
+    assert evaluate(replace(eval_config, output=str(moved))) == moved
+    assert "moved: already complete" in capsys.readouterr().out
+
+
 def test_a_killed_evaluation_goes_on_where_it_stopped(eval_config, tmp_path):
     config = replace(eval_config, episodes=6, batch_size=1, grounding_episodes=0)
     save_yaml(config, tmp_path / "eval.yaml")

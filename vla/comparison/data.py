@@ -8,14 +8,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from vla.config import CompareConfig, EnvConfig, SweepConfig
+from vla.config import CompareConfig, EnvConfig, PolicyTrainConfig, SweepConfig
 from vla.config_io import inside
 from vla.data.episodes import Episodes, fingerprint, read_episodes, task_of_episode
 from vla.data.frames import open_pictures
+from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.evaluate import check_sizes
 from vla.files import read_json, write_json
 from vla.integrations.collect import checked_tasks, collect
 from vla.locks import LOCK_NAME
+from vla.policies.concord.modeling_concord import WEIGHTS
+from vla.training.policy import train_policy
 from vla.types import UserError
 
 
@@ -48,6 +51,7 @@ def make_data(config: CompareConfig) -> None:
     own |= {"root": config.align.data.root} | ({"cloned": record} if record else {})
     if config.play_scenes:
         own |= {"play": make_play(config, roots[config.align.data.root])}
+    open_beside(config)
     check_data_there(Path(config.output))
     write_json(Path(config.output) / "data.json", own)
 
@@ -103,6 +107,27 @@ def token_cache(config: CompareConfig | SweepConfig, roots: Iterable[str], cache
         for root in roots:
             link_frames(config, root, cache)
         yield
+
+
+def clone_cached(config: CompareConfig | SweepConfig, policy: PolicyTrainConfig, readers: Iterable[Path]) -> None:
+    """Train a policy with a token cache; it goes with the last of the policies at `readers`, which read it, too."""
+    cache = Path(policy.data.cache)
+    with token_cache(config, (policy.data.root, *roots_beside(policy)), cache):
+        train_policy(policy)
+    if all((path / WEIGHTS).exists() for path in readers):
+        drop_caches([cache])
+
+
+def roots_beside(policy: PolicyTrainConfig) -> list[str]:
+    """The further data sets that a policy clones."""
+    return [root_and_weight(text)[0] for text in policy.more]
+
+
+def open_beside(config: CompareConfig | SweepConfig) -> None:
+    """Decode the pictures of the further data sets that policies clone, once."""
+    data = config.align.data
+    for root in roots_beside(config.policy):
+        open_pictures(read_episodes(root, camera_in(root, data.camera), partial=True), replace(data, cache=None))
 
 
 def drop_caches(caches: Iterable[Path]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from envs import env_class
 from vla.comparison.chosen import chosen_arms, steps_of
 from vla.comparison.data import env_name
 from vla.comparison.jobs import Job
@@ -34,12 +35,11 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     with inside("eval."):
         _, levels = tasks_and_splits(replace(config.eval, env=env), {})
     pictures = 0.65 * batch.goals * batch.episodes * batch.frames  # goals of a scene share their first picture
-    timesteps, look, episode = TYPICAL[env]
+    timesteps, look, episode = TYPICAL.get(env, TYPICAL["metaworld"])
     evaluated = config.eval.episodes + len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
     looks = timesteps / policy.head.n_action_steps
-    demos = config.collect.scenes * (
-        len(checked_tasks(config.collect)) if env == "metaworld" else config.collect.goals_per_scene
-    )
+    tasks, several = checked_tasks(config.collect), env_class(config.collect.env.name).SEVERAL_GOALS
+    demos = config.collect.scenes * (config.collect.goals_per_scene if several else len(tasks))
     seen = policy.steps * policy.batch_size
     cache = demos * timesteps * DEMONSTRATED * policy.cached_shifts
     encoded = cache * (1 - math.exp(-seen / cache)) if cache else seen  # the cache has what the steps draw

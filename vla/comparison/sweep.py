@@ -20,7 +20,7 @@ import torch
 from vla.comparison.begun import check_same, comparable, with_precision
 from vla.comparison.chosen import SET_BY_POINTS, SET_HERE, check_episodes, check_set_here
 from vla.comparison.compare import leave_the_launcher
-from vla.comparison.data import check_data_there, check_evaluable, drop_caches, env_name, token_cache
+from vla.comparison.data import check_data_there, check_evaluable, clone_cached, drop_caches, env_name, open_beside
 from vla.comparison.estimates import stage_seconds
 from vla.comparison.jobs import Job, in_short, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
@@ -36,11 +36,10 @@ from vla.comparison.points import (
 )
 from vla.comparison.summary import Outcomes, estimate, read_outcomes
 from vla.comparison.sweep_report import MEASURES, measured, sweep_report
-from vla.config import PolicyTrainConfig, SweepConfig
+from vla.config import SweepConfig
 from vla.config_io import ConfigError, inside, to_dict
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_pictures
-from vla.data.mixture import camera_in, root_and_weight
 from vla.eval.evaluate import evaluate
 from vla.eval.report import with_interval, write_report
 from vla.files import read_json, write_json
@@ -50,7 +49,6 @@ from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.align import train_align
 from vla.training.align_export import export_share
 from vla.training.align_setup import check_alignment
-from vla.training.policy import train_policy
 from vla.training.start import check_pooler
 from vla.training.unused import unused_options
 from vla.versions import command_line, versions
@@ -175,20 +173,6 @@ def cache_folder(config: SweepConfig, folder: Path, point: Point, seed: int) -> 
     return folder / "cache" / f"{alignment_of(point)}{'' if share is None else f'@{share:g}'}-{seed}"
 
 
-def make_policy(config: SweepConfig, policy: PolicyTrainConfig, readers: Sequence[Path]) -> None:
-    """Train a policy; the cache of its encoder's tokens goes with the last of the policies that read it."""
-    cache = Path(policy.data.cache)
-    with token_cache(config, (policy.data.root, *cloned_beside(config)), cache):
-        train_policy(policy)
-    if all((path / WEIGHTS).exists() for path in readers):
-        drop_caches([cache])
-
-
-def cloned_beside(config: SweepConfig) -> list[str]:
-    """The further data sets that policies clone."""
-    return [root_and_weight(text)[0] for text in config.policy.more]
-
-
 def result_of(folder: Path, point: Point, seed: int) -> Path:
     """The evaluation of a point and training seed."""
     return folder / "eval" / folder_name(point) / str(seed) / "eval.json"
@@ -236,7 +220,7 @@ def jobs_of(config: SweepConfig, folder: Path, point: Point, seed: int, readers:
     if share is not None:
         name = f"share-{alignment_of(point)}-{share:g}-{seed}"
         taken = Job(name, encoder, partial(export_share, align, share), (first.name,))
-    make = partial(make_policy, config, policy, readers)
+    make = partial(clone_cached, config, policy, readers)
     second = Job(f"policy-{folder_name(point)}-{seed}", trained / WEIGHTS, make, (taken.name,))
     third = Job(
         f"eval-{folder_name(point)}-{seed}", result / "report.html", partial(evaluate, evaluation), (second.name,)
@@ -256,8 +240,7 @@ def make_data(config: SweepConfig) -> None:
     episodes = read_episodes(data.root, data.camera)
     check_evaluable(config, episodes)
     open_pictures(episodes, data)
-    for root in cloned_beside(config):
-        open_pictures(read_episodes(root, camera_in(root, data.camera), partial=True), replace(data, cache=None))
+    open_beside(config)
     check_data_there(Path(config.output))
     write_json(Path(config.output) / "data.json", {"root": data.root, "fingerprint": episodes.fingerprint})
 

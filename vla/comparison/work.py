@@ -9,21 +9,19 @@ from safetensors.torch import load_file, save_file
 
 from vla.comparison.arms import Arm
 from vla.comparison.chosen import chosen_arms, named, numbers_of, steps_of
-from vla.comparison.data import aligned_beside, cloned_root, drop_caches, env_name, evaluated_tasks, token_cache
+from vla.comparison.data import aligned_beside, clone_cached, cloned_root, env_name, evaluated_tasks
 from vla.config import CompareConfig
 from vla.data.batches import TripletSource
 from vla.data.episodes import limit_per_task, rows_of
-from vla.data.mixture import open_mixture, root_and_weight
+from vla.data.mixture import open_mixture
 from vla.eval.alignment import measure_alignment
 from vla.eval.evaluate import evaluate
 from vla.files import write_json
 from vla.models.clip import tokenize
 from vla.models.clip_files import load_clip, load_clip_at, untrained, with_text_of, with_vision_of
 from vla.policies.concord import ConcordPolicy
-from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.training.align_export import write_clip
 from vla.training.align_setup import make_encoders, make_model, make_stats
-from vla.training.policy import train_policy
 from vla.training.pretrained import beside, from_stage_one
 from vla.training.ranges import header_of
 from vla.types import UserError
@@ -116,8 +114,8 @@ def measure(config: CompareConfig, encoder: str, seed: int) -> None:
 
 
 def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: int) -> None:
-    """Train the policy of one arm, number of demonstrations and seed; its token cache goes when nobody needs it."""
-    folder = Path(config.output)
+    """Train the policy of one arm, number of demonstrations and seed."""
+    folder, arms = Path(config.output), chosen_arms(config)
     if arm.source == "named":
         encoder, cache = str(named(config.encoders, "encoders")[name]), folder / "cache" / f"{name}-{seed}"
     else:
@@ -126,63 +124,51 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
     tune = arm.tuned_part != "nothing"
     broad = config.align.data.root
     more = (f"{broad}={config.transfer_weight}",) if config.transfer and config.transfer_weight else ()
-    more += config.policy.more
-    roots = (cloned_root(config), *(root_and_weight(text)[0] for text in more))
     data = replace(config.align.data, root=cloned_root(config), episodes_per_task=count or None, cache=str(cache))
     optimizer = config.policy.optimizer
     if arm.after:
         optimizer = replace(optimizer, lr=optimizer.lr * config.tuned_lr_scale)
-    with token_cache(config, roots, cache):
-        train_policy(
-            replace(
-                config.policy,
-                output=str(policy_run(config, name, count, seed)),
-                encoder=encoder,
-                start=str(policy_run(config, arm.after, count, seed) / "policy") if arm.after else None,
-                data=data,
-                more=more,
-                optimizer=optimizer,
-                aligned_pooler=config.policy.aligned_pooler and from_stage_one(encoder),
-                tune=tune,
-                tuned_part=arm.tuned_part if tune else "all",
-                pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
-                encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
-                auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
-                hide=arm.hide,
-                steps=steps_of(config, arm),
-                seed=seed,
-                resume=True,
-            )
-        )
-    arms = chosen_arms(config)
+    policy = replace(
+        config.policy,
+        output=str(policy_run(config, name, count, seed)),
+        encoder=encoder,
+        start=str(policy_run(config, arm.after, count, seed) / "policy") if arm.after else None,
+        data=data,
+        more=more + config.policy.more,
+        optimizer=optimizer,
+        aligned_pooler=config.policy.aligned_pooler and from_stage_one(encoder),
+        tune=tune,
+        tuned_part=arm.tuned_part if tune else "all",
+        pooler_lr_scale=config.policy.pooler_lr_scale if arm.source in OWN_POOLER and not arm.snapshot else 1.0,
+        encoder_lr_scale=1.0 if arm.source == "random" else config.policy.encoder_lr_scale,
+        auxiliary=config.policy.auxiliary if tune and arm.source != "random" else 0.0,
+        hide=arm.hide,
+        steps=steps_of(config, arm),
+        seed=seed,
+        resume=True,
+    )
     siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].encoder == arm.encoder]
     runs = [(other, number) for other in siblings for number in numbers_of(config, arms[other])]
-    paths = [policy_run(config, other, number, seed) / "policy" for other, number in runs]
-    if all((path / WEIGHTS).exists() for path in paths):
-        drop_caches([cache])
+    clone_cached(config, policy, [policy_run(config, other, number, seed) / "policy" for other, number in runs])
 
 
 def clone_everything(config: CompareConfig, seed: int) -> None:
     """Train an untrained tower by cloning on all demonstrations: the encoder that the cloning-pretrained arm freezes."""
-    cache = Path(config.output) / "cache" / f"cloning-{seed}"
-    with token_cache(config, [config.align.data.root], cache):
-        train_policy(
-            replace(
-                config.policy,
-                output=str(cloning_run(config, seed)),
-                encoder=str(encoder_folder(config, "random", seed)),
-                data=replace(config.align.data, cache=str(cache)),
-                aligned_pooler=False,
-                auxiliary=0.0,
-                tune=True,
-                tuned_part="vision",
-                encoder_lr_scale=1.0,
-                steps=config.cloning_steps,
-                seed=seed,
-                resume=True,
-            )
-        )
-    drop_caches([cache])
+    policy = replace(
+        config.policy,
+        output=str(cloning_run(config, seed)),
+        encoder=str(encoder_folder(config, "random", seed)),
+        data=replace(config.align.data, cache=str(Path(config.output) / "cache" / f"cloning-{seed}")),
+        aligned_pooler=False,
+        auxiliary=0.0,
+        tune=True,
+        tuned_part="vision",
+        encoder_lr_scale=1.0,
+        steps=config.cloning_steps,
+        seed=seed,
+        resume=True,
+    )
+    clone_cached(config, policy, [cloning_run(config, seed) / "policy"])
 
 
 def evaluate_policy(config: CompareConfig, policy: Path, output: Path) -> None:

@@ -184,7 +184,7 @@ def begin(output: Path, config: EvalConfig) -> bool:
     """
     weights = Path(config.policy) / WEIGHTS
     comparable, usual = (
-        {k: v for k, v in to_dict(c).items() if k not in ("workers", "batch_size", "device")}
+        {k: v for k, v in to_dict(c).items() if k not in ("output", "workers", "batch_size", "device")}
         for c in (config, EvalConfig())
     )
     stamp = {

@@ -133,7 +133,7 @@ def checked_tasks(config: CollectConfig) -> tuple[str, ...]:
     unknown = [task for task in config.env.tasks if task not in known]
     if unknown:
         raise UserError(f"config error: env.tasks: {unknown[0]!r} is not a task of {config.env.name}; known: {known}")
-    if config.kind != "demonstrations" and not hasattr(env_class(config.env.name), "pursue"):
+    if config.kind != "demonstrations" and not env_class(config.env.name).SEVERAL_GOALS:
         raise UserError(f"config error: kind: scenes of {config.env.name} have one goal, {config.kind} needs several")
     return config.env.tasks or known
 
@@ -143,7 +143,7 @@ def plan_shards(config: CollectConfig, tasks: tuple[str, ...]) -> list[list[tupl
 
     Where a scene has one goal (Meta-World), every task gets `scenes` episodes; in play, every scene has one.
     """
-    several = hasattr(env_class(config.env.name), "MIN_GOALS")
+    several = env_class(config.env.name).SEVERAL_GOALS
     goals = config.goals_per_scene if several and config.kind != "play" else 1
     task_lists = [""] if several else list(tasks)
     jobs = [
