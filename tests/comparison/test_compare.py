@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
-from vla.comparison import work
 from vla.comparison.begun import check_same
 from vla.comparison.compare import compare
 from vla.comparison.jobs import needed
@@ -29,6 +28,7 @@ from vla.config import (
     ResultsConfig,
 )
 from vla.models.clip_files import load_clip, save_clip, with_vision_of
+from vla.training.policy import train_policy
 from vla.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -320,12 +320,11 @@ def test_weights_that_changed_under_a_name_are_not_mixed_with_earlier_ones(encod
 def test_a_job_that_fails_leaves_the_other_arms_and_their_report(data_root, tmp_path, monkeypatch):
     config = of_one_arm(tmp_path / "run", data_root)
     config.arms, config.seeds, config.align.snapshots = ("random-frozen", "aligned-frozen"), (0,), ()
-    train = work.train_policy
 
     def diverges(policy):
         if "aligned-frozen" in policy.output:
             raise UserError("loss is not finite at step 1")
-        return train(policy)
+        return train_policy(policy)
 
     monkeypatch.setattr("vla.comparison.data.train_policy", diverges)
     with pytest.raises(UserError, match=r"policy-aligned-frozen-1-0 failed, .* not finite at step 1"):

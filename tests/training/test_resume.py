@@ -182,7 +182,7 @@ def test_other_token_ids_for_the_same_instructions_are_refused(align_config, tmp
         input_ids, mask = tokenize(tokenizer, texts)
         return input_ids.flip(0), mask
 
-    monkeypatch.setattr(align, "tokenize", otherwise)
+    monkeypatch.setattr("vla.training.align_state.tokenize", otherwise)
     with pytest.raises(UserError, match=r"step_000001: the instructions were other token ids"):
         train_align(replace(config, resume=True))
 
@@ -193,7 +193,7 @@ def test_a_run_stopped_while_it_exports_logs_its_last_measures_once(align_config
 
     config = replace(align_config, steps=2, output=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(align, "export", killed)
+        patch.setattr(align, "export_encoder", killed)
         with pytest.raises(KeyboardInterrupt):
             train_align(config)
     train_align(replace(config, resume=True))

@@ -7,7 +7,7 @@ back-propagation, update. Batches depend on (seed, step) alone, so a resumed run
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,54 +17,34 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from vla.config import AlignConfig
-from vla.data.augmentation import augmenter, word_hider
-from vla.data.batches import TripletSource, training_batch
-from vla.data.episodes import Episodes, rows_of
-from vla.data.mixture import open_mixture
-from vla.data.sampler import MixedSampler
+from vla.data.augmentation import word_hider
 from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
+from vla.files import write_json
 from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
-from vla.models.clip import note_of_cut, tokenize
-from vla.models.finetuning import add_lora
-from vla.training.align_export import export, export_between, export_encoder
+from vla.training.align_data import AlignData, make_batch, open_data
+from vla.training.align_export import export_between, export_encoder
 from vla.training.align_setup import (
     check_alignment,
-    make_encoders,
-    make_model,
-    make_sampler,
-    make_source,
-    minimal_pairs,
-    old_data,
-    pair_temperatures,
-    resting_action,
     shared_settings,
-    shuffled_labels,
     switched_on,
 )
+from vla.training.align_state import AlignTrained, begin, checkpoint, restore
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
-    check_trained_on,
     how_to_replay,
-    latest_checkpoint,
-    load_checkpoint,
-    restoring,
-    save_checkpoint,
 )
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
-from vla.training.optim import Optimizers, make_optimizers, schedule, warmup_steps
+from vla.training.optim import schedule, warmup_steps
 from vla.training.prefetch import prefetch
-from vla.training.pretrained import HeldOut, along_the_way, beside, from_stage_one, rate_groups, start_digest, take_up
+from vla.training.pretrained import HeldOut, along_the_way
 from vla.training.processes import (
     Processes,
-    check_same_data,
-    check_same_encoders,
     check_same_progress,
     check_same_settings,
     in_step,
@@ -73,9 +53,10 @@ from vla.training.processes import (
     refusal,
     together,
 )
-from vla.training.ranges import other_ranges, ranges_of
+from vla.training.ranges import ranges_of
 from vla.training.run import RunFolder, begun_precision, mean_metrics
-from vla.types import TripletBatch, UserError
+from vla.types import TripletBatch
+from vla.versions import versions
 
 END = "report.html"  # what a run writes last
 STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
@@ -109,102 +90,42 @@ def train_align(config: AlignConfig) -> Path:
     )
     check_same_progress(processes, run.folder, run.end.is_file(), accelerator.device)
     if run.end.is_file():
-        if accelerator.is_main_process:
+        if writes:
             write_alignment_report(run.folder)
         accelerator.print(f"{run.folder}: finished already; drew its report.html again")
         return run.folder / "clip"
 
-    mixture, old = in_turn(
-        accelerator,
-        lambda: (open_mixture(config.data, config.more, config.seed), old_data(config)),
-        mine_first=accelerator.is_local_main_process,
-    )
-    episodes, validation = mixture.episodes, mixture.validation
-    check_same_data(processes, episodes, accelerator.device)
     check_same_settings(processes, shared_settings(config), accelerator.device)
-    train = np.concatenate(mixture.train)
-    told = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]  # what probes are fitted on
-    if not len(told):
-        raise refusal(f"{config.data.root}: no training episode has an instruction; lower --data.holdout")
-    rows = rows_of(episodes, train)
-    # It reads pictures, which may be damaged on one machine alone.
-    source = together(accelerator, lambda: make_source(episodes, mixture.frames, rows, config.horizon))
-    sampler = make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights)
-    pairs = minimal_pairs(config.loss, episodes, train, accelerator.print)
-    relabel = shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None
-
-    resumed = config.resume and latest_checkpoint(run.folder) is not None
-    model, tokenizer, start = in_turn(
-        accelerator,
-        lambda: begin_model(config, episodes, resumed, accelerator.print),
-        mine_first=accelerator.is_local_main_process,
-    )
-    if (
-        start
-        and from_stage_one(config.tower.pretrained)
-        and (note := other_ranges(beside(config.tower.pretrained), source.stats))
-    ):
-        accelerator.print(note)
-    optimizer = make_optimizers(rate_groups(model, config), config.optimizer.weight_decay, config.precision)
-    model.to(accelerator.device)
-    input_ids, attention_mask = tokenize(tokenizer, episodes.texts)
-    words_digest = hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16]
-    check_same_encoders(processes, words_digest, model, accelerator.device)
-    if note := note_of_cut(tokenizer, episodes.texts):
-        accelerator.print(note)
-    rest = resting_action(episodes, rows, source.stats.action)
-
-    began = {"start": start.digest if start else None, "words": words_digest}  # what a resumed run must find as it was
+    data = open_data(config, accelerator, processes)
+    trained = begin(config, data, accelerator, processes)
+    model, optimizer = trained.model, trained.optimizer
     first, before = (0, 0.0)
     if config.resume:
-        first, before = in_turn(accelerator, lambda: restore(run, model, optimizer, episodes, began), mine_first=writes)
+        first, before = in_turn(accelerator, lambda: restore(run, trained, data), mine_first=writes)
     processes.share(model)
-    accelerator.print(describe(config, episodes, train, validation, model, sampler, first))
+    accelerator.print(describe(config, data, model, first))
 
-    def make_batch(step: int) -> TripletBatch:
-        batch = training_batch(
-            source,
-            sampler,
-            step,
-            augmenter=augmenter(config.data),
-            text_of_episode=relabel,
-            shuffle_actions=config.shuffle in ("action", "all"),
-            pairs=pairs,
-        )
-        if not config.chunk:
-            batch.frames.load(processes.shares(len(batch.frames))[processes.rank])
-        return batch
-
-    def keep(done: int, batch: TripletBatch, metrics: dict[str, float | list[str]] | None, saves: bool) -> None:
-        if not run.writes:
-            return
-        if metrics:
-            run.log(done, metrics | {"samples": digest(batch)})
-        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            measured, _ = measure(model, source, told, validation, input_ids, attention_mask)
-            run.log(done, {f"validation/{key}": value for key, value in measured.items()})
-        if done in config.snapshots:  # before the checkpoint, behind which a resumed run starts
-            export_encoder(run.folder / "snapshots" / str(done), model, tokenizer, source.stats)
-        if saves:
-            elapsed = before + time.perf_counter() - started
-            checkpoint(run, done, model, optimizer, episodes, began, elapsed)
-
-    window: list[dict[str, float]] = []
-    seen = {name for name in switched_on(config.loss) if run.logged(f"{name}/loss")}
+    alarms, window = Alarms(config, run), []
     # Of a run that was stopped while it exported, the last measures are there already.
     measured_last = first == config.steps and config.steps in run.logged("validation/modality_gap")
-    warned = [term for terms in run.logged(STUCK).values() for term in terms]
     model.train()
     started = asked = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not run.writes)
-    for step, batch, _ in in_step(accelerator, prefetch(make_batch, first, config.steps)):
+
+    def elapsed() -> float:
+        """Seconds of all steps so far, those before a resumption too."""
+        return before + time.perf_counter() - started
+
+    bar = tqdm(total=config.steps, initial=first, desc="align", unit="step", mininterval=1.0, disable=not writes)
+    batches = prefetch(partial(make_batch, config, data, processes), first, config.steps)
+    for step, batch, _ in in_step(accelerator, batches):
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         torch.manual_seed(seed_of(config.seed, step, processes.rank))
+        hide = word_hider(config.data, config.seed, step)
         loss, terms, health = forward_backward(
             model,
-            on_device(batch, input_ids, attention_mask, accelerator.device, word_hider(config.data, config.seed, step)),
-            rest,
+            on_device(batch, *trained.texts, accelerator.device, hide),
+            data.rest,
             config.loss,
             gap=config.batch.gap,
             chunk=config.chunk,
@@ -219,99 +140,36 @@ def train_align(config: AlignConfig) -> Path:
         model.clamp_scales()
 
         seconds = time.perf_counter() - asked  # with what all processes waited for the slowest one's batch
-        window.append(
-            step_metrics(terms, health, loss, grad_norm, model)
-            | {
-                "triplets_per_s": len(batch.frame_of_row) / seconds,
-                "data_wait": (begun - asked + batch.frames.seconds) / seconds,
-            }
-        )
+        rates = {
+            "triplets_per_s": len(batch.frame_of_row) / seconds,
+            "data_wait": (begun - asked + batch.frames.seconds) / seconds,
+        }
+        window.append(step_metrics(terms, health, loss, grad_norm, model) | rates)
         bar.update()
         done = step + 1
         saves = done % config.save_every == 0 or done == config.steps
         logged = None
         if done % config.log_every == 0 or saves:  # a resumed run starts with an empty window, too
-            metrics = mean_metrics(window)
-            metrics["lr"] = optimizer.param_groups[-1]["lr"]
-            settled = done >= warmup_steps(config.steps, config.optimizer.warmup) + SETTLED
-            seen |= {name for name in switched_on(config.loss) if f"{name}/loss" in metrics}
-            absent = [f"{name} (no batch has rows for it)" for name in switched_on(config.loss) if name not in seen]
-            found = [*at_chance(metrics), *absent] if settled else []
-            stuck = [term for term in found if term not in warned]
-            warned += stuck
-            logged = metrics | ({STUCK: stuck} if stuck else {})
-            if run.writes and stuck:
-                bar.write(alarm(done, stuck))
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{metrics['triplets_per_s']:.0f}/s")
+            logged = mean_metrics(window) | {"lr": optimizer.param_groups[-1]["lr"]}
+            bar.set_postfix(loss=f"{logged['loss']:.3f}", rate=f"{logged['triplets_per_s']:.0f}/s")
             window.clear()
-        together(accelerator, partial(keep, done, batch, logged, saves))  # in every step: machines may save at others
+            if stuck := alarms.newly_stuck(done, logged):
+                logged |= {STUCK: stuck}
+                if writes:
+                    bar.write(alarm(done, stuck))
+        write = partial(write_step, run, config, trained, data, done, batch, logged, elapsed, saves)
+        together(accelerator, write if writes else lambda: None)  # in every step: machines may save at others
         asked = time.perf_counter()
     bar.close()
 
-    def finish() -> None:
-        measured, held_out = measure(model, source, told, validation, input_ids, attention_mask)
-        save_views(run.folder / "views.safetensors", views_of(held_out, episodes.texts))
-        if not measured_last:
-            run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
-        seconds = before + time.perf_counter() - started
-        way = []
-        if start is not None:
-            data = {"new": HeldOut(source, validation)} | old
-            trained = model.exported_clip()
-            way = along_the_way(start.weights, trained, tokenizer, sorted({0.0, *config.wise_ft, 1.0}), data)
-            for share in config.wise_ft:
-                export_between(
-                    run.folder / "wise_ft" / f"{share:g}",
-                    share,
-                    config.tower.pretrained,
-                    start.weights,
-                    trained,
-                    model.beside_clip(),
-                    tokenizer,
-                    ranges_of(source.stats),
-                )
-        warnings = [alarm(step, terms) for step, terms in run.logged(STUCK).items()]
-        export(
-            run.folder, config, episodes, model, tokenizer, measured, seconds, processes, way, warnings, source.stats
-        )
-        write_alignment_report(run.folder)
-        run.close()
-
-    together(accelerator, finish if run.writes else lambda: None)
+    end = partial(finish, run, config, trained, data, processes, elapsed, measured_last)
+    together(accelerator, end if writes else lambda: None)
     encoder = run.folder / "clip"
-    accelerator.print(f"aligned encoder: {encoder}\nreport: {run.folder / 'report.html'}")
+    accelerator.print(
+        f"aligned encoder: {encoder}\nreport: {run.end}\n"
+        f"next: python scripts/train_policy.py --data.root={config.data.root} --encoder={encoder}"
+    )
     return encoder
-
-
-@dataclass(frozen=True)
-class Start:
-    """The encoder that a run with `tower.pretrained` begins from."""
-
-    weights: dict[str, Tensor]
-    digest: str
-
-
-def begin_model(
-    config: AlignConfig, episodes: Episodes, resumed: bool, tell: Callable[[str], None]
-) -> tuple[AlignmentModel, PreTrainedTokenizerBase, Start | None]:
-    """What stage one trains, its tokenizer, and the pretrained start, if there is one; those of a `resumed` run await its checkpoint.
-
-    Raises:
-        UserError: no such start, or one that does not fit.
-    """
-    clip, tokenizer = make_encoders(config.tower, config.data.image_size, episodes.texts, resumed)
-    start = None
-    if config.tower.pretrained:
-        weights = {name: weight.clone() for name, weight in clip.state_dict().items()}
-        start = Start(weights, start_digest(clip, tokenizer))
-    model = make_model(config, clip, episodes)
-    if config.tower.pretrained:
-        take_up(model, config.tower.pretrained, pair_temperatures(config.loss), tell)
-    if config.tower.lora_rank:
-        add_lora(model.clip, config.tower.lora_rank, vision=not config.tower.locked)
-    if config.tower.locked:
-        model.clip.vision_model.requires_grad_(False)
-    return model, tokenizer, start
 
 
 def step_metrics(
@@ -327,17 +185,87 @@ def step_metrics(
     return metrics | {key: float(value) for key, value in health.items()}
 
 
-def measure(
-    model: AlignmentModel,
-    source: TripletSource,
-    train: np.ndarray,
-    validation: np.ndarray,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-) -> tuple[dict[str, float], Embedded]:
+def write_step(
+    run: RunFolder,
+    config: AlignConfig,
+    trained: AlignTrained,
+    data: AlignData,
+    done: int,
+    batch: TripletBatch,
+    logged: dict[str, float | list[str]] | None,
+    elapsed: Callable[[], float],
+    saves: bool,
+) -> None:
+    """What is due after a step: its log, measures, a snapshot and, last, a checkpoint, behind which a resumed run starts."""
+    if logged:
+        run.log(done, logged | {"samples": digest(batch)})
+    if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+        measured, _ = measure(trained, data)
+        run.log(done, {f"validation/{key}": value for key, value in measured.items()})
+    if done in config.snapshots:
+        export_encoder(run.folder / "snapshots" / str(done), trained.model, trained.tokenizer, data.source.stats)
+    if saves:
+        checkpoint(run, done, trained, data, elapsed())
+
+
+def finish(
+    run: RunFolder,
+    config: AlignConfig,
+    trained: AlignTrained,
+    data: AlignData,
+    processes: Processes,
+    elapsed: Callable[[], float],
+    measured_last: bool,
+) -> None:
+    """Measure and export what was trained and, along the way from a pretrained start, what lies between; the report comes last."""
+    measured, held_out = measure(trained, data)
+    save_views(run.folder / "views.safetensors", views_of(held_out, data.episodes.texts))
+    if not measured_last:
+        run.log(config.steps, {f"validation/{key}": value for key, value in measured.items()})
+    seconds, way, start = elapsed(), [], trained.start
+    if start is not None:
+        clip, held_out_data = trained.model.exported_clip(), {"new": HeldOut(data.source, data.validation)} | data.old
+        shares = sorted({0.0, *config.wise_ft, 1.0})
+        way = along_the_way(start.weights, clip, trained.tokenizer, shares, held_out_data)
+        for share in config.wise_ft:
+            export_between(
+                run.folder / "wise_ft" / f"{share:g}",
+                share,
+                config.tower.pretrained,
+                start.weights,
+                clip,
+                trained.model.beside_clip(),
+                trained.tokenizer,
+                ranges_of(data.source.stats),
+            )
+    export_encoder(run.folder, trained.model, trained.tokenizer, data.source.stats)
+    record = {
+        "loss": asdict(config.loss),
+        "precision": config.precision,
+        "shuffle": config.shuffle,
+        "data": {
+            "root": config.data.root,
+            "fingerprint": data.episodes.fingerprint,
+            "episodes": len(data.episodes.goal_id),
+        },
+        "steps": config.steps,
+        "processes": processes.count,
+        "seconds": round(seconds, 1),
+        "metrics": measured,
+        "way": way,
+        "warnings": [alarm(step, terms) for step, terms in run.logged(STUCK).items()],
+        "versions": versions(),
+    }
+    write_json(run.folder / "alignment.json", record)
+    write_alignment_report(run.folder)
+    run.close()
+
+
+def measure(trained: AlignTrained, data: AlignData) -> tuple[dict[str, float], Embedded]:
     """Alignment measures on the held-out episodes, and their features."""
+    model = trained.model
     model.eval()
-    measured = measure_alignment(model, source, train, validation, input_ids, attention_mask)
+    measured = measure_alignment(model, data.source, data.instructed, data.validation, *trained.texts)
     model.train()
     return measured
 
@@ -351,58 +279,6 @@ def digest(batch: TripletBatch) -> str:
 def seed_of(seed: int, step: int, rank: int) -> int:
     """What a process seeds torch with before a step, so that dropout depends on nothing before it and differs between processes."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-
-
-def checkpoint(
-    run: RunFolder,
-    step: int,
-    model: AlignmentModel,
-    optimizer: Optimizers,
-    episodes: Episodes,
-    began: dict[str, str | None],
-    seconds: float,
-) -> None:
-    """Everything that step + 1 depends on, what tells data, start and tokenized words apart and the seconds spent so far; random states follow from the step."""
-    tensors, meta = optimizer.tensors()
-    state = {"step": step, "optimizer": meta, "seconds": seconds} | began
-    state |= {"data": episodes.fingerprint, "labels": episodes.labels()}
-    save_checkpoint(run.folder, step, {"model": model.state_dict(), "optimizer": tensors}, state)
-
-
-def restore(
-    run: RunFolder,
-    model: AlignmentModel,
-    optimizer: Optimizers,
-    episodes: Episodes,
-    began: dict[str, str | None],
-) -> tuple[int, float]:
-    """Load the last checkpoint of the run, if any; returns the number of steps done and the seconds they took.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of other data, another pretrained start, tokenizer or version.
-    """
-    path = latest_checkpoint(run.folder)
-    if path is None:
-        run.truncate(0)
-        return 0, 0.0
-    tensors, state = load_checkpoint(path)
-    check_trained_on(path, state, episodes)
-    # A checkpoint of an older version does not say what it began with.
-    changed = [name for name, value in began.items() if state.get(name, value) != value]
-    if "start" in changed:
-        raise UserError(
-            f"{path}: began from another encoder than tower.pretrained holds now; restore that, or choose another --output"
-        )
-    if "words" in changed:
-        raise UserError(
-            f"{path}: the instructions were other token ids when it was written: tower.vocabulary, or the tokenizers package, has changed; "
-            "restore that, or choose another --output"
-        )
-    with restoring(path):
-        model.load_state_dict(tensors["model"], strict=True)
-        optimizer.restore(tensors["optimizer"], state["optimizer"])
-    run.truncate(state["step"])
-    return state["step"], state["seconds"]
 
 
 def stop_on_nonfinite(
@@ -421,6 +297,26 @@ def stop_on_nonfinite(
         f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
         "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
     )
+
+
+class Alarms:
+    """Which terms teach nothing once every term should have left its chance level; each is named once in a run."""
+
+    def __init__(self, config: AlignConfig, run: RunFolder) -> None:
+        self.terms = switched_on(config.loss)
+        self.settled = warmup_steps(config.steps, config.optimizer.warmup) + SETTLED
+        self.seen = {name for name in self.terms if run.logged(f"{name}/loss")}
+        self.named = [term for terms in run.logged(STUCK).values() for term in terms]
+
+    def newly_stuck(self, done: int, metrics: dict[str, float]) -> list[str]:
+        """The terms to name after `done` steps: those at their chance level, and those that no batch has had rows for."""
+        self.seen |= {name for name in self.terms if f"{name}/loss" in metrics}
+        if done < self.settled:
+            return []
+        absent = [f"{name} (no batch has rows for it)" for name in self.terms if name not in self.seen]
+        stuck = [term for term in (*at_chance(metrics), *absent) if term not in self.named]
+        self.named += stuck
+        return stuck
 
 
 def at_chance(metrics: dict[str, float]) -> list[str]:
@@ -442,25 +338,18 @@ def alarm(step: int, terms: list[str]) -> str:
     )
 
 
-def describe(
-    config: AlignConfig,
-    episodes: Episodes,
-    train: np.ndarray,
-    validation: np.ndarray,
-    model: AlignmentModel,
-    sampler: MixedSampler,
-    first: int,
-) -> str:
+def describe(config: AlignConfig, data: AlignData, model: AlignmentModel, first: int) -> str:
     """What the run is about to do, in a few lines."""
+    goal_id = data.episodes.goal_id[data.train]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    goals = len(np.unique(episodes.goal_id[train][episodes.goal_id[train] >= 0]))
+    goals = len(np.unique(goal_id[goal_id >= 0]))
     resumed = f", resumed at step {first}" if first else ""
     notes = "" if goals > 1 else "\nthere is one goal only: the language terms teach nothing"
-    if config.batch.same_scene and not any(s.shared_scenes for s in sampler.samplers):
+    if config.batch.same_scene and not any(s.shared_scenes for s in data.sampler.samplers):
         notes += "\nno scene is known to have several goals (scene_id): batch.same_scene brings no hard negatives"
-    triplets = len(sampler.rows(first))
+    triplets = len(data.sampler.rows(first))
     return (
-        f"stage one: {len(train)} episodes ({len(validation)} held out), {goals} goals, "
-        f"{len(episodes.texts)} instructions, {parameters:.1f} M parameters\n"
+        f"stage one: {len(data.train)} episodes ({len(data.validation)} held out), {goals} goals, "
+        f"{len(data.episodes.texts)} instructions, {parameters:.1f} M parameters\n"
         f"{config.steps} steps of about {triplets:,} triplets, {config.steps * triplets:,} in all{resumed}; run folder {config.output}{notes}"
     )

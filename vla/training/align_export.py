@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vla.config import AlignConfig
-from vla.data.episodes import Episodes
 from vla.data.mixture import open_mixture
 from vla.data.normalization import Normalizers
 from vla.files import whole_folder, write_json
@@ -20,45 +18,8 @@ from vla.models.finetuning import between, interpolated
 from vla.training.align_setup import held_out_data, make_encoders
 from vla.training.checkpoint import latest_checkpoint, load_tensors
 from vla.training.pretrained import ALIGNMENT, along_the_way, begun_with, start_digest
-from vla.training.processes import Processes
 from vla.training.ranges import header_of, ranges_of
 from vla.types import UserError
-from vla.versions import versions
-
-
-def export(
-    folder: Path,
-    config: AlignConfig,
-    episodes: Episodes,
-    model: AlignmentModel,
-    tokenizer,
-    measured: dict[str, float],
-    seconds: float,
-    processes: Processes,
-    way: list[dict[str, float]],
-    warnings: list[str],
-    stats: Normalizers,
-) -> None:
-    """Write clip/, alignment.safetensors and alignment.json, which comes last; each appears whole or not at all."""
-    export_encoder(folder, model, tokenizer, stats)
-    record = {
-        "loss": asdict(config.loss),
-        "precision": config.precision,
-        "shuffle": config.shuffle,
-        "data": {
-            "root": config.data.root,
-            "fingerprint": episodes.fingerprint,
-            "episodes": len(episodes.goal_id),
-        },
-        "steps": config.steps,
-        "processes": processes.count,
-        "seconds": round(seconds, 1),
-        "metrics": measured,
-        "way": way,
-        "warnings": warnings,
-        "versions": versions(),
-    }
-    write_json(folder / "alignment.json", record)
 
 
 def export_share(config: AlignConfig, share: float) -> None:
