@@ -51,7 +51,7 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
 def test_a_damaged_file_is_named(tmp_path, content):
     path: Path = tmp_path / "record.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"record\.json: damaged \(.+\); restore it, or make .* anew"):
+    with pytest.raises(UserError, match=r"record\.json: damaged \(.+\); restore it, or make anew what it belongs to"):
         read_json(path)
 
 

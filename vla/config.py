@@ -224,7 +224,7 @@ class PolicyTrainConfig:
     precision: Literal["auto", "no", "bf16"] = "auto"  # of the towers; auto: bf16 where the hardware has it
     threads: int = number(2, 1)  # CPU threads
     log_every: int = number(50, 1)  # steps between log lines
-    eval_every: int = number(2000, 0)  # steps between validation losses
+    eval_every: int = number(2000, 0)  # steps between validation losses; 0 means only at the end
     rollouts_every: int = number(0, 0)  # steps between closed-loop evaluations during training; 0 means never
     rollouts: int = number(20, 1)  # episodes of such an evaluation
     save_every: int = number(250, 1)  # steps between checkpoints

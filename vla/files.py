@@ -65,9 +65,11 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); restore it, or make {path.parent} anew") from error
+        raise UserError(
+            f"{path}: damaged ({first_line(error)}); restore it, or make anew what it belongs to"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged (not a JSON object); restore it, or make {path.parent} anew")
+        raise UserError(f"{path}: damaged (not a JSON object); restore it, or make anew what it belongs to")
     return content
 
 

@@ -80,5 +80,5 @@ class ChunkPolicy(Protocol):
     """What a rollout needs of a policy."""
 
     def act(self, images: np.ndarray, state: np.ndarray, instructions: list[str]) -> np.ndarray:
-        """(b, H, W, 3) uint8, (b, s) float32 environment units, b texts -> (b, h, a) environment units: the steps until the next look."""
+        """(b, H, W, 3) uint8, (b, s) float32 environment units, b texts -> (b, n_action_steps, a) environment units: what is done until the next look."""
         ...

@@ -18,12 +18,12 @@ from vla.types import UserError
 
 @dataclass(frozen=True)
 class Mixture:
-    """What stage one aligns on. Positions are those of the episodes; held out are only some of the first data set."""
+    """What a stage trains on. Positions are those of the episodes; held out are only some of the first data set."""
 
     episodes: Episodes
     frames: "np.ndarray | Stores"
     train: list[np.ndarray]  # positions, one array a data set
-    validation: np.ndarray  # positions, all with an instruction
+    validation: np.ndarray  # positions; in stage one all with an instruction
     weights: list[float]  # of the data sets in a batch
 
 
@@ -119,9 +119,13 @@ def joined(parts: Sequence[Episodes]) -> Episodes:
         for name in ("action", "state"):
             size, expected = getattr(part, name).shape[1], getattr(first, name).shape[1]
             if size not in (0, expected):
-                raise UserError(f"{part.root}: {name} has {size} dimensions, {first.root} has {expected}")
+                raise UserError(
+                    f"{part.root}: {name} has {size} dimensions, {first.root} has {expected}; leave it out of --more"
+                )
         if part.action.shape[1] and part.fps != first.fps:
-            raise UserError(f"{part.root}: recorded at {part.fps} Hz, {first.root} at {first.fps} Hz")
+            raise UserError(
+                f"{part.root}: recorded at {part.fps} Hz, {first.root} at {first.fps} Hz; leave it out of --more"
+            )
     texts = {text for part in parts for text in part.texts}
     keys, goals = told_goals(parts)
     text_number, goal_number = ({name: i for i, name in enumerate(sorted(names))} for names in (texts, goals))

@@ -2,7 +2,7 @@
 
 import numpy as np
 from scipy.spatial.distance import pdist
-from scipy.special import gammaln
+from scipy.stats import entropy, hypergeom
 
 
 def recall_at_k(similarity: np.ndarray, positives: np.ndarray, k: int) -> float:
@@ -18,14 +18,9 @@ def recall_at_k(similarity: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def recall_at_k_chance(positives: np.ndarray, k: int) -> float:
-    """`recall_at_k` of a random order: the mean of 1 - C(n - p, k) / C(n, k)."""
-    p = positives.sum(1)[positives.any(1)].astype(float)  # (q,)
-    n = positives.shape[1]
-    k = min(k, n)
-    possible = n - p >= k
-    left = np.where(possible, n - p, n)
-    log_miss = gammaln(left + 1) - gammaln(left - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
-    return float(np.mean(np.where(possible, 1 - np.exp(log_miss), 1.0)))
+    """`recall_at_k` of a random order: how often k keys drawn without putting back hold a positive."""
+    right, n = positives.sum(1)[positives.any(1)], positives.shape[1]  # (q,)
+    return float(hypergeom.sf(0, n, right, min(k, n)).mean())
 
 
 def rank_me(embeds: np.ndarray) -> float:
@@ -33,10 +28,7 @@ def rank_me(embeds: np.ndarray) -> float:
 
     They are not centred: of embeddings that are all one point but for noise, the noise alone has full rank.
     """
-    singular = np.linalg.svd(embeds, compute_uv=False)
-    p = singular / max(singular.sum(), 1e-12)
-    p = p[p > 0]
-    return float(np.exp(-(p * np.log(p)).sum()))
+    return float(np.exp(entropy(np.linalg.svd(embeds, compute_uv=False))))
 
 
 def alignment(embeds: np.ndarray, partners: np.ndarray) -> float:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.losses.cloning import masked_l1, masked_mse
+from vla.models.action_encoder import mlp
 
 
 class L1Head(nn.Module):
@@ -33,9 +34,7 @@ class FlowHead(nn.Module):
         super().__init__()
         self.shape, self.steps = (horizon, action_dim), steps
         size = horizon * action_dim
-        self.velocity = nn.Sequential(
-            nn.Linear(width + size + 16, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, size)
-        )
+        self.velocity = mlp(width + size + 16, width, size)
         self.register_buffer("frequencies", 2.0 ** torch.arange(8) * torch.pi, persistent=False)
 
     def loss(self, features: Tensor, action_chunk: Tensor, action_is_pad: Tensor) -> Tensor:

@@ -334,7 +334,8 @@ def alarm(step: int, terms: list[str]) -> str:
     """What is said of terms that are still at their chance level after a step, or that no batch has rows for."""
     return (
         f"step {step}: {', '.join(terms)} still at its chance level: it teaches nothing yet. Are the instructions "
-        "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)?"
+        "those of the pictures, and do batches hold several goals (distinct_goals in metrics.jsonl)? A term without rows needs more "
+        "batch.frames or batch.episodes, or data that has what it compares."
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vla.config import PolicyTrainConfig
 from vla.data.episodes import Episodes, task_of_episode
@@ -43,10 +44,9 @@ def trained_parameters(policy: ConcordPolicy) -> dict[str, Tensor]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def update_average(averaged: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
     """averaged <- decay * averaged + (1 - decay) * current."""
-    torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(averaged.values()), [current[name] for name in averaged], None)
 
 
 @contextmanager

@@ -82,13 +82,15 @@ def started_policy(config: PolicyTrainConfig, wanted: ConcordConfig) -> ConcordP
         raise UserError(f"config error: start: {folder}: a {before.type} policy, not a concord one")
     for name in ("kind", "horizon", "queries", "width", "hidden", "layers", "image_size", "hide"):
         if getattr(before, name) != getattr(wanted, name):
+            flag = {"image_size": "data.image_size", "hide": "hide"}.get(name, f"head.{name}")
             raise UserError(
-                f"{folder}: was trained with {name} {getattr(before, name)}, not {getattr(wanted, name)}; set it alike"
+                f"{folder}: was trained with {name} {getattr(before, name)}, not {getattr(wanted, name)}; set --{flag}={getattr(before, name)}"
             )
     for name in ("robot_state_feature", "action_feature"):
         if getattr(before, name).shape != getattr(wanted, name).shape:
             raise UserError(
-                f"{folder}: {name} is {getattr(before, name).shape}, in {config.data.root} {getattr(wanted, name).shape}"
+                f"{folder}: {name} is {getattr(before, name).shape}, in {config.data.root} {getattr(wanted, name).shape}; "
+                "name data of the same robot, or start from an encoder with --encoder instead"
             )
     return ConcordPolicy.from_pretrained(folder, config=wanted)
 
