@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ def only_waiting_helps() -> Iterator[None]:
 def pipeline(config: PipelineConfig) -> Path:
     """Run collect, align, policy and evaluate and return the report; a stage that is finished says so and does nothing."""
     from vla.eval.evaluate import evaluate
-    from vla.integrations.collect import collect, parts_folder
+    from vla.integrations.collect import collect
     from vla.training.align import train_align
     from vla.training.policy import train_policy
     from vla.workers import worker_context
@@ -49,20 +49,7 @@ def pipeline(config: PipelineConfig) -> Path:
         raise UserError(f"configs/eval/{config.name}.yaml: names no output; the report of the pipeline goes there")
     folders = [Path(stage.output) for stage in (data, align, policy, evaluation)]
     if config.fresh:
-        if others := sorted(path.parent for path in folders[-1].glob("*/begun.json")):
-            raise UserError(
-                f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
-            )
-        if links := [folder for folder in (*folders, parts_folder(folders[0])) if folder.is_symlink()]:
-            raise UserError(
-                f"{links[0]}: is a link, which fresh does not follow; empty {links[0].resolve()}, or remove the link"
-            )
-        held = [folder for folder in (*folders[1:], parts_folder(folders[0])) if folder.is_dir()]
-        locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
-        for folder in (folders[0], *held):
-            shutil.rmtree(folder, ignore_errors=True)
-        for lock in locks:
-            lock.close()
+        begin_anew(folders)
 
     print(opening(config, data, align, policy, evaluation))
     record = folders[-1] / "pipeline.json"
@@ -95,6 +82,31 @@ def pipeline(config: PipelineConfig) -> Path:
     report = (folders[3] / "report.html").resolve()
     print(f"  evaluation report  {report}  <- open this one")
     return report
+
+
+def begin_anew(folders: Sequence[Path]) -> None:
+    """Delete what the four stages left in their folders, all of it or nothing.
+
+    Raises:
+        UserError: a folder is a link or in use, or holds an evaluation of another policy.
+    """
+    from vla.integrations.collect import parts_folder
+
+    if others := sorted(path.parent for path in folders[-1].glob("*/begun.json")):
+        raise UserError(
+            f"{others[0]}: an evaluation of its own, which fresh would delete; move it out of {folders[-1]}"
+        )
+    parts = parts_folder(folders[0])
+    if links := [folder for folder in (*folders, parts) if folder.is_symlink()]:
+        raise UserError(
+            f"{links[0]}: is a link, which fresh does not follow; empty {links[0].resolve()}, or remove the link"
+        )
+    held = [folder for folder in (*folders[1:], parts) if folder.is_dir()]
+    locks = [lock_folder(folder) for folder in held]  # all of them, before anything is deleted
+    for folder in (folders[0], *held):
+        shutil.rmtree(folder, ignore_errors=True)
+    for lock in locks:
+        lock.close()
 
 
 def again(config: PipelineConfig) -> str:

@@ -167,7 +167,7 @@ def test_a_run_goes_on_where_one_machine_has_its_data_elsewhere_less_memory_and_
 def test_a_loss_that_is_not_finite_stops_all_once_the_batch_is_saved(align_config, tmp_path):
     optimizer = replace(align_config.optimizer, lr=1e30, clip_norm=1e9)
     save_yaml(replace(align_config, steps=50, optimizer=optimizer, output=str(tmp_path / "run")), tmp_path / "run.yaml")
-    slow = "import sys, time, vla.training.align as a; from pathlib import Path; from vla.cli import run; save = a.save_file; "
+    slow = "import sys, time, vla.training.checkpoint as a; from pathlib import Path; from vla.cli import run; save = a.save_file; "
     slow += "a.save_file = lambda *given: (time.sleep(5), save(*given)); status = run('align', sys.argv[1:]); "
     slow += f"print(status, len(list(Path({str(tmp_path / 'run')!r}).glob('nonfinite_step_*.safetensors'))))"
     command = [sys.executable, "-c", slow, "--config_path", str(tmp_path / "run.yaml")]
@@ -181,18 +181,23 @@ def test_a_loss_that_is_not_finite_stops_all_once_the_batch_is_saved(align_confi
 
 @pytest.mark.parametrize(
     ("rank", "breaks"),
-    [(0, "save_checkpoint"), (1, "training_batch"), (0, "save_views")],
-    ids=["checkpoint", "data", "report"],
+    [
+        (0, "align_state.save_checkpoint"),
+        (1, "align_data.make_source"),
+        (1, "align_data.training_batch"),
+        (0, "align.save_views"),
+    ],
+    ids=["checkpoint", "first pictures", "batch", "report"],
 )
 def test_an_error_on_one_machine_stops_both_without_a_traceback(align_config, tmp_path, rank, breaks):
     save_yaml(replace(align_config, steps=2, output=str(tmp_path / "run")), tmp_path / "run.yaml")
     broken = f"""
-import os, sys, vla.training.align as align
+import os, sys, vla.training.align
 from vla.cli import run
 def full(*_, **__):
     raise OSError(28, "No space left on device", "/mnt/full")
 if os.environ["RANK"] == "{rank}":
-    align.{breaks} = full
+    vla.training.{breaks} = full
 sys.exit(run("align", sys.argv[1:]))
 """
     members = two_machines(*[[sys.executable, "-c", broken, "--config_path", str(tmp_path / "run.yaml")]] * 2)

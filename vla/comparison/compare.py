@@ -1,7 +1,6 @@
 """The matched comparison: same head, data, text features and episodes for every arm."""
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from vla.comparison.begun import check_same, check_same_data, comparable, record
 from vla.comparison.chosen import chosen_arms, numbers_of
 from vla.comparison.data import drop_caches, env_name
 from vla.comparison.estimates import with_estimates
-from vla.comparison.jobs import in_short, needed, print_left, refuse_failed, run_jobs
+from vla.comparison.jobs import in_short, leave_the_launcher, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.plan import plan_jobs
 from vla.comparison.report import comparison_report, demonstrations, interval
 from vla.comparison.summary import summarise_comparison
@@ -26,8 +25,6 @@ from vla.eval.statistics import episodes_needed, visible_difference
 from vla.files import read_json, write_json
 from vla.locks import waiting_lock
 from vla.versions import command_line, versions
-
-LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def compare(config: CompareConfig) -> Path | None:
@@ -83,14 +80,6 @@ def finished_part(config: CompareConfig) -> CompareConfig | None:
     snapshots = tuple(step for step in config.align.snapshots if f"aligned-frozen@{step}" in arms)
     part = replace(part, align=replace(config.align, snapshots=snapshots if "aligned-frozen" in arms else ()))
     return part if part.arms or part.encoders or part.policies else None
-
-
-def leave_the_launcher() -> None:
-    """Make this process one of its own, on a GPU of its own: `accelerate launch` only starts several of us, every job is a run of one process."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    for name in LAUNCHER:
-        os.environ.pop(name, None)
 
 
 def finish(config: CompareConfig, folder: Path, can_see: str, failed: Sequence[str] = ()) -> Path:

@@ -5,6 +5,7 @@ holds; so the same command, started several times or by `accelerate launch`, sha
 on. What a job prints goes into its log.txt, what its result depends on into its settings.json.
 """
 
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla.files import write_json
 from vla.locks import FolderHeldError, lock_folder
 from vla.types import UserError
 
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 POLL = 2.0  # s between looks for a job while other processes hold the rest
 
 
@@ -34,6 +38,14 @@ class Job:
     def done(self) -> bool:
         """Whether all that it makes is there."""
         return all(path.exists() for path in (self.makes, *self.beside))
+
+
+def leave_the_launcher() -> None:
+    """Make this process one of its own, on a GPU of its own: `accelerate launch` only starts several of us, every job is a run of one process."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
 
 
 def needed(jobs: Sequence[Job]) -> list[Job]:

@@ -19,10 +19,9 @@ import torch
 
 from vla.comparison.begun import check_same, comparable, with_precision
 from vla.comparison.chosen import SET_BY_POINTS, SET_HERE, check_episodes, check_set_here
-from vla.comparison.compare import leave_the_launcher
 from vla.comparison.data import check_data_there, check_evaluable, clone_cached, drop_caches, env_name, open_beside
 from vla.comparison.estimates import stage_seconds
-from vla.comparison.jobs import Job, in_short, needed, print_left, refuse_failed, run_jobs
+from vla.comparison.jobs import Job, in_short, leave_the_launcher, needed, print_left, refuse_failed, run_jobs
 from vla.comparison.points import (
     SWEPT,
     Point,

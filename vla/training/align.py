@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from vla.training.align_state import AlignTrained, begin, checkpoint, restore
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import (
     how_to_replay,
+    save_nonfinite,
 )
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
@@ -286,17 +286,12 @@ def stop_on_nonfinite(
 ) -> None:
     """Save the batch that broke the loss, then stop; all processes come here, and none stops before the batch is saved."""
     bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
-    path = run.folder / f"nonfinite_step_{step:06d}.safetensors"
 
     def save() -> None:
-        arrays = vars(batch) | {"frames": batch.frames[:]}
-        save_file({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in arrays.items()}, path)
+        save_nonfinite(run.folder, step, vars(batch) | {"frames": batch.frames[:]})
 
     together(accelerator, save if run.writes else lambda: None)
-    raise refusal(
-        f"loss is not finite at step {step} ({', '.join(bad)}); the batch is in {path}, and {how_to_replay(run.folder)}; "
-        "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
-    )
+    raise refusal(f"loss is not finite at step {step} ({', '.join(bad)}); {how_to_replay(run.folder, step)}")
 
 
 class Alarms:

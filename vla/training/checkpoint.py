@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -92,11 +93,25 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def how_to_replay(run: Path) -> str:
-    """What repeats the step that a run stopped at: batches depend on seed and step alone."""
+def nonfinite_batch(run: Path, step: int) -> Path:
+    """Where the batch that broke the loss at a step is written."""
+    return run / f"nonfinite_step_{step:06d}.safetensors"
+
+
+def save_nonfinite(run: Path, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the batch that broke the loss at a step."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    save_file(tensors, nonfinite_batch(run, step))
+
+
+def how_to_replay(run: Path, step: int) -> str:
+    """Where that batch is, what repeats the step, as batches depend on seed and step alone, and what may help."""
     last = latest_checkpoint(run)
     how = f"--resume=true repeats it from {last.name}" if last else "another --output repeats it from the start"
-    return f"the same command with {how}"
+    return (
+        f"the batch is in {nonfinite_batch(run, step)}, and the same command with {how}; try a lower --optimizer.lr, or --precision=no "
+        "where it was bf16, with another --output"
+    )
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

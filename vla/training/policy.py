@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ from vla.policies.concord.modeling_concord import WEIGHTS
 from vla.policies.loading import load_chunk_policy
 from vla.training.align_setup import make_stats
 from vla.training.auxiliary import Auxiliary
-from vla.training.checkpoint import how_to_replay, own_random_numbers
+from vla.training.checkpoint import how_to_replay, own_random_numbers, save_nonfinite
 from vla.training.optim import make_optimizers, schedule
 from vla.training.policy_data import Cloned, CloningBatch, cloned_episodes, digest, gather, needed_tokens
 from vla.training.policy_export import (
@@ -280,19 +279,22 @@ def rollout_specs(config: PolicyTrainConfig, episodes: Episodes) -> list[Episode
 
 def stop_on_nonfinite(folder: Path, step: int, batch: CloningBatch) -> None:
     """Save the batch that broke the loss, then stop."""
-    path = folder / f"nonfinite_step_{step:06d}.safetensors"
     arrays = {name: value for name, value in vars(batch).items() if name != "triplets"}
     if batch.triplets is not None:
         triplets = vars(batch.triplets) | {"frames": batch.triplets.frames[:]}
         arrays |= {f"triplets.{name}": value for name, value in triplets.items()}
-    save_file({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}, path)
-    raise UserError(
-        f"loss is not finite at step {step}; the batch is in {path}, and {how_to_replay(folder)}; "
-        "try a lower --optimizer.lr, or --precision=no where it was bf16, with another --output"
-    )
+    save_nonfinite(folder, step, arrays)
+    raise UserError(f"loss is not finite at step {step}; {how_to_replay(folder, step)}")
 
 
-def describe(config, episodes: Episodes, train, validation, policy: ConcordPolicy, first: int) -> str:
+def describe(
+    config: PolicyTrainConfig,
+    episodes: Episodes,
+    train: np.ndarray,
+    validation: np.ndarray,
+    policy: ConcordPolicy,
+    first: int,
+) -> str:
     """What the run is about to do, in a few lines."""
     trained = sum(p.numel() for p in trained_parameters(policy).values()) / 1e6
     every = sum(p.numel() for p in policy.parameters()) / 1e6
