@@ -115,7 +115,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     return [(name, shlex.split(flags.replace("; ", " "))) for name, flags in found if name in CONFIGS]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "Makefile"], ids=lambda p: p.name)
 def test_commands_that_are_shown_have_these_flags(page):
     for name, flags in commands(page):
         swept, rest = split_flags(flags)

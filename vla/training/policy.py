@@ -6,6 +6,7 @@ reads cached patch tokens and never runs the vision tower, unless it is told to 
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,16 @@ from vla.training.align_setup import make_stats
 from vla.training.auxiliary import Auxiliary
 from vla.training.checkpoint import how_to_replay, own_random_numbers, save_nonfinite
 from vla.training.optim import make_optimizers, schedule
-from vla.training.policy_data import Cloned, CloningBatch, cloned_episodes, digest, gather, needed_tokens
+from vla.training.policy_data import (
+    Cloned,
+    CloningBatch,
+    Draw,
+    cloned_episodes,
+    digest,
+    draw_rows,
+    gather,
+    needed_tokens,
+)
 from vla.training.policy_export import (
     Trained,
     averaged_weights,
@@ -83,15 +93,8 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     episodes, parts, validation = cloned_episodes(config, mixture)
     train = np.concatenate(parts)
     rows, validation_rows = rows_of(episodes, train), spread(rows_of(episodes, validation), VALIDATED)
-    rows_of_part = [rows_of(episodes, part) for part in parts]
     samples = shares(config.batch_size, mixture.weights)
-
-    def draw(step: int) -> tuple[np.ndarray, np.random.Generator]:
-        """The (b,) rows of a step, and what gives its other random numbers."""
-        rng = np.random.default_rng([config.seed, step, 2])
-        drawn = [part[rng.integers(len(part), size=n)] for part, n in zip(rows_of_part, samples, strict=True)]
-        return np.concatenate(drawn), rng
-
+    draw = partial(draw_rows, config.seed, [rows_of(episodes, part) for part in parts], samples)
     policy = make_policy(config, episodes)
     encoder_digest = weights_digest(policy.clip)
     policy.to(accelerator.device)
@@ -124,15 +127,12 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     first, before = restore(run, trained, cloned) if config.resume else (0, 0.0)
     accelerator.print(describe(config, episodes, train, validation, policy, first))
 
-    def make_batch(step: int) -> CloningBatch:
-        batch = gather(config, cloned, *draw(step))
-        return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
-
     window: list[dict[str, float]] = []
     policy.train()
     bar = tqdm(total=config.steps, initial=first, desc="policy", unit="step", mininterval=1.0)
     started = time.perf_counter()
-    for step, batch, waited in prefetch(make_batch, first, config.steps):
+    batches = prefetch(partial(make_batch, config, cloned, draw, auxiliary), first, config.steps)
+    for step, batch, waited in batches:
         begun = time.perf_counter()
         optimizer.set_factor(schedule(step, config.steps, config.optimizer.warmup))
         with accelerator.autocast():
@@ -190,6 +190,14 @@ def train_policy(config: PolicyTrainConfig) -> Path:
     simulated = "env" in episodes.collected
     accelerator.print(f"policy: {folder}" + simulated * f"\nnext: python scripts/evaluate.py --policy={folder}")
     return folder
+
+
+def make_batch(
+    config: PolicyTrainConfig, cloned: Cloned, draw: Draw, auxiliary: Auxiliary | None, step: int
+) -> CloningBatch:
+    """The samples of a step, with the triplets of the auxiliary loss if there is one."""
+    batch = gather(config, cloned, *draw(step))
+    return replace(batch, triplets=auxiliary.make_batch(step)) if auxiliary else batch
 
 
 def check_head(config: PolicyTrainConfig) -> None:

@@ -1,7 +1,7 @@
 """What stage two clones: its episodes, the tokens its steps will read, and the samples of one step."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from vla.data.mixture import Mixture, root_and_weight
 from vla.data.normalization import Normalizers, normalize_quantile
 from vla.data.triplets import gather_chunks
 from vla.types import Indexed, TripletBatch, UserError
+
+Draw = Callable[[int], tuple[np.ndarray, np.random.Generator]]  # step -> (b,) rows, what gives its other random numbers
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,19 @@ def cloned_episodes(config: PolicyTrainConfig, mixture: Mixture) -> tuple[Episod
     return episodes, parts, validation
 
 
+def draw_rows(
+    seed: int, rows_of_part: Sequence[np.ndarray], samples: Sequence[int], step: int
+) -> tuple[np.ndarray, np.random.Generator]:
+    """The (b,) rows of a step, as many `samples` of each data set's, and what gives the step's other random numbers."""
+    rng = np.random.default_rng([seed, step, 2])
+    drawn = [part[rng.integers(len(part), size=n)] for part, n in zip(rows_of_part, samples, strict=True)]
+    return np.concatenate(drawn), rng
+
+
 def needed_tokens(
     config: PolicyTrainConfig,
     count: int,
-    draw: Callable[[int], tuple[np.ndarray, np.random.Generator]],
+    draw: Draw,
     validation_rows: np.ndarray,
 ) -> np.ndarray:
     """(copies, count) bool: which copies of which of `count` rows the steps `draw`, or the validation reads."""
