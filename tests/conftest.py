@@ -39,6 +39,11 @@ def debug(cls, stage: str, **changes):
     return replace(load_config(cls, ["--config_path", f"{ROOT}/configs/{stage}/debug.yaml"]), **changes)
 
 
+def logged(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def small_alignment_model(texts: tuple[str, ...], layers: int, **kinds: bool):
     """A stage-one model for 24 px pictures in four patches, always the same, and its tokenizer."""
     torch.manual_seed(0)

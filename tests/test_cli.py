@@ -90,10 +90,14 @@ def test_an_interrupted_command_says_how_to_go_on_and_ends_with_status_130(tmp_p
     command = [sys.executable, str(ROOT / "scripts" / "collect.py"), f"--output={tmp_path}/data", "--workers=1"]
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even if the tests run in the background
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
-        while not list(tmp_path.glob("data.parts/*.json")):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        try:
+            while not list(tmp_path.glob("data.parts/shard_*.json")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "interrupted; run the same command again" in told
     assert "Traceback" not in told

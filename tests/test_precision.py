@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.conftest import logged
 from vla.comparison.begun import check_same, with_precision
 from vla.config import AlignConfig, CollectConfig, CompareConfig, EvalConfig, PipelineConfig, PolicyTrainConfig
 from vla.pipeline import opening
@@ -89,7 +90,7 @@ def test_what_trains_in_bfloat16_computes_in_it(align_config, policy_config, tmp
         train, config = {"align": (train_align, align_config), "policy": (train_policy, policy_config)}[stage]
         folder = tmp_path / stage / precision
         train(replace(config, precision=precision, steps=1, eval_every=0, output=str(folder)))
-        return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        return logged(folder)[0]["loss"]
 
     for stage in ("align", "policy"):
         rounded, exact = first_loss(stage, "bf16"), first_loss(stage, "no")

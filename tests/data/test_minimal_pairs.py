@@ -1,11 +1,11 @@
 """Instructions that differ in one word and are wrong of a scene."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tests.conftest import logged
 from vla.data.episodes import read_episodes
 from vla.data.minimal_pairs import MinimalPairs, object_words, one_word_apart
 from vla.training.align import train_align
@@ -115,7 +115,7 @@ def test_stage_one_trains_with_them(align_config, alike, tmp_path):
         loss, data = replace(align_config.loss, minimal_pairs=chosen), replace(align_config.data, root=str(alike))
         run = tmp_path / str(number)
         train_align(replace(align_config, data=data, loss=loss, steps=1, log_every=1, output=str(run)))
-        losses.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0]))
+        losses.append(logged(run)[0])
     assert losses[1]["word_patch/chance"] > losses[0]["word_patch/chance"]
     assert losses[1]["vision_language/chance"] == losses[0]["vision_language/chance"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import debug, without
+from tests.conftest import debug, logged, without
 from vla.config import CollectConfig, DataConfig
 from vla.data.batches import TripletSource
 from vla.data.episodes import read_episodes, rows_of
@@ -184,7 +184,7 @@ def test_actions_are_needed_of_the_first_data_set(captions):
 def test_stage_one_aligns_on_all_of_them(align_config, captions, play, tmp_path):
     config = replace(align_config, more=(str(captions), str(play)), output=str(tmp_path / "run"))
     train_align(config)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     for term in ("context_action", "word_patch", "vision_language", "state"):
         assert np.isfinite(lines[0][f"{term}/loss"]), term
     record = json.loads((tmp_path / "run" / "alignment.json").read_text())

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from tests.conftest import logged
 from vla.config import DataConfig, DoctorConfig
 from vla.data import streaming
 from vla.data.episodes import data_files, fingerprint, read_episodes
@@ -250,7 +251,7 @@ def test_stage_one_trains_on_a_stream_as_on_the_store(align_config, tmp_path):
     def losses(stream: bool) -> list[float]:
         data = replace(align_config.data, stream=stream, cache=str(tmp_path / "cache"))
         run = train_align(replace(align_config, data=data, log_every=1, output=str(tmp_path / str(stream)))).parent
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = logged(run)
         return [line["loss"] for line in lines if "loss" in line]
 
     assert losses(stream=True) == losses(stream=False)

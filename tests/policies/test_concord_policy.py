@@ -49,8 +49,10 @@ def test_lerobot_finds_the_class_by_the_type_in_the_folder(policy_folder):
 
 def test_a_moved_policy_needs_neither_the_encoder_nor_the_data(policy_folder, encoder, data_root, copy, tmp_path):
     expected = load_chunk_policy(policy_folder).act(*SEEN)
-    hidden = [(path, path.rename(tmp_path / path.name)) for path in (encoder, data_root)]
+    hidden = []
     try:
+        for path in (encoder, data_root):
+            hidden.append((path, path.rename(tmp_path / path.name)))
         np.testing.assert_array_equal(load_chunk_policy(copy).act(*SEEN), expected)
     finally:
         for path, elsewhere in hidden:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import without
+from tests.conftest import logged, without
 from vla.cli import given, run
 from vla.config import AlignConfig, LossConfig, TowerConfig
 from vla.config_io import load_config
@@ -19,7 +19,7 @@ from vla.data.episodes import read_episodes, split_episodes
 from vla.eval import alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.training import align
-from vla.training.align import at_chance, train_align
+from vla.training.align import at_chance, next_command, train_align
 from vla.training.align_setup import pair_temperatures, shuffled_labels
 from vla.training.optim import schedule
 from vla.training.unused import unused_options
@@ -31,7 +31,7 @@ def test_every_control_permutes_its_part_and_no_other(align_config, tmp_path):
         config = replace(align_config, shuffle=shuffle, steps=1, eval_every=0, output=str(tmp_path / shuffle))
         folder = train_align(config).parent
         assert json.loads((folder / "alignment.json").read_text())["shuffle"] == shuffle
-        return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        return logged(folder)[0]
 
     plain, language, action, both = (first_losses(shuffle) for shuffle in ("none", "language", "action", "all"))
     assert plain["samples"] == language["samples"] == action["samples"] == both["samples"]
@@ -47,7 +47,7 @@ def test_a_term_of_weight_zero_is_off(align_config, tmp_path):
     loss = replace(align_config.loss, state=0.0, word_patch=0.0)
     config = replace(align_config, loss=loss, steps=1, output=str(tmp_path / "run"))
     train_align(config)
-    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    line = logged(tmp_path / "run")[0]
     assert "context_action/loss" in line
     assert "state/loss" not in line
     assert "word_patch/loss" not in line
@@ -62,7 +62,7 @@ def test_a_pair_has_the_temperature_that_names_it_and_the_others_the_common_one(
 def test_fixed_temperatures_stay_while_others_are_learned(align_config, tmp_path):
     loss = replace(align_config.loss, temperatures=("state=0.2", "word_patch=fixed:0.05"))
     train_align(replace(align_config, loss=loss, steps=3, eval_every=0, output=str(tmp_path / "run")))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     first, last = lines[0], lines[2]
     assert first["word_patch/scale"] == last["word_patch/scale"] == pytest.approx(20)
     assert first["state/scale"] == pytest.approx(5, rel=0.02)
@@ -100,7 +100,7 @@ def test_embedding_in_pieces_trains_alike(align_config, tmp_path):
     def losses(chunk: int) -> list[float]:
         output = tmp_path / f"chunk_{chunk}"
         train_align(replace(align_config, chunk=chunk, log_every=1, output=str(output)))
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        lines = logged(output)
         return [line["loss"] for line in lines if "loss" in line]
 
     pieces, whole = losses(3), losses(0)
@@ -249,7 +249,7 @@ def test_a_term_that_no_batch_has_rows_for_raises_the_alarm(stuck):
     loss = replace(stuck.loss, state=0.25, state_within_goal=True)
     batch = replace(stuck.batch, episodes=1, frames=1)
     train_align(replace(stuck, loss=loss, batch=batch))
-    first = json.loads((Path(stuck.output) / "metrics.jsonl").read_text().splitlines()[0])
+    first = logged(Path(stuck.output))[0]
     assert "state/loss" not in first
     assert "state (no batch has rows for it)" in first["at_chance"]
 
@@ -278,19 +278,26 @@ def test_a_resumed_run_does_not_raise_the_same_alarm_again(stuck, monkeypatch):
 
 
 def test_a_run_learns_and_has_no_warnings(align_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("vla.training.align.SETTLED", 40)
-    run = {"steps": 60, "eval_every": 0, "save_every": 60, "output": str(tmp_path / "run")}
+    monkeypatch.setattr("vla.training.align.SETTLED", 60)
+    run = {"steps": 90, "log_every": 30, "eval_every": 0, "save_every": 90, "output": str(tmp_path / "run")}
     config = replace(align_config, optimizer=replace(align_config.optimizer, warmup=5), **run)
     folder = train_align(config).parent
     assert json.loads((folder / "alignment.json").read_text())["warnings"] == []
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in logged(folder) if "loss" in line]
     for term in ("context_action", "word_patch", "vision_language", "state"):
-        losses = [line[f"{term}/loss"] for line in lines if f"{term}/loss" in line]
-        assert np.mean(losses[-5:]) < np.mean(losses[:5])
+        assert last[f"{term}/excess"] < first[f"{term}/excess"]
+
+
+def test_stage_two_is_told_what_it_has_to_share(align_config):
+    data = replace(align_config.data, camera="observation.image")
+    command = next_command(replace(align_config, data=data, seed=3), Path("run/clip"))
+    assert command.endswith(
+        " --encoder=run/clip --data.image_size=48 --data.camera=observation.image --data.holdout=0.3 --seed=3"
+    )
 
 
 def test_a_run_counts_its_instructions(encoder):
-    line = json.loads((encoder.parent / "metrics.jsonl").read_text().splitlines()[0])
+    line = logged(encoder.parent)[0]
     assert line["distinct_instructions"] >= line["distinct_goals"] > 1
 
 

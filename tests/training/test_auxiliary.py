@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import logged
 from vla.config import BatchConfig, LossConfig
 from vla.data.episodes import read_episodes
 from vla.data.frames import open_frames
@@ -30,7 +31,7 @@ def config(policy_config, tmp_path):
 
 def test_the_terms_are_logged_and_fall(config):
     train_policy(config)
-    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(Path(config.output))
     logged = [line for line in lines if "auxiliary/context_action" in line]
     for term in ("context_action", "word_patch", "vision_language", "state"):
         assert logged[-1][f"auxiliary/{term}"] < logged[0][f"auxiliary/{term}"], term

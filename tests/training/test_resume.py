@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import logged
 from vla.config import LossConfig
 from vla.config_io import save_yaml
 from vla.models.clip import tokenize
@@ -30,7 +31,7 @@ TIMES = ("triplets_per_s", "data_wait", "samples_per_s", "seconds")
 
 
 def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(folder)
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 

@@ -1,7 +1,6 @@
 """The token cache of a frozen encoder: what is in it, and what becomes of it when a run is killed or the disk is full."""
 
 import errno
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
+from tests.conftest import logged
 from vla.config import PolicyTrainConfig
 from vla.data.augmentation import Augmenter
 from vla.data.episodes import Episodes, read_episodes
@@ -49,7 +49,7 @@ def encoded_pictures(monkeypatch) -> list[int]:
 
 def losses(config: PolicyTrainConfig) -> list[float]:
     train_policy(config)
-    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(Path(config.output))
     return [line[name] for line in lines for name in ("loss", "validation/l1") if name in line]
 
 

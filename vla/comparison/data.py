@@ -124,9 +124,9 @@ def roots_beside(policy: PolicyTrainConfig) -> list[str]:
 
 
 def open_beside(config: CompareConfig | SweepConfig) -> None:
-    """Decode the pictures of the further data sets that policies clone, once."""
+    """Decode the pictures of the further data sets that policies clone, once; those beside which nothing can be written are decoded for each."""
     data = config.align.data
-    for root in roots_beside(config.policy):
+    for root in (root for root in roots_beside(config.policy) if os.access(root, os.W_OK)):
         open_pictures(read_episodes(root, camera_in(root, data.camera), partial=True), replace(data, cache=None))
 
 

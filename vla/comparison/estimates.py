@@ -38,8 +38,8 @@ def stage_seconds(config: CompareConfig | SweepConfig) -> dict[str, float]:
     timesteps, look, episode = TYPICAL.get(env, TYPICAL["metaworld"])
     evaluated = config.eval.episodes + len(levels) * config.eval.split_episodes + 3 * config.eval.grounding_episodes
     looks = timesteps / policy.head.n_action_steps
-    tasks, several = checked_tasks(config.collect), env_class(config.collect.env.name).SEVERAL_GOALS
-    demos = config.collect.scenes * (config.collect.goals_per_scene if several else len(tasks))
+    several = env_class(config.collect.env.name).SEVERAL_GOALS
+    demos = config.collect.scenes * (config.collect.goals_per_scene if several else len(checked_tasks(config.collect)))
     seen = policy.steps * policy.batch_size
     cache = demos * timesteps * DEMONSTRATED * policy.cached_shifts
     encoded = cache * (1 - math.exp(-seen / cache)) if cache else seen  # the cache has what the steps draw

@@ -27,7 +27,7 @@ from vla.losses.rowwise import Term
 from vla.models.alignment import AlignmentModel
 from vla.training.align_data import AlignData, make_batch, open_data
 from vla.training.align_export import export_between, export_encoder
-from vla.training.align_setup import check_alignment, shared_settings, switched_on
+from vla.training.align_setup import check_alignment, switched_on
 from vla.training.align_state import AlignTrained, begin, checkpoint, restore
 from vla.training.align_step import forward_backward
 from vla.training.checkpoint import how_to_replay, save_nonfinite
@@ -39,7 +39,6 @@ from vla.training.pretrained import HeldOut, along_the_way
 from vla.training.processes import (
     Processes,
     check_same_progress,
-    check_same_settings,
     in_step,
     in_turn,
     make_accelerator,
@@ -53,6 +52,7 @@ from vla.versions import versions
 
 END = "report.html"  # what a run writes last
 STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
+ALIKE = ("image_size", "camera", "holdout")  # what both stages have to be told of the data
 SETTLED = 100  # steps after the warm-up by which every term should have left its chance level
 
 
@@ -88,7 +88,6 @@ def train_align(config: AlignConfig) -> Path:
         accelerator.print(f"{run.folder}: finished already; drew its report.html again")
         return run.folder / "clip"
 
-    check_same_settings(processes, shared_settings(config), accelerator.device)
     data = open_data(config, accelerator, processes)
     trained = begin(config, data, accelerator, processes)
     model, optimizer = trained.model, trained.optimizer
@@ -158,11 +157,17 @@ def train_align(config: AlignConfig) -> Path:
     end = partial(finish, run, config, trained, data, processes, elapsed, measured_last)
     together(accelerator, end if writes else lambda: None)
     encoder = run.folder / "clip"
-    accelerator.print(
-        f"aligned encoder: {encoder}\nreport: {run.end}\n"
-        f"next: python scripts/train_policy.py --data.root={config.data.root} --encoder={encoder}"
-    )
+    accelerator.print(f"aligned encoder: {encoder}\nreport: {run.end}\nnext: {next_command(config, encoder)}")
     return encoder
+
+
+def next_command(config: AlignConfig, encoder: Path) -> str:
+    """Stage two on the same data, split and seen alike."""
+    usual, data = AlignConfig(), config.data
+    flags = {f"data.{name}": getattr(data, name) for name in ALIKE if getattr(data, name) != getattr(usual.data, name)}
+    flags |= {"seed": config.seed} if config.seed != usual.seed else {}
+    told = "".join(f" --{name}={value}" for name, value in flags.items())
+    return f"python scripts/train_policy.py --data.root={data.root} --encoder={encoder}{told}"
 
 
 def step_metrics(

@@ -19,10 +19,11 @@ from vla.training.align_setup import (
     minimal_pairs,
     old_data,
     resting_action,
+    shared_settings,
     shuffled_labels,
 )
 from vla.training.pretrained import HeldOut
-from vla.training.processes import Processes, check_same_data, in_turn, refusal, together
+from vla.training.processes import Processes, check_same_data, check_same_settings, in_turn, refusal, together
 from vla.types import TripletBatch
 
 
@@ -48,7 +49,7 @@ def open_data(config: AlignConfig, accelerator: Accelerator, processes: Processe
     """Open all data sets, on every process the same.
 
     Raises:
-        UserError: unusable data, other data on another process, or no training episode with an instruction.
+        UserError: unusable data, other data or settings on another process, or no training episode with an instruction.
     """
     mixture, old = in_turn(
         accelerator,
@@ -57,6 +58,7 @@ def open_data(config: AlignConfig, accelerator: Accelerator, processes: Processe
     )
     episodes, train = mixture.episodes, np.concatenate(mixture.train)
     check_same_data(processes, episodes, accelerator.device)
+    check_same_settings(processes, shared_settings(config), accelerator.device)
     instructed = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]
     if not len(instructed):
         raise refusal(f"{config.data.root}: no training episode has an instruction; lower --data.holdout")
