@@ -31,10 +31,9 @@ def config(policy_config, tmp_path):
 
 def test_the_terms_are_logged_and_fall(config):
     train_policy(config)
-    lines = logged(Path(config.output))
-    logged = [line for line in lines if "auxiliary/context_action" in line]
+    lines = [line for line in logged(Path(config.output)) if "auxiliary/context_action" in line]
     for term in ("context_action", "word_patch", "vision_language", "state"):
-        assert logged[-1][f"auxiliary/{term}"] < logged[0][f"auxiliary/{term}"], term
+        assert lines[-1][f"auxiliary/{term}"] < lines[0][f"auxiliary/{term}"], term
 
 
 def test_their_weight_falls_to_nothing(config, monkeypatch):
