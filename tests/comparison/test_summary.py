@@ -128,7 +128,7 @@ def test_what_encoders_know_is_shown_by_training_seed_beside_chance():
     assert table.rows == (
         ("aligned", "0.80, 0.79", "0.90, 0.90"),
         ("random", "-0.02, 0.10", "0.90, 0.90"),
-        ("chance", "-", "0.33"),
+        ("chance", "-", "0.33, 0.33"),
     )
 
 

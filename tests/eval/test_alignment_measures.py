@@ -209,6 +209,6 @@ def test_a_run_reports_every_measure(align_config, tmp_path):
         "uniformity_context_within_goal",
     }
     expected |= {"time_to_go_probe_r2", "state_probe_r2", "target_probe_r2", "zero_shot", "zero_shot_reworded"}
-    expected |= {"context_to_action_r1_of_other_text", "context_to_action_r1_of_other_image"}
+    expected |= {f"context_to_action_r{k}_of_other_{other}" for k in (1, 5, 10) for other in ("text", "image")}
     assert expected <= set(metrics)
     assert all(np.isfinite(value) for value in metrics.values())

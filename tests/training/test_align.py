@@ -143,6 +143,7 @@ def test_the_report_of_a_finished_run_can_be_drawn_again(align_config, tmp_path)
     report.write_text("an older one")
     train_align(replace(config, resume=True))
     assert report.read_text().count("<svg") == before.count("<svg")
+    assert "Scales of the cosines: context_action" in report.read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(align_config, tmp_path):

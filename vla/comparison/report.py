@@ -32,7 +32,7 @@ def comparison_report(result: dict[str, Any]) -> Report:
                 "What the encoders know",
                 "Measures of each frozen encoder on held-out episodes of what it was aligned on, a value for every training seed: linear probes "
                 "(R², 0 is knowing nothing) for the instructed object's position, the proprio state and the time to go, then retrieval and "
-                "zero-shot accuracy, by chance as in the last line. What was not trained, as a cloned encoder's projections, is at chance.",
+                "zero-shot accuracy, by chance as in the last line. What was not trained, as a cloned encoder's projections, says nothing.",
                 (measures_table(result["measures"]),),
             )
         )
@@ -254,7 +254,9 @@ def measures_table(rows: list[dict[str, Any]]) -> Table:
 
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     lines = [line(arm, [row for row in rows if row["arm"] == arm], "value") for arm in arms]
-    first = [row for row in rows if row["arm"] == arms[0] and row["seed"] == rows[0]["seed"]]
+    first = [
+        row for row in rows if row["arm"] == arms[0]
+    ]  # chance is of a seed's held-out episodes, alike for all arms
     heads = ("encoder of", *(measure.replace("_", " ") for measure in measures))
     return Table("Alignment measures by training seed", heads, (*lines, line("chance", first, "chance")))
 
