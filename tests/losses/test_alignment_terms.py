@@ -23,6 +23,7 @@ from vla.losses.alignment import (
 )
 from vla.losses.contrastive import info_nce, info_nce_of, soft_info_nce, soft_targets
 from vla.losses.pairing import pairing
+from vla.losses.rowwise import WHOLE, Share
 
 
 def test_frames_of_one_episode_closer_than_the_gap_are_near_duplicates():
@@ -105,20 +106,21 @@ def batch(images: int = 9, texts: int = 5):
     return [leaf.requires_grad_() for leaf in leaves], pairs, progress, invalid, draw(images, 6)
 
 
-def vision_language_of(leaves, pairs, progress, invalid, encoded):
-    return vision_language_term(*leaves[:3], pairs, progress)
+def vision_language_of(leaves, pairs, progress, invalid, encoded, share=WHOLE):
+    return vision_language_term(*leaves[:3], pairs, progress, share)
 
 
-def sigmoid_of(leaves, pairs, progress, invalid, encoded):
-    return vision_language_sigmoid_term(*leaves, pairs, progress)
+def sigmoid_of(leaves, pairs, progress, invalid, encoded, share=WHOLE):
+    return vision_language_sigmoid_term(*leaves, pairs, progress, share)
 
 
-def word_patch_of(leaves, pairs, progress, invalid, encoded):
-    return word_patch_term(leaves[0] @ leaves[1].T, leaves[2], pairs, groups_of(pairs))
+def word_patch_of(leaves, pairs, progress, invalid, encoded, share=WHOLE):
+    return word_patch_term(leaves[0] @ leaves[1].T, leaves[2], pairs, groups_of(pairs), share)
 
 
-def soft_of(leaves, pairs, progress, invalid, encoded):
-    return soft_term(leaves[0], normalize(leaves[0].roll(1, 0), dim=-1), leaves[2], encoded, 0.3, invalid, progress)
+def soft_of(leaves, pairs, progress, invalid, encoded, share=WHOLE):
+    keys = normalize(leaves[0].roll(1, 0), dim=-1)
+    return soft_term(leaves[0], keys, leaves[2], encoded, 0.3, invalid, progress, share)
 
 
 TERMS = [vision_language_of, sigmoid_of, word_patch_of, soft_of]
@@ -138,6 +140,37 @@ def test_parts_of_the_pairs_give_the_value_and_the_gradients_of_all_at_once(term
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("count", [2, 4, 20])  # of 9 images and 5 texts: some of twenty have nothing to compare
+def test_the_shares_of_processes_add_up_to_the_value_and_the_gradients_of_one(term, count, monkeypatch):
+    monkeypatch.setattr("vla.losses.alignment.GROUP", 3)
+    leaves, *rest = batch()
+    whole = term(leaves, *rest)
+    expected = torch.autograd.grad(whole.loss, leaves, allow_unused=True, materialize_grads=True)
+    shares = [term(leaves, *rest, Share(rank, count)) for rank in range(count)]
+    for name in ("loss", "chance", "floor"):
+        total = sum(getattr(share, name) for share in shares)
+        torch.testing.assert_close(total, getattr(whole, name), rtol=1e-6, atol=0)
+    each = [torch.autograd.grad(share.loss, leaves, allow_unused=True, materialize_grads=True) for share in shares]
+    for got, want in zip(zip(*each, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(got), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(8, 2), (9, 4), (3, 4)])
+def test_each_process_compares_its_share_of_the_rows(rows, count):
+    seen: list[list[int]] = []
+
+    def part(span: slice, x: torch.Tensor) -> rowwise.Term:
+        seen[-1] += range(rows)[span]
+        return rowwise.Term(x[span].sum(), torch.zeros(()), torch.zeros(()))
+
+    for rank in range(count):
+        seen.append([])
+        rowwise.in_parts(part, rows, rows, torch.ones(rows, requires_grad=True), share=Share(rank, count))
+    assert sorted(row for rows_of_one in seen for row in rows_of_one) == list(range(rows))
+    assert max(map(len, seen)) <= -(-rows // count)
 
 
 def test_the_terms_are_the_losses_over_masks_of_all_pairs():

@@ -25,7 +25,7 @@ from vla.losses.contrastive import (
     weighted_mean,
 )
 from vla.losses.pairing import Pairing, Relation
-from vla.losses.rowwise import Term, in_parts, spans
+from vla.losses.rowwise import WHOLE, Share, Term, in_parts, spans
 
 GROUP = 192  # images that are compared with each other's texts word by word
 COSINES = 1 << 19  # of words with patches, computed at a time: what fits a CPU's cache is faster
@@ -35,7 +35,9 @@ SLOPES = 1 << 22  # that lie together: glibc takes ever new memory for what is l
 KEPT_COSINES = 1 << 24  # of a call, whose slopes are kept for the gradient; beyond they are computed anew
 
 
-def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor) -> Term:
+def vision_language_term(
+    vision: Tensor, language: Tensor, scale: Tensor, pairs: Pairing, progress: Tensor, share: Share = WHOLE
+) -> Term:
     """Symmetric multi-positive InfoNCE between images and the batch's distinct texts, positives by goal.
 
     An early frame does not determine its instruction, so images weigh in by their progress.
@@ -45,7 +47,9 @@ def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs:
         scale: () exponentiated.
         pairs: which of them belong together.
         progress: (f,) in (0, 1], share of the episode that has passed.
+        share: the part of the pairs to compare; terms of all shares add up.
     """
+    progress = progress.to(at_least_float32(vision).dtype)
     images, texts, weight = len(vision), len(language), progress.sum()
 
     def to_texts(span: slice, vision: Tensor, language: Tensor, scale: Tensor) -> Term:
@@ -59,16 +63,24 @@ def vision_language_term(vision: Tensor, language: Tensor, scale: Tensor, pairs:
         return len(positives) / texts * _term(loss, info_nce_chance(positives))
 
     tensors = (vision, language, scale)
-    return 0.5 * (in_parts(to_texts, images, texts, *tensors) + in_parts(to_images, texts, images, *tensors))
+    of_images = in_parts(to_texts, images, texts, *tensors, share=share)
+    return 0.5 * (of_images + in_parts(to_images, texts, images, *tensors, share=share))
 
 
 def vision_language_sigmoid_term(
-    vision: Tensor, language: Tensor, scale: Tensor, bias: Tensor, pairs: Pairing, progress: Tensor
+    vision: Tensor,
+    language: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pairs: Pairing,
+    progress: Tensor,
+    share: Share = WHOLE,
 ) -> Term:
     """The same pairs as independent yes-or-no questions: the multi-label sigmoid loss, averaged over images.
 
     Args: those of `vision_language_term`, and () `bias` of all logits.
     """
+    progress = progress.to(at_least_float32(vision).dtype)
     weight = progress.sum()
 
     def part(span: slice, vision: Tensor, language: Tensor, scale: Tensor, bias: Tensor) -> Term:
@@ -78,7 +90,7 @@ def vision_language_sigmoid_term(
             weights.sum() / weight * _term(loss, sigmoid_chance(positives, weights=weights))
         )  # 0 bounds it from below
 
-    return in_parts(part, len(vision), len(language), vision, language, scale, bias)
+    return in_parts(part, len(vision), len(language), vision, language, scale, bias, share=share)
 
 
 @dataclass(frozen=True)
@@ -131,13 +143,16 @@ def grouped_late_interaction(
     return torch.cat(parts)
 
 
-def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: Sequence[Group]) -> Term:
+def word_patch_term(
+    similarity: Tensor, scale: Tensor, pairs: Pairing, groups: Sequence[Group], share: Share = WHOLE
+) -> Term:
     """Symmetric multi-positive InfoNCE on the late interaction of images and the texts of their group.
 
     Args:
         similarity: (f, t), see `grouped_late_interaction`. scale: () exponentiated.
         pairs: which of them belong together; texts that are merely true of an image are left out.
         groups: who is compared with whom.
+        share: the groups to compare; terms of all shares add up.
     """
     told = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
     told[pairs.frame_of_row] = True
@@ -156,7 +171,7 @@ def word_patch_term(similarity: Tensor, scale: Tensor, pairs: Pairing, groups: S
         to_images = _term(info_nce_of(logits.T[own], positives, valid=valid), info_nce_chance(positives, valid))
         return 0.5 * (len(logits) / images * to_texts + len(positives) / texts * to_images)
 
-    return in_parts(of_group, len(groups), 1, similarity, scale, pairs=1)
+    return in_parts(of_group, len(groups), 1, similarity, scale, pairs=1, share=share)
 
 
 def late_interaction(patches: Tensor, words: Tensor, words_mask: Tensor) -> Tensor:
@@ -217,6 +232,7 @@ def soft_term(
     beta: float,
     invalid: Callable[[slice], Tensor],
     weights: Tensor,
+    share: Share = WHOLE,
 ) -> Term:
     """Symmetric InfoNCE between rows and rows, soft targets by the distance of what the keys encode.
 
@@ -226,7 +242,9 @@ def soft_term(
         beta: width of the targets in the unit of the mean squared differences.
         invalid: rows -> (rows, b) bool, pairs that count neither way, symmetric; never a row with itself.
         weights: (b,), 0 leaves a row out as query.
+        share: the rows to compare with all others; terms of all shares add up.
     """
+    weights = weights.to(at_least_float32(queries).dtype)
     flat, weight, count = at_least_float32(encoded.flatten(1)), weights.sum(), len(queries)
 
     def part(span: slice, queries: Tensor, keys: Tensor, scale: Tensor) -> Term:
@@ -237,7 +255,7 @@ def soft_term(
         chance = weighted_mean(valid.sum(1).float().log(), w)
         return w.sum() / weight * Term((forward + backward) / 2, chance, entropy(targets, w))
 
-    return in_parts(part, count, count, queries, keys, scale)
+    return in_parts(part, count, count, queries, keys, scale, share=share)
 
 
 def near_duplicates(episode_id: Tensor, timestep: Tensor, gap: int, rows: slice = slice(None)) -> Tensor:

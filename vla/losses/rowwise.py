@@ -1,16 +1,27 @@
 """Losses over all pairs of a large batch in memory that grows with its rows, not with its pairs.
 
 A part of the rows is compared with all columns at a time. Its gradients are taken at once, so that no part's pairs are
-kept: the row-chunked log-sum-exp of arXiv:2410.17243 in plain autograd.
+kept: the row-chunked log-sum-exp of arXiv:2410.17243 in plain autograd. Several processes may share the parts.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PAIRS_AT_ONCE = 1 << 20  # pairs that are compared at a time
+
+
+class Share(NamedTuple):
+    """Which parts are taken here: every `count`-th, from number `rank` on. What all ranks get adds up to the whole."""
+
+    rank: int = 0
+    count: int = 1
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,9 @@ class Term:
 type Part = Callable[..., Term]  # (slice of the rows, *tensors) -> their share of the term
 
 
-def in_parts(part: Part, rows: int, columns: int, *tensors: Tensor, pairs: int | None = None) -> Term:
+def in_parts(
+    part: Part, rows: int, columns: int, *tensors: Tensor, pairs: int | None = None, share: Share = WHOLE
+) -> Term:
     """Sum of `part(span, *tensors)` over spans of the rows; its loss is differentiable, once, by the tensors.
 
     Args:
@@ -39,9 +52,10 @@ def in_parts(part: Part, rows: int, columns: int, *tensors: Tensor, pairs: int |
         rows, columns: how many there are.
         tensors: embeddings and scales.
         pairs: rows times columns of a part at most, but one row at least. Default: `PAIRS_AT_ONCE`.
+        share: the spans to sum over; there are as many as processes at least, if there are so many rows.
     """
-    size = max(1, (pairs or PAIRS_AT_ONCE) // max(1, columns))
-    return Term(*_InParts.apply(part, tuple(spans(rows, size)), *tensors))
+    size = max(1, min((pairs or PAIRS_AT_ONCE) // max(1, columns), -(-rows // share.count)))
+    return Term(*_InParts.apply(part, tuple(spans(rows, size))[share.rank :: share.count], *tensors))
 
 
 def spans(count: int, size: int) -> Iterator[slice]:
@@ -54,14 +68,14 @@ class _InParts(torch.autograd.Function):
     def forward(ctx, part: Part, parts: tuple[slice, ...], *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wanted = ctx.needs_input_grad[2:]
         leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
-        sums: Term | None = None
+        kind = torch.promote_types(leaves[0].dtype, torch.float32)
+        sums = Term(*(leaves[0].new_zeros((), dtype=kind) for _ in range(3)))
         for span in parts:
             with torch.set_grad_enabled(any(wanted)):
-                share = part(span, *leaves)
-                if share.loss.requires_grad:
-                    share.loss.backward()
-            share = Term(share.loss.detach(), share.chance.detach(), share.floor.detach())
-            sums = share if sums is None else sums + share
+                term = part(span, *leaves)
+                if term.loss.requires_grad:
+                    term.loss.backward()
+            sums += Term(term.loss.detach(), term.chance.detach(), term.floor.detach())
         gradients = [
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves if leaf.requires_grad
         ]

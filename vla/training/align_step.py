@@ -1,6 +1,6 @@
 """One step of stage one up to the gradients: embed, compare, back-propagate, in pieces and on many processes if asked for.
 
-Embeddings are made piece by piece and gathered, the loss is taken over the whole batch, then each piece carries on the
+Embeddings are made piece by piece and gathered, each process compares its share of the rows with the whole batch, then each piece carries on the
 gradients of its own embeddings (gradient caching, arXiv:2101.06983). Only the last piece's graph is kept; the others are
 embedded anew, with the random state replayed, so that graphs do not grow with the batch. The gradients are those of the
 unbroken batch. Plain accumulation of losses over small batches would leave out the negatives
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vla.config import LossConfig
-from vla.losses.rowwise import Term, spans
+from vla.losses.rowwise import Share, Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds, TextEmbeds
 from vla.training.align_terms import batch_terms
 from vla.training.checkpoint import restore_rng, rng_tensors
@@ -63,13 +63,13 @@ def forward_backward(
     own_rows = Pieces(own(image_shares), partial(embed_rows, model, batch, texts, loss), autocast, rows_too)
     rows = own_rows.gathered(processes, image_shares)
 
-    terms, health = batch_terms(model, batch, texts.language, rows, rest, loss, gap)
+    share = Share(processes.rank, processes.count)
+    terms, health = batch_terms(model, batch, texts.language, rows, rest, loss, gap, share)
     total = sum((getattr(loss, name) * term.loss for name, term in terms.items()), torch.zeros((), device=rest.device))
     if terms:
         total.backward()
-    if processes.rank > 0:  # all took the same loss: what hangs on it directly, as the scales do, counts once
-        model.zero_grad()
-        texts.language.grad = None
+    collected = [getattr(rows, name).grad for name in names_of(rows)]
+    processes.add([gradient for gradient in collected if gradient is not None])  # of all shares
     own_rows.carry_on(rows)
     for name in names_of(texts):
         leaf = getattr(texts, name)
@@ -77,7 +77,15 @@ def forward_backward(
     processes.add([getattr(texts, name).grad for name in names_of(texts)])
     own_texts.carry_on(texts)
     processes.add_gradients([p for p in model.parameters() if p.requires_grad])
-    return total.detach(), terms, health
+    return *over_all(processes, total.detach(), terms), health
+
+
+def over_all(processes: Processes, total: Tensor, terms: dict[str, Term]) -> tuple[Tensor, dict[str, Term]]:
+    """The loss and its terms, of which each process has a share, over all processes."""
+    terms = {name: Term(term.loss.detach().clone(), term.chance, term.floor) for name, term in terms.items()}
+    total = total.clone()
+    processes.add([total, *(value for term in terms.values() for value in (term.loss, term.chance, term.floor))])
+    return total, terms
 
 
 def embed_texts(model: AlignmentModel, batch: DeviceBatch, texts: slice) -> TextEmbeds:

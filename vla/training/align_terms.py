@@ -18,7 +18,7 @@ from vla.losses.alignment import (
     word_patch_term,
 )
 from vla.losses.pairing import distinct, pairing
-from vla.losses.rowwise import PAIRS_AT_ONCE, Term, spans
+from vla.losses.rowwise import PAIRS_AT_ONCE, WHOLE, Share, Term, spans
 from vla.models.alignment import AlignmentModel, RowEmbeds
 from vla.training.device_batch import DeviceBatch
 
@@ -31,12 +31,14 @@ def batch_terms(
     rest: Tensor,
     loss: LossConfig,
     gap: int,
+    share: Share = WHOLE,
 ) -> tuple[dict[str, Term], dict[str, Tensor]]:
     """The loss terms that are switched on, and the health of the batch.
 
     Args:
         language: (u, d) embeddings of the distinct texts. rows: those of images and rows.
         rest: (a,) the resting action, normalised.
+        share: the part of the comparisons to make; terms of all shares add up. The health is always that of the whole batch.
     """
     ids, shown = batch.ids, batch.shown
     episode, timestep = ids["episode_id"], ids["timestep"]
@@ -55,18 +57,21 @@ def batch_terms(
             loss.action_beta,
             partial(near_duplicates, episode[acted], timestep[acted], gap),
             moving,
+            share,
         )
     if loss.vision_language and len(images):
         scale, progress = model.scale("vision_language"), ids["progress"][shown][images]
         vision, named = rows.vision.index_select(0, images), language.index_select(0, texts)
         if loss.vision_language_kind == "sigmoid":
             terms["vision_language"] = vision_language_sigmoid_term(
-                vision, named, scale, model.logit_bias, pairs, progress
+                vision, named, scale, model.logit_bias, pairs, progress, share
             )
         else:
-            terms["vision_language"] = vision_language_term(vision, named, scale, pairs, progress)
+            terms["vision_language"] = vision_language_term(vision, named, scale, pairs, progress, share)
     if rows.similarity is not None and len(images):
-        terms["word_patch"] = word_patch_term(rows.similarity, model.scale("word_patch"), batch.pairs, batch.groups)
+        terms["word_patch"] = word_patch_term(
+            rows.similarity, model.scale("word_patch"), batch.pairs, batch.groups, share
+        )
     if rows.scene is not None and rows.state is not None and len(stated):
         invalid, weights = state_pairs(batch, stated, gap, within_goal=loss.state_within_goal)
         if weights.any():
@@ -78,12 +83,13 @@ def batch_terms(
                 loss.state_beta,
                 invalid,
                 weights,
+                share,
             )
     idle = idle[acted] if len(acted) else idle
     health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], ids["episode_id"], idle)
     if rows.pooled is not None and (loss.transition_action or loss.transition_language):
         found = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
-        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found)
+        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found, share)
         health["transitions"] = torch.tensor(len(found[0]))
     return terms, health
 
@@ -119,6 +125,7 @@ def transition_terms(
     loss: LossConfig,
     gap: int,
     found: tuple[Tensor, Tensor],
+    share: Share = WHOLE,
 ) -> dict[str, Term]:
     """The change between two pictures of an episode against the actions between them, and against the instructions.
 
@@ -128,6 +135,7 @@ def transition_terms(
         language: (u, d) embeddings of the distinct texts. pooled: (f, q * width) of the images.
         rest: (a,) the resting action, normalised; what is missing of a chunk that ends early.
         found: (p,) and (p,) rows, see `transitions`.
+        share: the part of the comparisons to make; terms of all shares add up.
     """
     episode, timestep = batch.ids["episode_id"], batch.ids["timestep"]
     first, second = found
@@ -152,6 +160,7 @@ def transition_terms(
             loss.action_beta,
             partial(near_duplicates, episode[begun], timestep[begun], gap),
             (moving if moving.any() else torch.ones_like(moving)).float(),
+            share,
         )
     pairs = pairing(
         torch.arange(len(first), device=first.device),
@@ -169,6 +178,7 @@ def transition_terms(
             model.scale("transition_language"),
             pairs,
             torch.ones_like(told, dtype=torch.float32),
+            share,
         )
     return terms
 

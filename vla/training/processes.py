@@ -1,8 +1,8 @@
 """Stage one on many processes, of one machine or several: who embeds what, and the exchanges that make it exact.
 
-Every process knows the ids of the whole batch and embeds its share of the images and texts. Embeddings are gathered, the
-loss over all of them is taken everywhere, each share carries on its own gradients, and the parameters' gradients are
-added up. No gradient travels through a collective, so none is scaled by the number of processes.
+Every process knows the ids of the whole batch and embeds its share of the images and texts. Embeddings are gathered, each
+process compares its share of them with all, the embeddings' gradients are added up, each process carries on those of its own
+embeddings, and the parameters' gradients are added up. No gradient travels through a collective, so none is scaled by the number of processes.
 """
 
 import hashlib
