@@ -158,19 +158,23 @@ def test_the_shares_of_processes_add_up_to_the_value_and_the_gradients_of_one(te
         torch.testing.assert_close(sum(got), want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rows", "count"), [(8, 2), (9, 4), (3, 4)])
-def test_each_process_compares_its_share_of_the_rows(rows, count):
+@pytest.mark.parametrize(
+    ("rows", "count", "at_once", "most"), [(8, 2, 8, 4), (9, 4, 9, 3), (3, 4, 3, 1), (20, 3, 5, 8), (21, 2, 2, 11)]
+)
+def test_each_process_compares_its_share_of_the_rows(rows, count, at_once, most):
     seen: list[list[int]] = []
 
     def part(span: slice, x: torch.Tensor) -> rowwise.Term:
+        assert span.stop - span.start <= at_once
         seen[-1] += range(rows)[span]
         return rowwise.Term(x[span].sum(), torch.zeros(()), torch.zeros(()))
 
     for rank in range(count):
         seen.append([])
-        rowwise.in_parts(part, rows, rows, torch.ones(rows, requires_grad=True), share=Share(rank, count))
+        leaf = torch.ones(rows, requires_grad=True)
+        rowwise.in_parts(part, rows, rows, leaf, pairs=at_once * rows, share=Share(rank, count))
     assert sorted(row for rows_of_one in seen for row in rows_of_one) == list(range(rows))
-    assert max(map(len, seen)) <= -(-rows // count)
+    assert max(map(len, seen)) == most
 
 
 def test_the_terms_are_the_losses_over_masks_of_all_pairs():

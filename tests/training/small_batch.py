@@ -1,6 +1,7 @@
 """A small batch and model on which the step of stage one is tested; `run` takes one step's gradients."""
 
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 
@@ -81,18 +82,28 @@ def gradients(model: AlignmentModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def run(
+def run(chunk: int, loss: LossConfig, **which) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and the gradients of a step; `which` are arguments of `step`."""
+    total, _, found = step(chunk, loss, **which)
+    return total, found
+
+
+def step(
     chunk: int,
     loss: LossConfig,
     dropout: float = 0.0,
     processes: Processes = ALONE,
     partly: bool = False,
     paired: bool = False,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    group: int = 192,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The loss, every term's values and the gradients; `group` images are compared with each other's texts word by word."""
     model, (ids, mask) = make_model(dropout, (*TEXTS, PAIR) if paired else TEXTS)
     batch = make_batch(ids, mask, partly)
     torch.manual_seed(5)
-    total, _, _ = forward_backward(
-        model, batch, torch.zeros(3), loss, gap=2, chunk=chunk, autocast=nullcontext, processes=processes
-    )
-    return total.detach(), gradients(model)
+    with patch("vla.losses.alignment.GROUP", group):
+        total, terms, _ = forward_backward(
+            model, batch, torch.zeros(3), loss, gap=2, chunk=chunk, autocast=nullcontext, processes=processes
+        )
+    values = {f"{name}/{key}": value.clone() for name, term in terms.items() for key, value in vars(term).items()}
+    return total.detach(), values, gradients(model)

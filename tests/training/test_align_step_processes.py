@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from tests.conftest import ROOT
-from tests.training.small_batch import MAIN, SIGMOID, TRANSITIONS, WITHIN_GOAL, run
+from tests.training.small_batch import MAIN, SIGMOID, TRANSITIONS, WITHIN_GOAL, step
 from vla.config import LossConfig
 from vla.training.processes import Processes
 
@@ -22,6 +22,7 @@ CASES = {  # chunk, loss, and which batch
     "transitions": (1, TRANSITIONS, {}),
     "within_goal": (1, WITHIN_GOAL, {}),
     "minimal_pairs": (1, MAIN, {"paired": True}),
+    "groups": (1, MAIN, {"paired": True, "group": 2}),
     "partly": (0, LossConfig(transition_action=0.5, transition_language=0.5, state=0.25), {"partly": True}),
 }
 
@@ -31,8 +32,8 @@ def one_of_many(rank: int, count: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     for name, (chunk, loss, which) in CASES.items():
-        total, found = run(chunk, loss, processes=Processes(rank, count), **which)
-        save_file(found | {"total": total}, folder / f"{name}_{rank}.safetensors")
+        total, terms, found = step(chunk, loss, processes=Processes(rank, count), **which)
+        save_file(found | terms | {"total": total}, folder / f"{name}_{rank}.safetensors")
     own = torch.full((1 + rank,), float(rank), dtype=torch.bfloat16)
     whole = Processes(rank, count).gather(own, list(range(1, count + 1)))
     save_file({"whole": whole}, folder / f"bfloat16_{rank}.safetensors")
@@ -54,10 +55,12 @@ def many(request, tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_processes_give_every_gradient_of_one(many, case):
     _, loss, which = CASES[case]
-    total, expected = run(0, loss, **which)
+    total, terms, expected = step(0, loss, **which)
     for rank, computed in enumerate(many):
         torch.testing.assert_close(computed[case]["total"], total, rtol=1e-12, atol=0)
-        got = {name: tensor for name, tensor in computed[case].items() if name != "total"}
+        for name, value in terms.items():
+            torch.testing.assert_close(computed[case][name], value, rtol=1e-6, atol=1e-12)
+        got = {name: tensor for name, tensor in computed[case].items() if name not in {*terms, "total"}}
         assert set(got) == set(expected)
         for key, gradient in expected.items():
             error = (got[key] - gradient).norm() / gradient.norm().clamp_min(1e-8)

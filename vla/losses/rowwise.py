@@ -52,9 +52,12 @@ def in_parts(
         rows, columns: how many there are.
         tensors: embeddings and scales.
         pairs: rows times columns of a part at most, but one row at least. Default: `PAIRS_AT_ONCE`.
-        share: the spans to sum over; there are as many as processes at least, if there are so many rows.
+        share: the spans to sum over; spans are made so that all shares are as large as each other, up to whole rows.
     """
-    size = max(1, min((pairs or PAIRS_AT_ONCE) // max(1, columns), -(-rows // share.count)))
+    size = max(1, (pairs or PAIRS_AT_ONCE) // max(1, columns))
+    if share.count > 1:
+        turns = -(-rows // (share.count * size))  # spans of each process
+        size = max(1, -(-rows // (share.count * max(1, turns))))
     return Term(*_InParts.apply(part, tuple(spans(rows, size))[share.rank :: share.count], *tensors))
 
 

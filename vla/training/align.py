@@ -162,12 +162,13 @@ def train_align(config: AlignConfig) -> Path:
 
 
 def next_command(config: AlignConfig, encoder: Path) -> str:
-    """Stage two on the same data, split and seen alike."""
+    """Stage two on the same data, split and seen alike: a frozen encoder and some thousand demonstrations."""
     usual, data = AlignConfig(), config.data
     flags = {f"data.{name}": getattr(data, name) for name in ALIKE if getattr(data, name) != getattr(usual.data, name)}
     flags |= {"seed": config.seed} if config.seed != usual.seed else {}
     told = "".join(f" --{name}={value}" for name, value in flags.items())
-    return f"python scripts/train_policy.py --data.root={data.root} --encoder={encoder}{told}"
+    output = f"--aligned_pooler=true --steps=1500 --ema=0.995 --output=outputs/policy/{encoder.parent.name}"
+    return f"python scripts/train_policy.py --data.root={data.root} --encoder={encoder}{told} {output}"
 
 
 def step_metrics(

@@ -38,7 +38,7 @@ def forward_backward(
     autocast: Autocast,
     processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, Term], dict[str, Tensor]]:
-    """Add the gradients of the batch to those of the parameters; returns the loss, its terms and the batch's health.
+    """Leave the gradients of the batch at the parameters, which have none yet; returns the loss, its terms and the batch's health.
 
     A batch whose rows lack what every term needs has no terms and the loss 0.
 
