@@ -33,6 +33,12 @@ def test_bench_writes_every_figure(tmp_path, data_root):
     )
 
 
+def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/bench: cannot be written into"):
+        bench(BenchConfig(output=str(tmp_path / "file" / "bench")))
+
+
 def test_of_equal_measurements_the_fastest_counts_with_the_most_memory():
     turns = [{"seconds": s, "rows_per_s": 1 / s, "peak_mib": mib} for s, mib in ((3.0, 1.0), (2.0, 5.0), (4.0, 7.0))]
     assert best(turns) == {"seconds": 2.0, "rows_per_s": 0.5, "peak_mib": 7.0}

@@ -26,6 +26,7 @@ from vla.data.batches import training_batch
 from vla.data.episodes import data_files, read_episodes, rows_of
 from vla.data.frames import open_frames
 from vla.files import write_json
+from vla.locks import lock_folder
 from vla.policies.concord import ConcordConfig, ConcordPolicy
 from vla.training.align_setup import make_encoders, make_sampler, make_source
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, TASK_KEY, UserError
@@ -40,13 +41,13 @@ def bench(config: BenchConfig) -> Path:
     """Measure, print a table, write bench.json and return its path.
 
     Raises:
-        UserError: the data set cannot be read, or a peer is not installed.
+        UserError: the data set cannot be read, the output not written into, or a peer is not installed.
     """
     if find_spec("open_clip") is None:
         raise UserError("bench measures open_clip beside us, which is not installed: pip install open-clip-torch")
     torch.set_num_threads(config.threads)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    held = lock_folder(output)  # two would slow each other down
     root = Path(config.data) if config.data else small_data(output)
     read_episodes(root)  # names what is wrong with it
     for path in (*data_files(root), *root.glob("videos/**/*.mp4")):  # so that neither finds a cold page cache
@@ -95,6 +96,7 @@ def bench(config: BenchConfig) -> Path:
             f"  expert, {task:9} {row['successes']} of {row['n']} seeds, with noise {noisy['successes']} of {noisy['n']}"
         )
     print(f"{config.threads} thread(s); wrote {path}")
+    held.close()
     return path
 
 
