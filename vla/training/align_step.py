@@ -38,7 +38,7 @@ def forward_backward(
     autocast: Autocast,
     processes: Processes = ALONE,
 ) -> tuple[Tensor, dict[str, Term], dict[str, Tensor]]:
-    """Leave the gradients of the batch at the parameters, which have none yet; returns the loss, its terms and the batch's health.
+    """Add the gradients of the batch to those of the parameters, which with several processes have none before; returns the loss, its terms and the batch's health.
 
     A batch whose rows lack what every term needs has no terms and the loss 0.
 
