@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import small_alignment_model
 from vla.config import LossConfig
+from vla.losses.alignment import GROUP
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import tokenize
 from vla.training.align_step import forward_backward
@@ -95,7 +96,7 @@ def step(
     processes: Processes = ALONE,
     partly: bool = False,
     paired: bool = False,
-    group: int = 192,
+    group: int = GROUP,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The loss, every term's values and the gradients; `group` images are compared with each other's texts word by word."""
     model, (ids, mask) = make_model(dropout, (*TEXTS, PAIR) if paired else TEXTS)

@@ -52,7 +52,7 @@ def in_parts(
         rows, columns: how many there are.
         tensors: embeddings and scales.
         pairs: rows times columns of a part at most, but one row at least. Default: `PAIRS_AT_ONCE`.
-        share: the spans to sum over; spans are made so that all shares are as large as each other, up to whole rows.
+        share: the spans to sum over; they are cut so that the largest share is as small as spans of one size allow.
     """
     size = max(1, (pairs or PAIRS_AT_ONCE) // max(1, columns))
     if share.count > 1:

@@ -81,10 +81,9 @@ def forward_backward(
 
 
 def over_all(processes: Processes, total: Tensor, terms: dict[str, Term]) -> tuple[Tensor, dict[str, Term]]:
-    """The loss and its terms, of which each process has a share, over all processes."""
-    terms = {name: Term(term.loss.detach().clone(), term.chance, term.floor) for name, term in terms.items()}
-    total = total.clone()
-    processes.add([total, *(value for term in terms.values() for value in (term.loss, term.chance, term.floor))])
+    """The loss () and its terms, of which each process has a share, summed over all in place."""
+    terms = {name: Term(term.loss.detach(), term.chance, term.floor) for name, term in terms.items()}
+    processes.add([total, *(value for term in terms.values() for value in vars(term).values())])
     return total, terms
 
 
