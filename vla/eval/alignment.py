@@ -48,7 +48,8 @@ def measure_alignment(
     Probes are fitted on the episodes at `train`, evenly chosen.
     """
     held_out = embed_rows(model, source, spread_rows(source, positions, 12), input_ids, attention_mask)
-    seen = embed_rows(model, source, spread_rows(source, train, 4), input_ids, attention_mask)
+    fitted = spread_rows(source, train, 4)
+    seen = embed_rows(model, source, fitted, input_ids, attention_mask, compares_texts=False)
     measures = retrieval_measures(held_out)
     measures |= zero_shot_measures(held_out.vision, held_out.language, held_out.batch, source.episodes)
     measures |= probe_measures(seen, held_out, source)
@@ -127,28 +128,29 @@ def of_another_goal(goal_id: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def embed_rows(
-    model: AlignmentModel, source: TripletSource, rows: np.ndarray, input_ids: Tensor, attention_mask: Tensor
+    model: AlignmentModel,
+    source: TripletSource,
+    rows: np.ndarray,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    compares_texts: bool = True,
 ) -> Embedded:
-    """Embed (b,) rows, not augmented, in evaluation mode's float32.
+    """Embed (b,) rows, not augmented, in evaluation mode's float32; `language` only if something `compares_texts`.
 
     The other row, whose text or picture the counterfactual contexts get, is of another goal, unless there is one alone.
     """
     device = model.clip.logit_scale.device
     batch = source.gather(rows)
-    language = language_embeds(model.clip, input_ids, attention_mask, compared_texts(batch, source.episodes))
+    compared = compared_texts(batch, source.episodes) if compares_texts else np.empty(0, np.int64)
+    language = language_embeds(model.clip, input_ids, attention_mask, compared)
     used, text_of_rows = np.unique(batch.text_id, return_inverse=True)
     mask = attention_mask[used].to(device)
     words, _ = text_features(model.clip, input_ids[used].to(device), mask)
     named = word_embeds(model.clip, words)
     columns: dict[str, list[Tensor]] = {}
-    every = np.arange(len(rows))
     other = of_another_goal(batch.goal_id)
-
-    def seen(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The patch tokens and pooled outputs of some rows' pictures."""
-        return vision_features(
-            model.clip, pixel_values(torch.from_numpy(batch.frames[batch.frame_of_row[chosen]]).to(device))
-        )
+    order = np.argsort(np.arange(len(rows)) % max(1, len(rows) // 2), kind="stable")  # most rows beside their other one
 
     def context(tokens: Tensor, chosen: np.ndarray) -> Tensor:
         """Patch tokens pooled by the texts of some rows."""
@@ -156,12 +158,15 @@ def embed_rows(
         return model.context_features(tokens, patch_embeds(model.clip, tokens), words, named, mask, row, text)
 
     for first in range(0, len(rows), BATCH):
-        part = slice(first, first + BATCH)
-        own, others = every[part], other[part]
-        tokens, pooled = seen(own)
-        contexts = [context(tokens, own), context(tokens, others), context(seen(others)[0], own)]
-        chunk = torch.from_numpy(batch.action_chunk[part]).to(device)
-        pad = torch.from_numpy(batch.action_is_pad[part]).to(device)
+        own = order[first : first + BATCH]
+        others = other[own]
+        shown, at = np.unique(batch.frame_of_row[np.concatenate([own, others])], return_inverse=True)
+        seen = vision_features(model.clip, pixel_values(torch.from_numpy(batch.frames[shown]).to(device)))
+        tokens, pooled = (values[torch.from_numpy(at[: len(own)]).to(device)] for values in seen)
+        tokens_of_others = seen[0][torch.from_numpy(at[len(own) :]).to(device)]
+        contexts = [context(tokens, own), context(tokens, others), context(tokens_of_others, own)]
+        chunk = torch.from_numpy(batch.action_chunk[own]).to(device)
+        pad = torch.from_numpy(batch.action_is_pad[own]).to(device)
         outputs = {
             "vision": unit(model.clip.visual_projection(pooled)),
             "context": model.context_projection(contexts[0]),
@@ -173,7 +178,8 @@ def embed_rows(
         }
         for name, value in outputs.items():
             columns.setdefault(name, []).append(value.float().cpu())
-    arrays = {name: torch.cat(values).numpy() for name, values in columns.items()}
+    back = np.argsort(order)
+    arrays = {name: torch.cat(values).numpy()[back] for name, values in columns.items()}
     return Embedded(batch=batch, language=language, **arrays)
 
 
