@@ -1,5 +1,6 @@
 """What a user sees: exit statuses, one-line errors, help."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -101,6 +102,13 @@ def test_an_interrupted_command_says_how_to_go_on_and_ends_with_status_130(tmp_p
     assert process.returncode == 130
     assert "interrupted; run the same command again" in told
     assert "Traceback" not in told
+
+
+def test_a_line_is_in_a_log_file_as_soon_as_it_is_printed(tmp_path):
+    code = "import os; from vla import cli; cli.VERBS['doctor'] = lambda argv: (print('begun'), os._exit(0)); cli.run('doctor', [])"
+    with (tmp_path / "log.txt").open("w") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert (tmp_path / "log.txt").read_text() == "begun\n"
 
 
 def test_an_error_without_a_message_is_named_by_its_kind():

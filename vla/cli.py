@@ -5,6 +5,7 @@ its result, or None. With `--json` among the flags, standard output is that resu
 nothing else; what people read goes to standard error.
 """
 
+import io
 import json
 import os
 import sys
@@ -160,6 +161,8 @@ def run(verb: str, argv: list[str] | None = None) -> int:
     as_json, first = "--json" in argv, os.environ.get("RANK", "0") == "0"
     again = "run the same command again (training: with --resume=true; pipeline: without --fresh)"
     argv = [argument for argument in argv if argument != "--json"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line as soon as it is printed
     try:
         with stdout_to_stderr() if as_json else nullcontext():
             result = VERBS[verb](argv)

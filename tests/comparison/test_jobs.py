@@ -40,6 +40,15 @@ def test_what_does_not_need_a_failed_job_is_run_all_the_same(tmp_path):
         refuse_failed(failed, tmp_path)
 
 
+def test_a_line_is_in_a_jobs_log_as_soon_as_it_is_printed(tmp_path):
+    def run() -> None:
+        print("begun")
+        (tmp_path / "seen").write_text((tmp_path / "jobs" / "first" / "log.txt").read_text())
+
+    run_jobs([Job("first", tmp_path / "seen", run)], tmp_path / "jobs", lambda text: None, {})
+    assert (tmp_path / "seen").read_text() == "begun\n"
+
+
 def test_a_folder_that_cannot_be_written_into_is_said_and_not_waited_for(tmp_path):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "first").write_text("not a folder")

@@ -140,7 +140,7 @@ def take(job: Job, jobs: Sequence[Job], folder: Path, say: Callable[[str], None]
         say(f"[{len(jobs) - len(left) + 1} of {len(jobs)}] {job.name}; about {duration(seconds)} of work left")
         started = time.monotonic()
         write_json(folder / job.name / "settings.json", settings)
-        with (folder / job.name / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        with (folder / job.name / "log.txt").open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
             job.run()
         if not job.done:
             raise RuntimeError(f"{job.name} did not make {job.makes}")
