@@ -18,10 +18,10 @@ from lerobot.policies.factory import make_pre_post_processors
 
 from vla.config import EvalConfig
 from vla.config_io import save_yaml
+from vla.eval.episode import EpisodeRecord
 from vla.eval.evaluate import evaluate
 from vla.eval.evaluation_report import curves_of
 from vla.eval.grounding import grounding_summary
-from vla.eval.rollouts import EpisodeRecord
 from vla.training.policy import train_policy
 from vla.types import ACTION_KEY, IMAGE_KEY, STATE_KEY, UserError
 

@@ -10,8 +10,9 @@ import pytest
 from envs import make_env, make_expert
 from envs.metaworld.language import INSTRUCTIONS
 from vla.eval import rollouts
+from vla.eval.episode import EpisodeSpec
 from vla.eval.grounding import BLANK, SWAP, WRONG, grounding_specs, grounding_summary
-from vla.eval.rollouts import EpisodeSpec, rollout_workers, run_rollouts
+from vla.eval.rollouts import rollout_workers, run_rollouts
 from vla.policies.loading import load_chunk_policy
 from vla.types import UserError
 

@@ -15,11 +15,12 @@ from envs import ENVIRONMENTS, env_class, make_env
 from envs.metaworld.gl import RenderingError
 from vla.config import EvalConfig
 from vla.config_io import changed, filled, to_dict
+from vla.eval.episode import EpisodeRecord, EpisodeSpec
 from vla.eval.evaluation_report import evaluation_report, failures_report
 from vla.eval.golden import check_golden
 from vla.eval.grounding import grounding_specs, grounding_summary
 from vla.eval.report import write_report
-from vla.eval.rollouts import EpisodeRecord, EpisodeSpec, rollout_workers, run_rollouts, seconds_so_far
+from vla.eval.rollouts import rollout_workers, run_rollouts, seconds_so_far
 from vla.eval.statistics import summarise
 from vla.files import read_json, write_json
 from vla.locks import lock_folder

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from vla.eval.episode import EpisodeRecord
 from vla.eval.report import Figure, Report, Section, Table, Video, figure, line_style, with_interval
-from vla.eval.rollouts import EpisodeRecord
 from vla.versions import told
 
 SPLIT_TEXTS = {

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from envs import make_env
-from vla.eval.rollouts import EpisodeRecord, EpisodeSpec
+from vla.eval.episode import EpisodeRecord, EpisodeSpec
 from vla.eval.statistics import crossed_interval, summarise
 
 SWAP, BLANK, WRONG = "swap", "blank", "wrong"

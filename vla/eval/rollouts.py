@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,53 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from envs import make_env
-from vla.eval.video import beside_attention, write_video
+from vla.eval.episode import EpisodeRecord, EpisodeSpec, begin
 from vla.types import ChunkPolicy, UserError
 from vla.workers import worker_context
 
 MakePolicy = Callable[[], ChunkPolicy]
-
-
-@dataclass(frozen=True)
-class EpisodeSpec:
-    """What to run. `goal` and `instruction` replace the seed's own if given; `kind` labels the measurement.
-
-    `end_on_success` ends it at the first success.
-    """
-
-    env: str
-    task: str
-    seed: int
-    tasks: tuple[str, ...] = ()
-    split: str = "train"
-    level: int = 1
-    goal: str | None = None
-    instruction: str | None = None
-    image_size: int = 96
-    kind: str = "success"
-    end_on_success: bool = False
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """What happened. `achieved` holds every goal of the scene that held at some timestep after the first.
-
-    `success_final` is None for an episode that ended at its first success.
-    """
-
-    kind: str
-    env: str
-    task: str
-    goal: str
-    instruction: str
-    split: str
-    level: int
-    seed: int
-    success: bool
-    success_final: bool | None
-    steps: int  # to the first success, or all
-    achieved: tuple[str, ...]
-    video: str | None = None
 
 
 def check_drawing(field: str, spec: EpisodeSpec) -> None:
@@ -247,81 +205,33 @@ def _environments_for(specs: Sequence[EpisodeSpec]) -> list[gym.Env]:
 
 
 def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, EpisodeRecord]]:
-    """Step one batch of environments in lockstep until all have reached their horizon."""
+    """Step one batch of environments in lockstep until all episodes have ended; `policy` acts in those that have not."""
     members, video_folder = arguments
     envs = _environments_for([spec for _, spec in members])
-    observations, infos, films = [], [], {}
-    for env, (index, spec) in zip(envs, members, strict=True):
-        options = {"task": spec.task, "goal": spec.goal, "instruction": spec.instruction}
-        env.render_observations = False
-        observation, info = env.reset(seed=spec.seed, options={k: v for k, v in options.items() if v is not None})
-        observations.append(observation)
-        infos.append(info)
-        if video_folder is not None:
-            films[index] = []
-    first_success = np.full(len(envs), -1)
-    success_now = np.zeros(len(envs), bool)
-    achieved: list[set[str]] = [set() for _ in envs]
-    initially = [set(info["achieved"]) for info in infos]
-    timestep, running, lasted = 0, np.ones(len(envs), bool), np.zeros(len(envs), int)
-    looks: dict[int, np.ndarray] = {}  # environment -> (side, side), where the policy looked last
-    while running.any():
-        active = np.flatnonzero(running)
+    episodes = [begin(env, spec, filmed=video_folder is not None) for env, (_, spec) in zip(envs, members, strict=True)]
+    while active := [episode for episode in episodes if episode.running]:
+        for episode in active:
+            episode.look()
         seen = (
-            np.stack([observations[i]["pixels"] for i in active]),
-            np.stack([observations[i]["agent_pos"] for i in active]),
-            [infos[i]["instruction"] for i in active],
+            np.stack([episode.observation["pixels"] for episode in active]),
+            np.stack([episode.observation["agent_pos"] for episode in active]),
+            [episode.told["instruction"] for episode in active],
         )
-        chunk = policy.act(*seen)
-        if films and hasattr(policy, "attention"):
-            looked = policy.attention(*seen)
-            looks = looks if looked is None else looks | dict(zip(active.tolist(), looked, strict=True))
-        for step in range(chunk.shape[1]):
-            for row, i in enumerate(active):
-                if not running[i]:
-                    continue
-                action = np.clip(chunk[row, step], envs[i].action_space.low, envs[i].action_space.high)
-                observations[i], _, _, truncated, info = envs[i].step(action.astype(np.float32))
-                success_now[i], lasted[i] = info["is_success"], timestep + 1
-                achieved[i] |= set(info["achieved"])
-                if info["is_success"] and first_success[i] < 0:
-                    first_success[i] = timestep + 1
-                index = members[i][0]
-                if index in films:
-                    films[index].append(beside_attention(envs[i].render(), looks.get(i)))
-                running[i] = not (truncated or (info["is_success"] and members[i][1].end_on_success))
-            timestep += 1
-            if not running.any():
-                break
-        for i in active:
-            if running[i]:
-                observations[i] = envs[i].observe()
-    records = []
-    for i, (index, spec) in enumerate(members):
-        path = None
-        if index in films:
-            video_folder.mkdir(parents=True, exist_ok=True)
-            path = video_folder / f"{index:05d}.mp4"
-            write_video(path, films[index], envs[i].metadata["render_fps"], infos[i]["instruction"])
-        records.append(
-            (
-                index,
-                spec,
-                EpisodeRecord(
-                    kind=spec.kind,
-                    env=spec.env,
-                    task=infos[i]["task"],
-                    goal=infos[i]["goal_id"],
-                    instruction=infos[i]["instruction"],
-                    split=spec.split,
-                    level=spec.level,
-                    seed=spec.seed,
-                    success=bool(first_success[i] > 0),
-                    success_final=None if spec.end_on_success and first_success[i] > 0 else bool(success_now[i]),
-                    steps=int(first_success[i] if first_success[i] > 0 else lasted[i]),
-                    achieved=tuple(sorted(achieved[i] - initially[i])),
-                    video=path.name if path else None,
-                ),
-            )
-        )
-    return records
+        chunks = policy.act(*seen)
+        attends = video_folder is not None and hasattr(policy, "attention")
+        if attends and (attention := policy.attention(*seen)) is not None:
+            for episode, looked_at in zip(active, attention, strict=True):
+                episode.looked_at = looked_at
+        for actions in chunks.swapaxes(0, 1):
+            for episode, action in zip(active, actions, strict=True):
+                if episode.running:
+                    episode.step(action)
+    names = [None if video_folder is None else f"{index:05d}.mp4" for index, _ in members]
+    if video_folder is not None:
+        video_folder.mkdir(parents=True, exist_ok=True)
+        for episode, name in zip(episodes, names, strict=True):
+            episode.save_film(video_folder / name)
+    return [
+        (index, spec, episode.record(name))
+        for (index, spec), episode, name in zip(members, episodes, names, strict=True)
+    ]

@@ -40,27 +40,61 @@ def batch_terms(
         rest: (a,) the resting action, normalised.
         share: the part of the comparisons to make; terms of all shares add up. The health is always that of the whole batch.
     """
-    ids, shown = batch.ids, batch.shown
-    episode, timestep = ids["episode_id"], ids["timestep"]
-    idle = batch.still | idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(shown.device))
-    images, texts, pairs = batch.pairs.told()
+    idle = batch.still | idle_chunks(batch.action_chunk, batch.action_is_pad, rest.to(batch.shown.device))
     acted = (~batch.action_is_pad.all(1)).nonzero()[:, 0]
-    stated = batch.state.isfinite().all(1).nonzero()[:, 0]
+    terms = context_action_term(model, batch, rows, acted, idle, loss, gap, share)
+    terms |= language_terms(model, batch, language, rows, loss, share)
+    terms |= state_term(model, batch, rows, loss, gap, share)
+    ids, idle = batch.ids, idle[acted] if len(acted) else idle
+    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], ids["episode_id"], idle)
+    if rows.pooled is not None and (loss.transition_action or loss.transition_language):
+        found = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
+        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found, share)
+        health["transitions"] = torch.tensor(len(found[0]))
+    return terms, health
+
+
+def context_action_term(
+    model: AlignmentModel,
+    batch: DeviceBatch,
+    rows: RowEmbeds,
+    acted: Tensor,
+    idle: Tensor,
+    loss: LossConfig,
+    gap: int,
+    share: Share,
+) -> dict[str, Term]:
+    """Instructed pictures against the action chunks from there on.
+
+    Args:
+        acted: (n,) rows with an action. idle: (b,) bool, rows whose action says nothing; they weigh nothing unless all do.
+    """
+    if rows.context is None or rows.action is None or not len(acted):
+        return {}
+    moving = (~idle[acted]).float() if not idle.all() else torch.ones_like(acted, dtype=torch.float32)
+    term = soft_term(
+        rows.context.index_select(0, acted),
+        rows.action.index_select(0, acted),
+        model.scale("context_action"),
+        batch.action_chunk[acted],
+        loss.action_beta,
+        partial(near_duplicates, batch.ids["episode_id"][acted], batch.ids["timestep"][acted], gap),
+        moving,
+        share,
+    )
+    return {"context_action": term}
+
+
+def language_terms(
+    model: AlignmentModel, batch: DeviceBatch, language: Tensor, rows: RowEmbeds, loss: LossConfig, share: Share
+) -> dict[str, Term]:
+    """Pooled pictures against instructions, and patches against words."""
     terms: dict[str, Term] = {}
-    if rows.context is not None and rows.action is not None and len(acted):
-        moving = (~idle[acted]).float() if not idle.all() else torch.ones_like(acted, dtype=torch.float32)
-        terms["context_action"] = soft_term(
-            rows.context.index_select(0, acted),
-            rows.action.index_select(0, acted),
-            model.scale("context_action"),
-            batch.action_chunk[acted],
-            loss.action_beta,
-            partial(near_duplicates, episode[acted], timestep[acted], gap),
-            moving,
-            share,
-        )
-    if loss.vision_language and len(images):
-        scale, progress = model.scale("vision_language"), ids["progress"][shown][images]
+    images, texts, pairs = batch.pairs.told()
+    if not len(images):
+        return terms
+    if loss.vision_language:
+        scale, progress = model.scale("vision_language"), batch.ids["progress"][batch.shown][images]
         vision, named = rows.vision.index_select(0, images), language.index_select(0, texts)
         if loss.vision_language_kind == "sigmoid":
             terms["vision_language"] = vision_language_sigmoid_term(
@@ -68,30 +102,34 @@ def batch_terms(
             )
         else:
             terms["vision_language"] = vision_language_term(vision, named, scale, pairs, progress, share)
-    if rows.similarity is not None and len(images):
+    if rows.similarity is not None:
         terms["word_patch"] = word_patch_term(
             rows.similarity, model.scale("word_patch"), batch.pairs, batch.groups, share
         )
-    if rows.scene is not None and rows.state is not None and len(stated):
-        invalid, weights = state_pairs(batch, stated, gap, within_goal=loss.state_within_goal)
-        if weights.any():
-            terms["state"] = soft_term(
-                rows.scene.index_select(0, stated),
-                rows.state.index_select(0, stated),
-                model.scale("state"),
-                batch.state[stated],
-                loss.state_beta,
-                invalid,
-                weights,
-                share,
-            )
-    idle = idle[acted] if len(acted) else idle
-    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], ids["episode_id"], idle)
-    if rows.pooled is not None and (loss.transition_action or loss.transition_language):
-        found = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
-        terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found, share)
-        health["transitions"] = torch.tensor(len(found[0]))
-    return terms, health
+    return terms
+
+
+def state_term(
+    model: AlignmentModel, batch: DeviceBatch, rows: RowEmbeds, loss: LossConfig, gap: int, share: Share
+) -> dict[str, Term]:
+    """Pictures against the states that they show."""
+    stated = batch.state.isfinite().all(1).nonzero()[:, 0]
+    if rows.scene is None or rows.state is None or not len(stated):
+        return {}
+    invalid, weights = state_pairs(batch, stated, gap, within_goal=loss.state_within_goal)
+    if not weights.any():
+        return {}
+    term = soft_term(
+        rows.scene.index_select(0, stated),
+        rows.state.index_select(0, stated),
+        model.scale("state"),
+        batch.state[stated],
+        loss.state_beta,
+        invalid,
+        weights,
+        share,
+    )
+    return {"state": term}
 
 
 def state_pairs(

@@ -19,8 +19,9 @@ from vla.data.augmentation import augmenter
 from vla.data.episodes import Episodes, rows_of, spread
 from vla.data.mixture import open_mixture
 from vla.data.sampler import shares
+from vla.eval.episode import EpisodeSpec
 from vla.eval.golden import drawn_at
-from vla.eval.rollouts import EpisodeSpec, check_drawing, run_rollouts
+from vla.eval.rollouts import check_drawing, run_rollouts
 from vla.eval.statistics import wilson
 from vla.losses.cloning import masked_l1
 from vla.models.clip import patch_tokens, pixel_values
