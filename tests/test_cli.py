@@ -51,6 +51,15 @@ def test_help_may_be_cut_short():
     assert process.returncode == 0
 
 
+def test_a_command_whose_reader_has_gone_ends_without_a_traceback():
+    code = "import sys; from vla import cli; cli.VERBS['doctor'] = lambda argv: [print(n) for n in range(9)]; sys.exit(cli.run('doctor', []))"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_a_mistake_ends_a_script_with_status_2_and_one_line(tmp_path):
     result = script("train_align", "--data.root=/nowhere", f"--output={tmp_path}/run")
     assert result.returncode == 2
@@ -106,8 +115,9 @@ def test_an_interrupted_command_says_how_to_go_on_and_ends_with_status_130(tmp_p
 
 def test_a_line_is_in_a_log_file_as_soon_as_it_is_printed(tmp_path):
     code = "import os; from vla import cli; cli.VERBS['doctor'] = lambda argv: (print('begun'), os._exit(0)); cli.run('doctor', [])"
+    command, buffered = [sys.executable, "-c", code], os.environ | {"PYTHONUNBUFFERED": ""}
     with (tmp_path / "log.txt").open("w") as log:
-        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
+        subprocess.run(command, stdout=log, check=True, env=buffered, cwd=ROOT, timeout=60)
     assert (tmp_path / "log.txt").read_text() == "begun\n"
 
 

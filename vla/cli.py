@@ -8,6 +8,7 @@ nothing else; what people read goes to standard error.
 import io
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -173,6 +174,10 @@ def run(verb: str, argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        return 141  # as a program that the signal ends
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
@@ -195,7 +200,17 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
+        reader_is_gone()
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; what is printed then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+    return gone
 
 
 def result_of(path: Path | None) -> dict:

@@ -1,6 +1,7 @@
 """Measures of an alignment on held-out episodes: retrieval, zero-shot instruction accuracy, probes."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,8 +49,7 @@ def measure_alignment(
     Probes are fitted on the episodes at `train`, evenly chosen.
     """
     held_out = embed_rows(model, source, spread_rows(source, positions, 12), input_ids, attention_mask)
-    fitted = spread_rows(source, train, 4)
-    seen = embed_rows(model, source, fitted, input_ids, attention_mask, compares_texts=False)
+    seen = embed_rows(model, source, spread_rows(source, train, 4), input_ids, attention_mask, compares_texts=False)
     measures = retrieval_measures(held_out)
     measures |= zero_shot_measures(held_out.vision, held_out.language, held_out.batch, source.episodes)
     measures |= probe_measures(seen, held_out, source)
@@ -136,7 +136,7 @@ def embed_rows(
     *,
     compares_texts: bool = True,
 ) -> Embedded:
-    """Embed (b,) rows, not augmented, in evaluation mode's float32; `language` only if something `compares_texts`.
+    """Embed (b,) rows, not augmented, in evaluation mode's float32; `language` is 0 unless something `compares_texts`.
 
     The other row, whose text or picture the counterfactual contexts get, is of another goal, unless there is one alone.
     """
@@ -150,31 +150,28 @@ def embed_rows(
     named = word_embeds(model.clip, words)
     columns: dict[str, list[Tensor]] = {}
     other = of_another_goal(batch.goal_id)
-    order = np.argsort(np.arange(len(rows)) % max(1, len(rows) // 2), kind="stable")  # most rows beside their other one
-
-    def context(tokens: Tensor, chosen: np.ndarray) -> Tensor:
-        """Patch tokens pooled by the texts of some rows."""
-        row, text = torch.arange(len(tokens), device=device), torch.from_numpy(text_of_rows[chosen]).to(device)
-        return model.context_features(tokens, patch_embeds(model.clip, tokens), words, named, mask, row, text)
-
+    # Most rows in one part with their other one, so that the tower sees few pictures twice.
+    order = np.argsort(np.arange(len(rows)) % max(1, len(rows) // 2), kind="stable")
     for first in range(0, len(rows), BATCH):
         own = order[first : first + BATCH]
         others = other[own]
-        shown, at = np.unique(batch.frame_of_row[np.concatenate([own, others])], return_inverse=True)
-        seen = vision_features(model.clip, pixel_values(torch.from_numpy(batch.frames[shown]).to(device)))
-        tokens, pooled = (values[torch.from_numpy(at[: len(own)]).to(device)] for values in seen)
-        tokens_of_others = seen[0][torch.from_numpy(at[len(own) :]).to(device)]
-        contexts = [context(tokens, own), context(tokens, others), context(tokens_of_others, own)]
+        shown, place = np.unique(batch.frame_of_row[np.concatenate([own, others])], return_inverse=True)
+        here, there = torch.from_numpy(place).to(device).split(len(own))
+        pixels = pixel_values(torch.from_numpy(batch.frames[shown]).to(device))
+        tokens, pooled = vision_features(model.clip, pixels)
+        told, told_others = (torch.from_numpy(text_of_rows[chosen]).to(device) for chosen in (own, others))
+        context = partial(model.context_features, tokens, patch_embeds(model.clip, tokens), words, named, mask)
+        contexts = context(here, told), context(here, told_others), context(there, told)
         chunk = torch.from_numpy(batch.action_chunk[own]).to(device)
         pad = torch.from_numpy(batch.action_is_pad[own]).to(device)
         outputs = {
-            "vision": unit(model.clip.visual_projection(pooled)),
+            "vision": unit(model.clip.visual_projection(pooled[here])),
             "context": model.context_projection(contexts[0]),
             "context_of_other_text": model.context_projection(contexts[1]),
             "context_of_other_image": model.context_projection(contexts[2]),
             "action": model.action_projection(model.action_encoder(chunk, pad)),
             "pooled_context": contexts[0],
-            "pooled_scene": model.scene_features(tokens),
+            "pooled_scene": model.scene_features(tokens[here]),
         }
         for name, value in outputs.items():
             columns.setdefault(name, []).append(value.float().cpu())

@@ -52,7 +52,7 @@ class EpisodeRecord:
     video: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class RunningEpisode:
     """An episode in its environment, which draws a picture only when the policy looks."""
 

@@ -209,6 +209,7 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
     members, video_folder = arguments
     envs = _environments_for([spec for _, spec in members])
     episodes = [begin(env, spec, filmed=video_folder is not None) for env, (_, spec) in zip(envs, members, strict=True)]
+    attends = video_folder is not None and hasattr(policy, "attention")
     while active := [episode for episode in episodes if episode.running]:
         for episode in active:
             episode.look()
@@ -218,7 +219,6 @@ def _run_group(policy: ChunkPolicy, arguments) -> list[tuple[int, EpisodeSpec, E
             [episode.told["instruction"] for episode in active],
         )
         chunks = policy.act(*seen)
-        attends = video_folder is not None and hasattr(policy, "attention")
         if attends and (attention := policy.attention(*seen)) is not None:
             for episode, looked_at in zip(active, attention, strict=True):
                 episode.looked_at = looked_at

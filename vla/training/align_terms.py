@@ -45,8 +45,9 @@ def batch_terms(
     terms = context_action_term(model, batch, rows, acted, idle, loss, gap, share)
     terms |= language_terms(model, batch, language, rows, loss, share)
     terms |= state_term(model, batch, rows, loss, gap, share)
-    ids, idle = batch.ids, idle[acted] if len(acted) else idle
-    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], ids["episode_id"], idle)
+    ids = batch.ids
+    known_idle = idle[acted] if len(acted) else idle
+    health = batch_health(ids["goal_id"], batch.text_of_row, ids["scene_id"], ids["episode_id"], known_idle)
     if rows.pooled is not None and (loss.transition_action or loss.transition_language):
         found = transitions(ids["episode_id"], ids["timestep"], gap, batch.action_chunk.shape[1])
         terms |= transition_terms(model, batch, language, rows.pooled, rest, loss, gap, found, share)
@@ -113,8 +114,10 @@ def state_term(
     model: AlignmentModel, batch: DeviceBatch, rows: RowEmbeds, loss: LossConfig, gap: int, share: Share
 ) -> dict[str, Term]:
     """Pictures against the states that they show."""
+    if rows.scene is None or rows.state is None:
+        return {}
     stated = batch.state.isfinite().all(1).nonzero()[:, 0]
-    if rows.scene is None or rows.state is None or not len(stated):
+    if not len(stated):
         return {}
     invalid, weights = state_pairs(batch, stated, gap, within_goal=loss.state_within_goal)
     if not weights.any():
