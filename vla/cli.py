@@ -175,7 +175,7 @@ def run(verb: str, argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:
-        if not reader_is_gone():
+        if not silence_unread_output():
             raise
         return 141  # as a program that the signal ends
     except (OSError, SafetensorError) as error:
@@ -200,11 +200,11 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        reader_is_gone()
+        silence_unread_output()
 
 
-def reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more; what is printed then goes nowhere."""
+def silence_unread_output() -> bool:
+    """Send what is still printed nowhere if standard output is a pipe that nobody reads any more; returns whether it is."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

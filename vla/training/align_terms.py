@@ -65,10 +65,11 @@ def context_action_term(
     gap: int,
     share: Share,
 ) -> dict[str, Term]:
-    """Instructed pictures against the action chunks from there on.
+    """Instructed pictures against the action chunks from there on; none if no row has an action.
 
     Args:
         acted: (n,) rows with an action. idle: (b,) bool, rows whose action says nothing; they weigh nothing unless all do.
+        Others as in `batch_terms`.
     """
     if rows.context is None or rows.action is None or not len(acted):
         return {}
@@ -89,7 +90,7 @@ def context_action_term(
 def language_terms(
     model: AlignmentModel, batch: DeviceBatch, language: Tensor, rows: RowEmbeds, loss: LossConfig, share: Share
 ) -> dict[str, Term]:
-    """Pooled pictures against instructions, and patches against words."""
+    """Pooled pictures against the (u, d) instructions, and patches against words; arguments as in `batch_terms`."""
     terms: dict[str, Term] = {}
     images, texts, pairs = batch.pairs.told()
     if not len(images):
@@ -113,7 +114,7 @@ def language_terms(
 def state_term(
     model: AlignmentModel, batch: DeviceBatch, rows: RowEmbeds, loss: LossConfig, gap: int, share: Share
 ) -> dict[str, Term]:
-    """Pictures against the states that they show."""
+    """Pictures against the states that they show, none if no state is known; arguments as in `batch_terms`."""
     if rows.scene is None or rows.state is None:
         return {}
     stated = batch.state.isfinite().all(1).nonzero()[:, 0]
