@@ -270,7 +270,7 @@ class CompareConfig:
         "aligned-frozen",
         "aligned-tuned",
         "shuffle-all",
-    )  # arms to compare; docs/comparison.md lists all
+    )  # arms to compare; docs/comparison.md lists all. NAME:NUMBER trains one on that number of demonstrations alone
     encoders: tuple[str, ...] = ()  # further frozen arms, NAME=FOLDER each of a CLIPModel or a vision transformer
     policies: tuple[str, ...] = ()  # LeRobot policy folders to evaluate beside the arms, NAME=FOLDER each
     demonstrations: tuple[int, ...] = (5, 25, 0)  # demonstrations of each task that the policies clone; 0 means all

@@ -8,6 +8,7 @@ from tests.conftest import debug
 from vla.comparison.arms import Arm
 from vla.comparison.chosen import numbers_of
 from vla.comparison.compare import compare
+from vla.comparison.plan import plan_jobs
 from vla.config import (
     AlignConfig,
     CollectConfig,
@@ -29,6 +30,9 @@ from vla.types import UserError
         ("transfer", ("reach", "push", "pick", "place", "next_to", "separate"), "no task is left for the encoders"),
         ("arms", ("aligned",), "'aligned' is not an arm; known: scratch"),
         ("arms", ("aligned-head-tuned",), "aligned-head-tuned goes on from aligned-frozen; name that, too"),
+        ("arms", ("scratch:3",), r"'scratch:3': 3 is not among demonstrations=\[1, 0\]"),
+        ("arms", ("scratch:",), "'scratch:': nothing is not among demonstrations"),
+        ("arms", ("scratch", "scratch:0"), "repeats a value"),
         ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
         ("seeds", (0, 0), "repeats a value"),
         ("seeds", (), "seeds: .*give at least one number"),
@@ -88,6 +92,22 @@ def test_tasks_beside_those_of_transfer_are_refused(tmp_path):
 def test_a_snapshot_is_compared_at_the_middle_number_of_demonstrations_in_any_order(tmp_path):
     config = debug(CompareConfig, "compare", output=str(tmp_path), demonstrations=(0, 5, 25))
     assert numbers_of(config, Arm("none", "a snapshot", snapshot=1)) == (25,)
+
+
+def test_an_arm_with_a_number_is_trained_on_that_alone(tmp_path):
+    arms = ("aligned-frozen:5", "aligned-head-tuned:5", "scratch:0", "random-frozen")
+    config = debug(CompareConfig, "compare", output=str(tmp_path), arms=arms, demonstrations=(5, 0), seeds=(0,))
+    config.align.snapshots = ()
+    trained = {job.name for job in plan_jobs(config) if job.name.startswith("policy-")}
+    wanted = ("aligned-frozen-5", "aligned-head-tuned-5", "scratch-0", "random-frozen-5", "random-frozen-0")
+    assert trained == {f"policy-{name}-0" for name in wanted}
+
+
+def test_an_arm_that_goes_on_from_another_with_other_demonstrations_is_refused(tmp_path):
+    arms = ("aligned-frozen:0", "aligned-head-tuned:5")
+    config = debug(CompareConfig, "compare", output=str(tmp_path), arms=arms, demonstrations=(5, 0))
+    with pytest.raises(UserError, match="goes on from aligned-frozen; name that, too, with as many demonstrations"):
+        compare(config)
 
 
 def test_demonstrations_of_another_robot_are_refused_before_anything_is_trained(data_root, tmp_path):

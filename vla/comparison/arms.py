@@ -13,6 +13,7 @@ class Arm:
     `source`: an untrained tower, one pretrained by cloning, one aligned on triplets of which this part is shuffled ("none": the
     real alignment), or one that the user names: an encoder, or a vision model alone. `snapshot`: the alignment as of this
     step; 0 is its end. `name`: of the encoder, if the user named it. `after`: the arm whose policies this one's go on from.
+    `number`: the only number of demonstrations that it is trained on; None for all that are compared.
     """
 
     source: Source
@@ -22,6 +23,7 @@ class Arm:
     snapshot: int = 0
     name: str = ""
     after: str = ""
+    number: int | None = None
 
     @property
     def encoder(self) -> str:

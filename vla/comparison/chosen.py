@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -47,12 +47,22 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     """
     check_numbers(config)
     arms = {}
-    for name in config.arms:
+    for text in config.arms:
+        name, colon, number = text.partition(":")
         if name not in ARMS:
             raise UserError(f"config error: arms: {name!r} is not an arm; known: {', '.join(ARMS)}")
-        arms[name] = ARMS[name]
-        if arms[name].after not in ("", *config.arms):
-            raise UserError(f"config error: arms: {name} goes on from {arms[name].after}; name that, too")
+        if colon and number not in map(str, config.demonstrations):
+            raise UserError(
+                f"config error: arms: {text!r}: {number or 'nothing'} is not among demonstrations={list(config.demonstrations)}"
+            )
+        arms[name] = replace(ARMS[name], number=int(number)) if colon else ARMS[name]
+    for name, arm in arms.items():
+        if arm.after and not (
+            arm.after in arms and {*numbers_of(config, arm)} <= {*numbers_of(config, arms[arm.after])}
+        ):
+            raise UserError(
+                f"config error: arms: {name} goes on from {arm.after}; name that, too, with as many demonstrations"
+            )
     for name, folder in named(config.encoders, "encoders").items():
         alone = vision_alone(folder)
         what = "the vision model" if alone else "the encoder"
@@ -62,7 +72,7 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
             arms[f"aligned-frozen@{step}"] = Arm("none", f"aligned for the first {step} steps, frozen", snapshot=step)
     policies = named(config.policies, "policies")
     for field, values in (
-        ("arms", [*config.arms, *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
+        ("arms", [*names_of(config.arms), *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
         ("demonstrations", config.demonstrations),
         ("seeds", config.seeds),
     ):
@@ -86,8 +96,15 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
     return arms
 
 
+def names_of(arms: Sequence[str]) -> list[str]:
+    """The arms' names, without the number of demonstrations that NAME:NUMBER has behind them."""
+    return [text.partition(":")[0] for text in arms]
+
+
 def numbers_of(config: CompareConfig, arm: Arm) -> tuple[int, ...]:
-    """The numbers of demonstrations an arm is trained on: all, or the middle one for a snapshot of the alignment."""
+    """The numbers of demonstrations an arm is trained on: all, its own one, or the middle one for a snapshot of the alignment."""
+    if arm.number is not None:
+        return (arm.number,)
     ascending = sorted(config.demonstrations, key=lambda number: number or math.inf)
     return config.demonstrations if not arm.snapshot else (ascending[len(ascending) // 2],)
 
@@ -142,7 +159,7 @@ def check_numbers(config: CompareConfig) -> None:
     check_set_here(config, SET_HERE | SET_BY_ARMS)
     with inside("policy."):
         check_head(config.policy)
-    sources = {ARMS[name].source for name in config.arms if name in ARMS} - {"random"}
+    sources = {ARMS[name].source for name in names_of(config.arms) if name in ARMS} - {"random"}
     taken_up = sources if config.policy.aligned_pooler else sources & {"cloned"}  # a cloned pooler is measured, too
     if taken_up:
         check_pooler(config.policy.head, config.align.loss)

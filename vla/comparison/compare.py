@@ -9,7 +9,7 @@ import torch
 
 from vla.comparison.arms import ARMS, CONTRASTS
 from vla.comparison.begun import check_same, check_same_data, comparable, records, with_precision
-from vla.comparison.chosen import chosen_arms, numbers_of
+from vla.comparison.chosen import chosen_arms, names_of, numbers_of
 from vla.comparison.data import drop_caches, env_name
 from vla.comparison.estimates import with_estimates
 from vla.comparison.jobs import in_short, leave_the_launcher, needed, print_left, refuse_failed, run_jobs
@@ -73,7 +73,11 @@ def finished_part(config: CompareConfig) -> CompareConfig | None:
     arms = {name for name, arm in chosen_arms(config).items() if whole(name, numbers_of(config, arm), config.seeds)}
     part = replace(
         config,
-        arms=tuple(name for name in config.arms if name in arms and ARMS[name].after in ("", *arms)),
+        arms=tuple(
+            text
+            for text, name in zip(config.arms, names_of(config.arms), strict=True)
+            if name in arms and ARMS[name].after in ("", *arms)
+        ),
         encoders=tuple(pair for pair in config.encoders if pair.partition("=")[0] in arms),
         policies=tuple(pair for pair in config.policies if whole(pair.partition("=")[0], ("given",), (0,))),
     )
@@ -155,8 +159,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def power(config: CompareConfig) -> str:
     """What the comparison can show, before it runs."""
     seeds, episodes = len(config.seeds), config.eval.episodes
-    planned = sum(first in config.arms and second in config.arms for first, second, _ in CONTRASTS)
-    planned += len(config.encoders) if "aligned-frozen" in config.arms else 0
+    arms = names_of(config.arms)
+    planned = sum(first in arms and second in arms for first, second, _ in CONTRASTS)
+    planned += len(config.encoders) if "aligned-frozen" in arms else 0
     text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {seen_points(seeds, episodes)}"
     if planned > 1:
         text += (
