@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vla.comparison.report import answers, comparison_report, measures_table
+from vla.comparison.report import answers, comparison_report, measures_table, usual_number
 from vla.comparison.summary import contrasts, estimate, fisher_interval, mcnemar_p_values, read_outcomes
 
 
@@ -91,6 +91,18 @@ def test_answers_are_of_the_most_demonstrations_plain_episodes_first():
     sentences = answers({"contrasts": rows, "success": []})
     assert [("plain" in s, "perturbed" in s) for s in sentences] == [(True, False), (False, True)]
     assert sentences[0].startswith("aligned beats other by 10 points [5, 15]")
+
+
+def test_a_difference_that_only_fewer_demonstrations_have_is_answered_too():
+    rows = [contrast("plain", 5, 0.3, 0.001), contrast("plain", 0, 0.1, 0.001) | {"second": "scratch"}]
+    first, second = answers({"contrasts": rows, "success": []})
+    assert "aligned beats other by 30 points" in first
+    assert "aligned beats scratch by 10 points" in second
+
+
+@pytest.mark.parametrize(("numbers", "usual"), [([5, 5, 0], 5), ([5, 0, 5, 0], 0), ([25, 5, None], 25), ([None], None)])
+def test_the_usual_number_is_that_of_most_rows_and_of_equals_the_largest(numbers, usual):
+    assert usual_number([{"demonstrations": number} for number in numbers]) == usual
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,18 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
                 run = policy_run(config, name, count, seed)
                 encoder = f"encoder-{arm.encoder}-{seed}"
                 after = (f"policy-{arm.after}-{count}-{seed}",) if arm.after else ()
-                jobs.append(
-                    Job(
-                        f"policy-{name}-{count}-{seed}",
-                        run / "policy" / WEIGHTS,
-                        partial(make_policy, config, name, arm, count, seed),
-                        ("data",) if arm.source == "named" else (encoder, *after),
-                    )
+                training = Job(
+                    f"policy-{name}-{count}-{seed}",
+                    run / "policy" / WEIGHTS,
+                    partial(make_policy, config, name, arm, count, seed),
+                    ("data",) if arm.source == "named" else (encoder, *after),
                 )
-                jobs.append(evaluation_job(config, (name, count, seed), run / "policy", (jobs[-1].name,)))
+                same = [
+                    job.name for job in jobs if job.makes == training.makes
+                ]  # the pretraining by cloning, for scratch
+                jobs += [] if same else [training]
+                needs = tuple(same) or (training.name,)
+                jobs.append(evaluation_job(config, (name, count, seed), run / "policy", needs))
     for name, policy in named(config.policies, "policies").items():
         jobs.append(evaluation_job(config, (name, "given", 0), policy, ()))
     return jobs

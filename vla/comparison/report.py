@@ -1,5 +1,6 @@
 """The report of a comparison, from its summary alone."""
 
+from collections import Counter
 from typing import Any
 
 from vla.eval.evaluation_report import LANGUAGE, curve_figure
@@ -55,16 +56,19 @@ def comparison_report(result: dict[str, Any]) -> Report:
 
 
 def answers(result: dict[str, Any]) -> list[str]:
-    """What is transferred, if something is; a sentence for each difference at the most demonstrations, on plain episodes first, and what is done as told."""
-    counts = [number_of_second(row) for row in result["contrasts"]]
-    most = max(counts, key=amount, default=None)
+    """What is transferred, if something is; a sentence for each difference at its most demonstrations, on plain episodes first, and what is done as told."""
+    most: dict[tuple[str, str], int] = {}
+    for row in result["contrasts"]:
+        pair = row["first"], row["second"]
+        most[pair] = max(most.get(pair, number_of_second(row)), number_of_second(row), key=amount)
     shown = [group for group in MAIN_GROUPS if any_contrast(result, group)]
     sentences = [
         difference_sentence(row)
         for group in shown
         for row in result["contrasts"]
-        if row["group"] == group and number_of_second(row) == most
+        if row["group"] == group and number_of_second(row) == most[row["first"], row["second"]]
     ]
+    swapped = [row for row in result["success"] if row["group"] == "swapped instructions"]
     if not sentences:
         sentences = [
             f"{row['arm']} succeeds in {interval(row)}." for row in result["success"] if row["group"] == "plain"
@@ -75,8 +79,8 @@ def answers(result: dict[str, Any]) -> list[str]:
         + [
             f"{row['arm']} follows {interval(row)} of the instructions that were exchanged for another of the scene "
             f"({demonstrations(row['demonstrations'])})."
-            for row in result["success"]
-            if row["group"] == "swapped instructions" and (most is None or row["demonstrations"] in (most, None))
+            for row in swapped
+            if row["demonstrations"] in (usual_number(swapped), None)
         ]
     )
 
@@ -118,6 +122,12 @@ def spanned(result: dict[str, Any]) -> str:
 def amount(count: int | None) -> float:
     """For ordering numbers of demonstrations: 0 stands for all; policies as given come first."""
     return -1.0 if count is None else count or float("inf")
+
+
+def usual_number(rows: list[dict[str, Any]]) -> int | None:
+    """The number of demonstrations that most rows have, of equals the largest; None if all are of policies as given."""
+    counted = Counter(row["demonstrations"] for row in rows if row["demonstrations"] is not None)
+    return max(counted, key=lambda number: (counted[number], amount(number)), default=None)
 
 
 def demonstrations(count: int | None) -> str:
@@ -185,8 +195,8 @@ def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
 
 def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
     """Every split by its levels: curves for perturbations, a table for kinds of wording and combination."""
-    most = max((row["demonstrations"] for row in rows), key=amount, default=None)
-    rows = [row for row in rows if row["demonstrations"] in (most, None)]
+    usual = usual_number(rows)
+    rows = [row for row in rows if row["demonstrations"] in (usual, None)]
     curves: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     kinds: dict[str, dict[str, str]] = {}
     plain = {row["arm"]: rate_of(row) for row in rows if row["split"] == "train"}
@@ -197,7 +207,7 @@ def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
             points = curves.setdefault(row["split"], {}).setdefault(row["arm"], [(0, plain[row["arm"]])])
             points.append((row["level"], rate_of(row)))
     sections = []
-    where = "policies as they are" if most is None else demonstrations(most)
+    where = "policies as they are" if usual is None else demonstrations(usual)
     if curves:
         figures = tuple(curve_figure(arms, f"Success against {name} level") for name, arms in curves.items())
         sections.append(Section("As perturbations grow", f"With {where}.", figures))

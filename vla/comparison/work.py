@@ -42,8 +42,10 @@ def policy_run(config: CompareConfig, name: str, count: int, seed: int) -> Path:
 
 
 def cloning_run(config: CompareConfig, seed: int) -> Path:
-    """The run that trains an encoder by cloning on all demonstrations."""
-    return Path(config.output) / "policy" / "cloning" / str(seed)
+    """The run that trains an encoder by cloning on all demonstrations: that of scratch, which does the same, if it takes as many steps."""
+    same_data = not config.transfer and config.align.data.episodes_per_task is None
+    same = same_data and config.scratch_steps == config.cloning_steps and config.policy.pooler_lr_scale == 1.0
+    return policy_run(config, "scratch", 0, seed) if same else Path(config.output) / "policy" / "cloning" / str(seed)
 
 
 def evaluation_folder(config: CompareConfig, name: str, count: int | str, seed: int) -> Path:
