@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import debug
 from vla.comparison.arms import Arm
 from vla.comparison.chosen import numbers_of
-from vla.comparison.compare import compare
+from vla.comparison.compare import compare, power
 from vla.comparison.plan import plan_jobs
 from vla.config import (
     AlignConfig,
@@ -32,7 +32,7 @@ from vla.types import UserError
         ("arms", ("aligned-head-tuned",), "aligned-head-tuned goes on from aligned-frozen; name that, too"),
         ("arms", ("scratch:3",), r"'scratch:3': 3 is not among demonstrations=\[1, 0\]"),
         ("arms", ("scratch:",), "'scratch:': nothing is not among demonstrations"),
-        ("arms", ("scratch", "scratch:0"), "repeats a value"),
+        ("arms", ("scratch:1", "scratch:0"), "arms: scratch is named twice; give it one number"),
         ("encoders", ("nowhere=/nowhere",), "is not NAME=FOLDER of an existing folder"),
         ("seeds", (0, 0), "repeats a value"),
         ("seeds", (), "seeds: .*give at least one number"),
@@ -101,6 +101,19 @@ def test_an_arm_with_a_number_is_trained_on_that_alone(tmp_path):
     trained = {job.name for job in plan_jobs(config) if job.name.startswith("policy-")}
     wanted = ("aligned-frozen-5", "aligned-head-tuned-5", "scratch-0", "random-frozen-5", "random-frozen-0")
     assert trained == {f"policy-{name}-0" for name in wanted}
+
+
+def test_snapshots_are_trained_on_the_number_of_the_alignment_that_they_are_of(tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path), arms=("aligned-frozen:1",), demonstrations=(1, 0))
+    config.align.snapshots = (1,)
+    assert "policy-aligned-frozen@1-1-0" in {job.name for job in plan_jobs(config)}
+    assert "policy-aligned-frozen@1-0-0" not in {job.name for job in plan_jobs(config)}
+
+
+def test_power_counts_the_differences_that_are_corrected_together(tmp_path):
+    arms = ("aligned-frozen:1", "shuffle-all:1", "random-frozen:1", "scratch:0", "aligned-head-tuned:1")
+    config = debug(CompareConfig, "compare", output=str(tmp_path), arms=arms, demonstrations=(1, 0))
+    assert "strictest of 3 corrected ones" in power(config)
 
 
 def test_an_arm_that_goes_on_from_another_with_other_demonstrations_is_refused(tmp_path):

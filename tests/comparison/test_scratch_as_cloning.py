@@ -34,12 +34,18 @@ def test_scratch_alone_is_a_job_of_its_own(config):
     assert names(replace(config, arms=("scratch",))) == {"policy-scratch-1-0", "policy-scratch-0-0"}
 
 
+def test_a_folder_in_which_an_older_version_trained_both_goes_on(config, tmp_path):
+    (tmp_path / "policy" / "cloning" / "0").mkdir(parents=True)
+    assert names(config) == {"cloning-0", "policy-scratch-1-0", "policy-scratch-0-0"}
+
+
 @pytest.mark.parametrize("change", [{"cloning_steps": 3}, {"transfer": ("reach",)}])
 def test_with_other_steps_or_data_both_are_trained(config, change):
     assert names(replace(config, **change)) == {"cloning-0", "policy-scratch-1-0", "policy-scratch-0-0"}
 
 
 def test_both_would_train_the_same(config, monkeypatch):
+    config.policy.pooler_lr_scale = 0.0
     trained = []
     monkeypatch.setattr("vla.comparison.work.clone_cached", lambda config, policy, readers: trained.append(policy))
     make_policy(config, "scratch", ARMS["scratch"], 0, 0)

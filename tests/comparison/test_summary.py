@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from vla.comparison.report import answers, comparison_report, measures_table, usual_number
+from vla.comparison.report import (
+    answers,
+    comparison_report,
+    level_sections,
+    measures_table,
+    success_table,
+    usual_number,
+)
 from vla.comparison.summary import contrasts, estimate, fisher_interval, mcnemar_p_values, read_outcomes
 
 
@@ -102,7 +109,12 @@ def test_a_difference_that_only_fewer_demonstrations_have_is_answered_too():
 
 @pytest.mark.parametrize(("numbers", "usual"), [([5, 5, 0], 5), ([5, 0, 5, 0], 0), ([25, 5, None], 25), ([None], None)])
 def test_the_usual_number_is_that_of_most_rows_and_of_equals_the_largest(numbers, usual):
-    assert usual_number([{"demonstrations": number} for number in numbers]) == usual
+    assert usual_number([{"arm": "scratch", "demonstrations": number} for number in numbers]) == usual
+
+
+def test_snapshots_which_have_one_number_do_not_decide_the_usual_one():
+    rows = [{"arm": arm, "demonstrations": n} for arm, n in (("scratch", 5), ("scratch", 0), ("aligned-frozen@1", 5))]
+    assert usual_number(rows) == 0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +141,33 @@ def test_against_scratch_fewer_demonstrations_are_compared_with_more():
         {"contrasts": rows, "success": [], "arms": {}, "levels": [], "validity": [], "command": "", "protocol": {}}
     )
     assert "5 demonstrations of each task against all demonstrations" in report.answers[-1]
+
+
+def test_against_scratch_the_next_larger_number_is_one_that_scratch_has():
+    rng = np.random.default_rng(0)
+    arms = [("aligned-tuned", 5, 0.6), ("aligned-frozen", 25, 0.6), ("scratch", 0, 0.5)]
+    runs = {(name, count): [{"plain": outcomes(rng.random((1, 40)) < rate)}] * 2 for name, count, rate in arms}
+    rows = contrasts(runs, (5, 25, 0), [("aligned-tuned", "scratch", "")])
+    assert [(row["demonstrations"], row["demonstrations_of_second"]) for row in rows] == [(5, 0)]
+
+
+def success(arm: str, demonstrations: int) -> dict:
+    return {"arm": arm, "demonstrations": demonstrations, "value": 0.5, "low": 0.4, "high": 0.6, "minutes": 1.0}
+
+
+def test_columns_are_the_numbers_of_demonstrations_the_fewest_first():
+    table = success_table("plain", [success("scratch", 0), success("aligned-frozen", 5)])
+    assert table.header[1:3] == ("5 demonstrations of each task", "all demonstrations")
+    assert table.rows == (("scratch", "-", "50 % [40, 60]", "1"), ("aligned-frozen", "50 % [40, 60]", "-", "1"))
+
+
+def test_arms_that_levels_leave_out_are_named():
+    arms = (("aligned-frozen", 5), ("random-frozen", 5), ("scratch", 0))
+    rows = [success(*arm) | {"split": split, "level": 1} for arm in arms for split in ("train", "light")]
+    (section,) = level_sections(rows)
+    assert (
+        section.text == "With 5 demonstrations of each task; scratch, trained on other numbers, is in the tables above."
+    )
 
 
 def test_what_encoders_know_is_shown_by_training_seed_beside_chance():
@@ -164,7 +203,7 @@ def test_policies_alone_make_a_report():
         "validity": [],
     }
     report = comparison_report(result | {"command": "", "protocol": {}})
-    assert report.answers == ("theirs succeeds in 50 % [40, 60].",)
+    assert report.answers == ("theirs succeeds in 50 % [40, 60] (as given).",)
     assert "Differences" not in [section.title for section in report.sections]
     assert any(section.text == "With policies as they are." for section in report.sections)
 

@@ -55,6 +55,10 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
             raise UserError(
                 f"config error: arms: {text!r}: {number or 'nothing'} is not among demonstrations={list(config.demonstrations)}"
             )
+        if name in arms:
+            raise UserError(
+                f"config error: arms: {name} is named twice; give it one number of demonstrations, or none for all"
+            )
         arms[name] = replace(ARMS[name], number=int(number)) if colon else ARMS[name]
     for name, arm in arms.items():
         if arm.after and not (
@@ -63,16 +67,18 @@ def chosen_arms(config: CompareConfig) -> dict[str, Arm]:
             raise UserError(
                 f"config error: arms: {name} goes on from {arm.after}; name that, too, with as many demonstrations"
             )
+    aligned = arms.get("aligned-frozen")
+    number = aligned.number if aligned else None  # what is compared with it gets as many demonstrations
     for name, folder in named(config.encoders, "encoders").items():
         alone = vision_alone(folder)
         what = "the vision model" if alone else "the encoder"
-        arms[name] = Arm("vision" if alone else "named", f"{what} {folder}, frozen", name=name)
-    if "aligned-frozen" in arms:
-        for step in config.align.snapshots:
-            arms[f"aligned-frozen@{step}"] = Arm("none", f"aligned for the first {step} steps, frozen", snapshot=step)
+        arms[name] = Arm("vision" if alone else "named", f"{what} {folder}, frozen", name=name, number=number)
+    for step in config.align.snapshots if aligned else ():
+        says = f"aligned for the first {step} steps, frozen"
+        arms[f"aligned-frozen@{step}"] = Arm("none", says, snapshot=step, number=number)
     policies = named(config.policies, "policies")
     for field, values in (
-        ("arms", [*names_of(config.arms), *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
+        ("arms", [*config.arms, *[pair.partition("=")[0] for pair in (*config.encoders, *config.policies)]]),
         ("demonstrations", config.demonstrations),
         ("seeds", config.seeds),
     ):

@@ -159,9 +159,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def power(config: CompareConfig) -> str:
     """What the comparison can show, before it runs."""
     seeds, episodes = len(config.seeds), config.eval.episodes
-    arms = names_of(config.arms)
-    planned = sum(first in arms and second in arms for first, second, _ in CONTRASTS)
-    planned += len(config.encoders) if "aligned-frozen" in arms else 0
+    arms = chosen_arms(config)
+    pairs = [*CONTRASTS, *(("aligned-frozen", name, "") for name, arm in arms.items() if arm.name)]
+    trained = {name: numbers_of(config, arm) for name, arm in arms.items()}
+    planned = max(  # pairs that are corrected together
+        sum(number in trained.get(first, ()) and number in trained.get(second, ()) for first, second, _ in pairs)
+        for number in config.demonstrations
+    )
     text = f"{seeds} training seed{'s' if seeds > 1 else ''} of {episodes} plain episodes see {seen_points(seeds, episodes)}"
     if planned > 1:
         text += (

@@ -71,7 +71,9 @@ def answers(result: dict[str, Any]) -> list[str]:
     swapped = [row for row in result["success"] if row["group"] == "swapped instructions"]
     if not sentences:
         sentences = [
-            f"{row['arm']} succeeds in {interval(row)}." for row in result["success"] if row["group"] == "plain"
+            f"{row['arm']} succeeds in {interval(row)} ({demonstrations(row['demonstrations'])})."
+            for row in result["success"]
+            if row["group"] == "plain"
         ]
     return (
         transferred(result.get("config", {}))
@@ -124,9 +126,16 @@ def amount(count: int | None) -> float:
     return -1.0 if count is None else count or float("inf")
 
 
+def numbers_in(rows: list[dict[str, Any]]) -> list[int | None]:
+    """The numbers of demonstrations, the fewest first, policies as given last."""
+    return sorted({row["demonstrations"] for row in rows}, key=lambda number: (number is None, amount(number)))
+
+
 def usual_number(rows: list[dict[str, Any]]) -> int | None:
-    """The number of demonstrations that most rows have, of equals the largest; None if all are of policies as given."""
-    counted = Counter(row["demonstrations"] for row in rows if row["demonstrations"] is not None)
+    """The number of demonstrations that most rows have, of equals the largest, but for snapshots, which have one; None if all are of policies as given."""
+    counted = Counter(
+        row["demonstrations"] for row in rows if row["demonstrations"] is not None and "@" not in row["arm"]
+    )
     return max(counted, key=lambda number: (counted[number], amount(number)), default=None)
 
 
@@ -155,7 +164,7 @@ def interval(row: dict[str, Any]) -> str:
 
 def success_table(group: str, rows: list[dict[str, Any]]) -> Table:
     """Arms by number of demonstrations."""
-    numbers = list(dict.fromkeys(row["demonstrations"] for row in rows))
+    numbers = numbers_in(rows)
     found = {(row["arm"], row["demonstrations"]): row for row in rows}
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -168,7 +177,7 @@ def success_table(group: str, rows: list[dict[str, Any]]) -> Table:
 
 def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
     """Success against the number of demonstrations, a line an arm."""
-    numbers = list(dict.fromkeys(row["demonstrations"] for row in rows))
+    numbers = numbers_in(rows)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
 
     def draw(axes) -> None:
@@ -195,7 +204,7 @@ def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
 
 def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
     """Every split by its levels: curves for perturbations, a table for kinds of wording and combination."""
-    usual = usual_number(rows)
+    usual, every = usual_number(rows), {row["arm"] for row in rows}
     rows = [row for row in rows if row["demonstrations"] in (usual, None)]
     curves: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
     kinds: dict[str, dict[str, str]] = {}
@@ -208,6 +217,8 @@ def level_sections(rows: list[dict[str, Any]]) -> list[Section]:
             points.append((row["level"], rate_of(row)))
     sections = []
     where = "policies as they are" if usual is None else demonstrations(usual)
+    if missing := sorted(arm for arm in every - {row["arm"] for row in rows} if "@" not in arm):
+        where += f"; {', '.join(missing)}, trained on other numbers, {'is' if len(missing) == 1 else 'are'} in the tables above"
     if curves:
         figures = tuple(curve_figure(arms, f"Success against {name} level") for name, arms in curves.items())
         sections.append(Section("As perturbations grow", f"With {where}.", figures))

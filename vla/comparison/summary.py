@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +173,19 @@ def contrasts(
 ) -> list[dict[str, Any]]:
     """Differences of arms; p-values are Holm's over all arms that are compared in one group at the same numbers of demonstrations.
 
-    Against scratch there is the difference from scratch with the next larger number, too.
+    Against scratch there is the difference from scratch with the next larger number that it has, too.
     """
     pairs, numbers = list(pairs), sorted(demonstrations, key=lambda count: count or np.inf)
     against_scratch = [pair for pair in pairs if pair[1] == "scratch"]
+    larger = [
+        (fewer, more)
+        for place, fewer in enumerate(numbers)
+        for more in [number for number in numbers[place + 1 :] if ("scratch", number) in runs][:1]
+    ]
     rows = []
     for count, other, compared in [
         *((count, count, pairs) for count in demonstrations),
-        *((fewer, more, against_scratch) for fewer, more in pairwise(numbers)),
+        *((fewer, more, against_scratch) for fewer, more in larger),
     ]:
         for group in GROUPS:
             family = []

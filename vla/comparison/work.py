@@ -43,9 +43,10 @@ def policy_run(config: CompareConfig, name: str, count: int, seed: int) -> Path:
 
 def cloning_run(config: CompareConfig, seed: int) -> Path:
     """The run that trains an encoder by cloning on all demonstrations: that of scratch, which does the same, if it takes as many steps."""
+    own = Path(config.output) / "policy" / "cloning" / str(seed)
     same_data = not config.transfer and config.align.data.episodes_per_task is None
-    same = same_data and config.scratch_steps == config.cloning_steps and config.policy.pooler_lr_scale == 1.0
-    return policy_run(config, "scratch", 0, seed) if same else Path(config.output) / "policy" / "cloning" / str(seed)
+    same = same_data and config.scratch_steps == config.cloning_steps
+    return policy_run(config, "scratch", 0, seed) if same and not own.exists() else own  # older versions had two
 
 
 def evaluation_folder(config: CompareConfig, name: str, count: int | str, seed: int) -> Path:
@@ -149,7 +150,8 @@ def make_policy(config: CompareConfig, name: str, arm: Arm, count: int, seed: in
         seed=seed,
         resume=True,
     )
-    siblings = [name] if arm.source == "named" else [other for other in arms if arms[other].encoder == arm.encoder]
+    frozen = [other for other, sibling in arms.items() if sibling.tuned_part == "nothing"]  # others read no tokens
+    siblings = [name] if arm.source == "named" else [other for other in frozen if arms[other].encoder == arm.encoder]
     runs = [(other, number) for other in siblings for number in numbers_of(config, arms[other])]
     clone_cached(config, policy, [policy_run(config, other, number, seed) / "policy" for other, number in runs])
 
@@ -162,6 +164,7 @@ def clone_everything(config: CompareConfig, seed: int) -> None:
         encoder=str(encoder_folder(config, "random", seed)),
         data=replace(config.align.data, cache=str(Path(config.output) / "cache" / f"cloning-{seed}")),
         aligned_pooler=False,
+        pooler_lr_scale=1.0,
         auxiliary=0.0,
         tune=True,
         tuned_part="vision",
