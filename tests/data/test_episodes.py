@@ -253,3 +253,8 @@ def test_goals_without_names_may_be_numbers_of_any_size():
 def test_a_goal_beyond_the_names_is_refused():
     with pytest.raises(UserError, match=r"data: goal_id 2 is beyond the 2 goals of meta/concord\.json"):
         named_goals(Path("data"), np.array([0, 2]), ["a", "b"])
+
+
+def test_any_goal_below_0_is_none():
+    goal_id, _ = named_goals(Path("data"), np.array([0, -7]), ["a", "b"])
+    assert goal_id.tolist() == [0, -1]

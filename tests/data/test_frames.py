@@ -54,6 +54,29 @@ def test_a_picture_that_is_none_is_named(data_root, tmp_path):
     assert not list((root / ".concord").glob("*.npy"))
 
 
+def test_pictures_that_are_damaged_in_the_file_are_named(data_root, tmp_path):
+    root = shutil.copytree(data_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    path = data_files(root)[0]
+    footer = pq.read_metadata(path).row_group(0)
+    (column,) = (c for c in map(footer.column, range(footer.num_columns)) if c.path_in_schema.endswith("bytes"))
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)  # the footer is whole
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"observation\.image of row group 0 cannot be read .*; copy it anew"):
+        open_frames(read_episodes(root), 32, workers=1)
+
+
+def test_pictures_of_another_type_are_named(data_root, tmp_path):
+    root = shutil.copytree(data_root, tmp_path / "data", ignore=shutil.ignore_patterns(".concord"))
+    path = data_files(root)[0]
+    table = pq.read_table(path)
+    plain = [picture["bytes"] for picture in table[IMAGE_KEY].to_pylist()]
+    pq.write_table(table.set_column(table.column_names.index(IMAGE_KEY), IMAGE_KEY, [plain]), path)
+    with pytest.raises(UserError, match=r"observation\.image of row 0 in row group 0 is not a picture"):
+        open_frames(read_episodes(root), 32, workers=1)
+
+
 def test_a_cache_that_cannot_be_made_says_where_to_put_it(data_root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(

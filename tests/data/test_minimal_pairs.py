@@ -21,10 +21,17 @@ TEXTS = (
 
 
 def test_texts_that_differ_in_one_word_are_found_with_that_word():
-    apart = one_word_apart(TEXTS)
+    apart = one_word_apart(TEXTS, lambda text, word: True)
     assert sorted(apart[0]) == [(1, "blue"), (2, "cross"), (3, "grab")]
     assert apart[1] == [(0, "red")]
     assert apart[4] == []
+
+
+def test_of_thousands_that_differ_in_one_word_only_those_that_are_wanted_are_kept():
+    texts = tuple(f"a photo of a {number}" for number in range(20_000))
+    apart = one_word_apart(texts, lambda text, word: word in ("3", "7"))
+    assert apart[3] == [(7, "7")]
+    assert all(found == [(3, "3"), (7, "7")] for found in apart[8:])
 
 
 RED, BLUE = (0.0, 0.1), (0.2, 0.0)  # where the objects are

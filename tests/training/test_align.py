@@ -160,6 +160,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(align_config, tmp_p
     assert 0 < len(kept["text_id"]) <= rows
 
 
+def test_an_update_after_which_nothing_is_finite_is_told_when_it_is_measured(align_config, tmp_path):
+    broken = replace(align_config.optimizer, lr=1e30, warmup=0)
+    config = replace(align_config, optimizer=broken, steps=1, output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="not finite, the encoder has diverged; train it anew"):
+        train_align(config)
+
+
 def test_a_term_that_stays_at_its_chance_level_is_named():
     metrics = {"a/loss": 4.59, "a/chance": 4.6, "a/excess": 4.59, "b/loss": 4.0, "b/chance": 4.6, "b/excess": 3.0}
     assert at_chance(metrics) == ["a"]

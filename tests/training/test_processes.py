@@ -108,6 +108,21 @@ def test_a_machine_that_was_not_told_to_resume_stops_both(interrupted, tmp_path)
         assert "process 0 is at step 2, process 1 at step 0" in done.stderr
 
 
+def test_machines_of_which_one_was_told_to_resume_begin_together_where_nothing_is_saved_yet(align_config, tmp_path):
+    config = replace(align_config, steps=1, resume=True)
+    done = stage_one(config, tmp_path / "a", tmp_path / "b", other=replace(config, resume=False))
+    assert [member.returncode for member in done] == [0, 0], done[0].stderr + done[1].stderr
+
+
+def test_a_checkpoint_of_another_run_at_the_same_step_stops_both(interrupted, tmp_path):
+    first, second = (shutil.copytree(interrupted.output, tmp_path / name) for name in ("a", "b"))
+    path = second / "checkpoints" / "step_000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1e6}))
+    for done in stage_one(interrupted, first, second):
+        assert done.returncode == 2
+        assert "step_000002: process 1 has this checkpoint of another run than process 0" in done.stderr
+
+
 def test_a_damaged_checkpoint_on_one_machine_stops_both_without_a_traceback(interrupted, tmp_path):
     first, second = (shutil.copytree(interrupted.output, tmp_path / name) for name in ("a", "b"))
     (damaged,) = second.glob("checkpoints/step_000002/model.safetensors")
@@ -223,6 +238,20 @@ def test_other_data_on_another_machine_is_refused(align_config, data_root, tmp_p
     statistics.write_text(statistics.read_text() + "\n")
     other = replace(align_config, data=replace(align_config.data, root=str(copy)))
     for done in stage_one(align_config, tmp_path / "a", tmp_path / "b", other=other):
+        assert done.returncode == 2
+        assert "process 1 has other data than process 0" in done.stderr
+
+
+def test_other_training_episodes_on_another_machine_are_refused(align_config, data_root, tmp_path):
+    copy = shutil.copytree(data_root, tmp_path / "data")
+    made = json.loads((copy / "meta" / "concord.json").read_text())
+    made["task_of_goal"] = dict.fromkeys(made["task_of_goal"], "all")
+    (copy / "meta" / "concord.json").write_text(json.dumps(made))
+    data = replace(align_config.data, episodes_per_task=2)
+    here = replace(align_config, data=data)
+    for done in stage_one(
+        here, tmp_path / "a", tmp_path / "b", other=replace(here, data=replace(data, root=str(copy)))
+    ):
         assert done.returncode == 2
         assert "process 1 has other data than process 0" in done.stderr
 

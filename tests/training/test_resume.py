@@ -151,6 +151,19 @@ def test_other_data_under_the_same_name_is_refused(
         train(replace(config, steps=1, eval_every=0, resume=True, **run))
 
 
+def test_other_training_episodes_of_the_same_data_are_refused(align_config, data_root, tmp_path):
+    copy = shutil.copytree(data_root, tmp_path / "data")
+    data = replace(align_config.data, root=str(copy), episodes_per_task=2)
+    config = replace(align_config, data=data, steps=1, save_every=1, eval_every=0, output=str(tmp_path / "run"))
+    train_align(config)
+    (tmp_path / "run" / "report.html").unlink()
+    made = json.loads((copy / "meta" / "concord.json").read_text())
+    made["task_of_goal"] = dict.fromkeys(made["task_of_goal"], "all")
+    (copy / "meta" / "concord.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match=r"step_000001: was trained on other episodes of .*data than are chosen now"):
+        train_align(replace(config, resume=True))
+
+
 def test_fingerprints_of_batches_tell_steps_and_seeds_apart(align_config, tmp_path):
     seen = []
     for seed in (0, 1):

@@ -15,7 +15,7 @@ import torch
 
 from vla.data.episodes import Episodes, data_files
 from vla.data.validation import read_columns
-from vla.types import UserError
+from vla.types import UserError, first_line
 
 
 def is_video(episodes: Episodes) -> bool:
@@ -45,8 +45,17 @@ def row_groups(root: Path) -> list[RowGroup]:
 
 
 def read_pictures(group: RowGroup, camera: str) -> pa.ChunkedArray:
-    """The cells of an image column, encoded."""
-    return pq.ParquetFile(group.file).read_row_group(group.number, columns=[camera])[camera]
+    """The cells of an image column, encoded.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    try:
+        return pq.ParquetFile(group.file).read_row_group(group.number, columns=[camera])[camera]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{group.file}: {camera} of row group {group.number} cannot be read ({first_line(error)}); copy it anew"
+        ) from error
 
 
 def decode_picture(picture: dict | None, camera: str, group: RowGroup, offset: int) -> np.ndarray:
@@ -55,9 +64,10 @@ def decode_picture(picture: dict | None, camera: str, group: RowGroup, offset: i
     Raises:
         UserError: it is no picture; names the parquet file, row group and row.
     """
-    encoded = (picture or {}).get("bytes") or b""
-    if not encoded and picture and picture.get("path"):
-        path = group.file.parents[2] / picture["path"]
+    cell = picture if isinstance(picture, dict) else {}
+    encoded = cell.get("bytes") or b""
+    if not encoded and cell.get("path"):
+        path = group.file.parents[2] / cell["path"]
         encoded = path.read_bytes() if path.is_file() else b""
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB) if encoded else None
     if image is None:

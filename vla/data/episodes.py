@@ -138,7 +138,7 @@ def read_episodes(root: Path | str, camera: str | None = None, *, partial: bool 
 
 
 def named_goals(root: Path, goal_id: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(e,) goals as indices of their names; ids that have no names become these, however large they are. -1 is none.
+    """(e,) goals as indices of their names; ids that have no names become these, however large they are. Below 0 is none.
 
     Raises:
         UserError: an id beyond the names.
@@ -146,7 +146,7 @@ def named_goals(root: Path, goal_id: np.ndarray, names: list[str] | None) -> tup
     if names is not None:
         if (largest := int(goal_id.max())) >= len(names):
             raise UserError(f"{root}: goal_id {largest} is beyond the {len(names)} goals of meta/concord.json")
-        return goal_id, tuple(names)
+        return np.maximum(goal_id, -1), tuple(names)
     values, dense = np.unique(goal_id[goal_id >= 0], return_inverse=True)
     found = np.full_like(goal_id, -1)
     found[goal_id >= 0] = dense

@@ -1,6 +1,7 @@
 """Minimal pairs: instructions that differ in one word and mean another object, "the red star" and "the blue star"."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import permutations
 
 import numpy as np
@@ -25,10 +26,7 @@ class MinimalPairs:
         self.texts = [frozenset(text.split()) for text in episodes.texts]
         self.naming = object_words(episodes, train)
         used = set(episodes.text_id[train].tolist())
-        self.others = [
-            [(other, word) for other, word in found if other in used and word in self.naming]
-            for found in one_word_apart(episodes.texts)
-        ]
+        self.others = one_word_apart(episodes.texts, lambda text, word: text in used and word in self.naming)
         self.goals_of_text: dict[int, set[int]] = defaultdict(set)
         self.texts_of_scene: dict[int, set[int]] = defaultdict(set)
         self.goals: dict[int, set[int]] = defaultdict(set)  # by scene
@@ -95,8 +93,8 @@ def object_words(episodes: Episodes, train: np.ndarray) -> set[str]:
     }
 
 
-def one_word_apart(texts: tuple[str, ...]) -> list[list[tuple[int, str]]]:
-    """For each text the others that differ in one word, and that word of theirs."""
+def one_word_apart(texts: tuple[str, ...], wanted: Callable[[int, str], bool]) -> list[list[tuple[int, str]]]:
+    """For each text the others that differ in one word, and that word of theirs, those that are `wanted`: all of many would be the square of them."""
     by_hole: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
     for index, text in enumerate(texts):
         words = text.split()
@@ -104,6 +102,7 @@ def one_word_apart(texts: tuple[str, ...]) -> list[list[tuple[int, str]]]:
             by_hole[(*words[:place], "", *words[place + 1 :])].append((index, word))
     others: list[list[tuple[int, str]]] = [[] for _ in texts]
     for members in by_hole.values():
+        chosen = [member for member in members if wanted(*member)]
         for index, _ in members:
-            others[index] += [member for member in members if member[0] != index]
+            others[index] += [member for member in chosen if member[0] != index]
     return others

@@ -14,7 +14,7 @@ from vla.eval.retrieval import alignment, rank_me, recall_at_k, recall_at_k_chan
 from vla.losses.contrastive import unit
 from vla.models.alignment import AlignmentModel
 from vla.models.clip import Encoder, patch_embeds, pixel_values, text_features, vision_features, word_embeds
-from vla.types import TripletBatch
+from vla.types import TripletBatch, UserError
 
 RANKS = (1, 5, 10)  # k of R@k
 MAX_ROWS = 1500
@@ -47,9 +47,18 @@ def measure_alignment(
     """All measures on the episodes at `positions`, each `NAME` with its `NAME/chance` where one exists, and the rows' features.
 
     Probes are fitted on the episodes at `train`, evenly chosen.
+
+    Raises:
+        UserError: features are not finite.
     """
     held_out = embed_rows(model, source, spread_rows(source, positions, 12), input_ids, attention_mask)
     seen = embed_rows(model, source, spread_rows(source, train, 4), input_ids, attention_mask, compares_texts=False)
+    for name, values in (*vars(held_out).items(), *vars(seen).items()):
+        if name != "batch" and not np.isfinite(values).all():
+            raise UserError(
+                "features of the data are not finite, the encoder has diverged; train it anew, with another --output and a lower "
+                "--optimizer.lr, or --precision=no where it was bf16"
+            )
     measures = retrieval_measures(held_out)
     measures |= zero_shot_measures(held_out.vision, held_out.language, held_out.batch, source.episodes)
     measures |= probe_measures(seen, held_out, source)

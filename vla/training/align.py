@@ -23,7 +23,7 @@ from vla.eval.alignment import Embedded, measure_alignment
 from vla.eval.alignment_report import write_alignment_report
 from vla.eval.alignment_views import save_views, views_of
 from vla.files import write_json
-from vla.losses.rowwise import Term
+from vla.losses.rowwise import Term, spans
 from vla.models.alignment import AlignmentModel
 from vla.training.align_data import AlignData, make_batch, open_data
 from vla.training.align_export import export_between, export_encoder
@@ -53,6 +53,7 @@ from vla.versions import versions
 END = "report.html"  # what a run writes last
 STUCK = "at_chance"  # what metrics.jsonl calls terms that teach nothing
 ALIKE = ("image_size", "camera", "holdout")  # what both stages have to be told of the data
+PICTURES_AT_ONCE = 256  # that are augmented to be saved
 SETTLED = 100  # steps after the warm-up by which every term should have left its chance level
 
 
@@ -91,9 +92,8 @@ def train_align(config: AlignConfig) -> Path:
     data = open_data(config, accelerator, processes)
     trained = begin(config, data, accelerator, processes)
     model, optimizer = trained.model, trained.optimizer
-    first, before = (0, 0.0)
-    if config.resume:
-        first, before = in_turn(accelerator, lambda: restore(run, trained, data), mine_first=writes)
+    # Whether resumed or not, as machines may have been told differently: where nothing is to be resumed there is no checkpoint.
+    first, before = in_turn(accelerator, lambda: restore(run, trained, data), mine_first=writes)
     processes.share(model)
     accelerator.print(describe(config, data, model, first))
 
@@ -287,7 +287,10 @@ def stop_on_nonfinite(
     bad = [name for name, term in terms.items() if not torch.isfinite(term.loss)] or ["gradient"]
 
     def save() -> None:
-        save_nonfinite(run.folder, step, vars(batch) | {"frames": batch.frames[:]})
+        frames = np.empty((len(batch.frames), *batch.frames[:1].shape[1:]), np.uint8)
+        for part in spans(len(frames), PICTURES_AT_ONCE):  # a copy of all would be a second large one
+            frames[part] = batch.frames[part]
+        save_nonfinite(run.folder, step, vars(batch) | {"frames": frames})
 
     together(accelerator, save if run.writes else lambda: None)
     raise refusal(f"loss is not finite at step {step} ({', '.join(bad)}); {how_to_replay(run.folder, step)}")

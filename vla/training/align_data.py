@@ -1,5 +1,6 @@
 """What stage one aligns on: episodes and pictures, the rows of its batches, and what it is measured on."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class AlignData:
     source: TripletSource
     sampler: MixedSampler
     train: np.ndarray  # positions
+    chosen: str  # a digest of them
     instructed: (
         np.ndarray
     )  # positions of the first data set's training episodes with an instruction, which probes are fitted on
@@ -57,7 +59,8 @@ def open_data(config: AlignConfig, accelerator: Accelerator, processes: Processe
         mine_first=accelerator.is_local_main_process,
     )
     episodes, train = mixture.episodes, np.concatenate(mixture.train)
-    check_same_data(processes, episodes, accelerator.device)
+    chosen = hashlib.sha256(train.tobytes()).hexdigest()[:16]
+    check_same_data(processes, episodes, chosen, accelerator.device)
     check_same_settings(processes, shared_settings(config), accelerator.device)
     instructed = mixture.train[0][episodes.goal_id[mixture.train[0]] >= 0]
     if not len(instructed):
@@ -70,10 +73,11 @@ def open_data(config: AlignConfig, accelerator: Accelerator, processes: Processe
         source=source,
         sampler=make_sampler(config.batch, config.seed, episodes, mixture.train, mixture.weights),
         train=train,
+        chosen=chosen,
         instructed=instructed,
         validation=mixture.validation,
         rest=resting_action(episodes, rows, source.stats.action),
-        pairs=minimal_pairs(config.loss, episodes, train, accelerator.print),
+        pairs=together(accelerator, lambda: minimal_pairs(config.loss, episodes, train, accelerator.print)),
         labels=shuffled_labels(episodes.goal_id, config.seed) if config.shuffle in ("language", "all") else None,
         old=old,
     )

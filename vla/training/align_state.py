@@ -67,7 +67,7 @@ def begin(config: AlignConfig, data: AlignData, accelerator: Accelerator, proces
     check_same_encoders(processes, words, model, accelerator.device)
     if note := note_of_cut(tokenizer, data.episodes.texts):
         accelerator.print(note)
-    began = {"start": start.digest if start else None, "words": words}
+    began = {"start": start.digest if start else None, "words": words, "chosen": data.chosen}
     return AlignTrained(model, tokenizer, optimizer, start, texts, began)
 
 
@@ -124,6 +124,11 @@ def restore(run: RunFolder, trained: AlignTrained, data: AlignData) -> tuple[int
         raise UserError(
             f"{path}: the instructions were other token ids when it was written: tower.vocabulary, or the tokenizers package, has changed; "
             "restore that, or choose another --output"
+        )
+    if "chosen" in changed:
+        raise UserError(
+            f"{path}: was trained on other episodes of {data.episodes.root} than are chosen now; have its meta/concord.json as it was, or "
+            "choose another --output"
         )
     with restoring(path):
         trained.model.load_state_dict(tensors["model"], strict=True)

@@ -98,7 +98,7 @@ def check_same_progress(processes: Processes, folder: Path, finished: bool, devi
     """Refuse to begin or resume where machines see different run folders, or some were not told to resume.
 
     Raises:
-        UserError: names the steps.
+        UserError: names the steps, or the checkpoint that is not the same everywhere.
     """
     last = latest_checkpoint(folder)
     every = processes.numbers(-1 if finished else step_of(last) if last else 0, device)
@@ -108,15 +108,26 @@ def check_same_progress(processes: Processes, folder: Path, finished: bool, devi
             f"{folder}: process 0 is at {first}, process {rank} at {other}; all must see the same run: let them share the "
             "folder, or copy it from the machine that is ahead to the others"
         )
+    state = last / "state.json" if last and not finished else None
+    if rank := other_than_first(
+        processes.numbers(number_of(state.read_text()) if state and state.is_file() else 0, device)
+    ):
+        raise refusal(
+            f"{last}: process {rank} has this checkpoint of another run than process 0; copy the folder anew from the machine whose run "
+            "is to go on"
+        )
 
 
-def check_same_data(processes: Processes, episodes: Episodes, device: torch.device) -> None:
+def check_same_data(processes: Processes, episodes: Episodes, chosen: str, device: torch.device) -> None:
     """Refuse to compute one batch from different data.
 
+    Args:
+        chosen: a digest of the training episodes, which the tasks in meta/concord.json may decide.
     Raises:
-        UserError: the data sets of two processes have different fingerprints, or other instructions or goals.
+        UserError: the data sets of two processes have different fingerprints, or other instructions, goals or training episodes.
     """
-    if rank := other_than_first(processes.numbers(number_of(episodes.fingerprint + episodes.labels()), device)):
+    told = episodes.fingerprint + episodes.labels() + chosen
+    if rank := other_than_first(processes.numbers(number_of(told), device)):
         raise refusal(f"{episodes.root}: process {rank} has other data than process 0; copy it anew, whole")
 
 
