@@ -338,7 +338,7 @@ class BenchConfig:
     policy: str | None = (
         None  # LeRobot policy folder for the tabletop, evaluated beside lerobot-eval; default: untrained
     )
-    episodes: int = number(1000, 1)  # of each of those evaluations
+    episodes: int = number(400, 1)  # of each of those evaluations
     expert_seeds: int = number(200, 1)  # scenes of each task that the tabletop's expert is tried on
 
 
