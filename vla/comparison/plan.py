@@ -51,12 +51,12 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
                     partial(make_policy, config, name, arm, count, seed),
                     ("data",) if arm.source == "named" else (encoder, *after),
                 )
-                same = [
-                    job.name for job in jobs if job.makes == training.makes
-                ]  # the pretraining by cloning, for scratch
-                jobs += [] if same else [training]
-                needs = tuple(same) or (training.name,)
-                jobs.append(evaluation_job(config, (name, count, seed), run / "policy", needs))
+                if run == cloning_run(config, seed) and "cloned" in sources:  # scratch, which is trained already
+                    trained = f"cloning-{seed}"
+                else:
+                    jobs.append(training)
+                    trained = training.name
+                jobs.append(evaluation_job(config, (name, count, seed), run / "policy", (trained,)))
     for name, policy in named(config.policies, "policies").items():
         jobs.append(evaluation_job(config, (name, "given", 0), policy, ()))
     return jobs
