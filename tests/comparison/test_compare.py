@@ -18,7 +18,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from tests.conftest import debug
 from vla.comparison.begun import check_same
-from vla.comparison.compare import compare
+from vla.comparison.compare import compare, finished_part
 from vla.comparison.jobs import needed
 from vla.comparison.page import comparison_page, keep_records
 from vla.comparison.plan import plan_jobs
@@ -341,6 +341,16 @@ def test_a_job_that_fails_leaves_the_other_arms_and_their_report(data_root, tmp_
     compare(config)
     result = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert list(result["arms"]) == ["random-frozen", "aligned-frozen"]
+
+
+def test_an_encoder_is_not_reported_without_the_arm_whose_demonstrations_it_has(encoder, tmp_path):
+    config = debug(CompareConfig, "compare", output=str(tmp_path), demonstrations=(1, 0), seeds=(0,))
+    config.arms, config.encoders = ("random-frozen:1", "aligned-frozen:1"), (f"mine={encoder}",)
+    for name in ("random-frozen", "mine"):
+        (tmp_path / "eval" / f"{name}-1-0").mkdir(parents=True)
+        (tmp_path / "eval" / f"{name}-1-0" / "report.html").touch()
+    part = finished_part(config)
+    assert (part.arms, part.encoders) == (("random-frozen:1",), ())
 
 
 def test_a_report_that_lacks_an_arm_does_not_take_the_place_of_a_whole_one(finished, data_root, tmp_path, monkeypatch):

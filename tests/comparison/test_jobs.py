@@ -40,6 +40,19 @@ def test_what_does_not_need_a_failed_job_is_run_all_the_same(tmp_path):
         refuse_failed(failed, tmp_path)
 
 
+def test_a_job_that_fails_here_and_is_made_by_another_process_did_not_fail(tmp_path):
+    def fail() -> None:
+        raise UserError("no space left")
+
+    jobs = [
+        Job("failed", tmp_path / "a", fail),
+        Job("of the failed", tmp_path / "b", (tmp_path / "b").touch, ("failed",)),
+        Job("meanwhile", tmp_path / "c", lambda: [(tmp_path / name).touch() for name in "ac"]),
+    ]
+    assert run_jobs(jobs, tmp_path / "jobs", lambda text: None, {}) == {}
+    assert (tmp_path / "b").exists()
+
+
 def test_a_line_is_in_a_jobs_log_as_soon_as_it_is_printed(tmp_path):
     def run() -> None:
         print("begun")

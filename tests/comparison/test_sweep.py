@@ -86,6 +86,22 @@ def test_caches_are_locked_as_a_network_file_system_wants_it(config, tmp_path, m
     assert not cache.exists()
 
 
+def test_a_cache_that_is_deleted_before_it_is_locked_begins_anew(config, tmp_path, monkeypatch):
+    lock, cache, left = fcntl.flock, tmp_path / "cache", ["another process"]
+
+    def deleted_first(file, kind):
+        if kind == fcntl.LOCK_SH and left:
+            left.clear()
+            drop_caches([cache])
+            assert not cache.exists()
+        lock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
+    with token_cache(config, (config.align.data.root,), cache):
+        drop_caches([cache])
+        assert cache.is_dir()
+
+
 def test_a_cache_stays_while_another_policy_reads_it_or_will(config, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     readers = [tmp_path / name / "policy" for name in "ab"]

@@ -70,7 +70,10 @@ def finished_part(config: CompareConfig) -> CompareConfig | None:
         folders = [evaluation_folder(config, name, count, seed) for count in counts for seed in seeds]
         return all((folder / "report.html").is_file() for folder in folders)
 
-    arms = {name for name, arm in chosen_arms(config).items() if whole(name, numbers_of(config, arm), config.seeds)}
+    chosen = chosen_arms(config)
+    arms = {name for name, arm in chosen.items() if whole(name, numbers_of(config, arm), config.seeds)}
+    if "aligned-frozen" not in arms:  # whose number of demonstrations those beside it have
+        arms -= {name for name, arm in chosen.items() if name not in ARMS and arm.number is not None}
     part = replace(
         config,
         arms=tuple(

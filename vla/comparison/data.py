@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from vla.config import CompareConfig, EnvConfig, PolicyTrainConfig, SweepConfig
 from vla.config_io import inside
@@ -101,12 +102,27 @@ def make_play(config: CompareConfig, tasks: tuple[str, ...]) -> dict:
 @contextmanager
 def token_cache(config: CompareConfig | SweepConfig, roots: Iterable[str], cache: Path) -> Iterator[None]:
     """A cache folder of an encoder's own that shares the decoded pictures of some data sets, and stays while the block runs."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / LOCK_NAME).open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with held(cache):
         for root in roots:
             link_frames(config, root, cache)
         yield
+
+
+def held(cache: Path) -> IO[str]:
+    """The open lock of a cache folder, made if there is none; until it is closed `drop_caches` leaves the folder."""
+    while True:
+        cache.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # deleted since
+            lock = (cache / LOCK_NAME).open("a+")
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if is_at(cache / LOCK_NAME, lock):
+                return lock
+            lock.close()
+
+
+def is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still the one at `path`."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def clone_cached(config: CompareConfig | SweepConfig, policy: PolicyTrainConfig, readers: Iterable[Path]) -> None:
@@ -131,11 +147,15 @@ def open_beside(config: CompareConfig | SweepConfig) -> None:
 
 
 def drop_caches(caches: Iterable[Path]) -> None:
-    """Delete cache folders, but for those that a process is using."""
+    """Delete cache folders, but for those that a process is using, or that cannot be deleted."""
     for cache in caches:
-        with suppress(FileNotFoundError, BlockingIOError, PermissionError), (cache / LOCK_NAME).open("r+") as lock:
+        with suppress(OSError), (cache / LOCK_NAME).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(cache, ignore_errors=True)
+            if is_at(cache / LOCK_NAME, lock):
+                for path in set(cache.iterdir()) - {cache / LOCK_NAME}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                (cache / LOCK_NAME).unlink()  # last, so that nobody begins in what is being deleted
+                cache.rmdir()  # unless somebody has begun anew
 
 
 def link_frames(config: CompareConfig | SweepConfig, root: str, cache: Path) -> None:

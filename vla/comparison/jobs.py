@@ -98,8 +98,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, say: Callable[[str], None], sett
                 break
         else:
             time.sleep(POLL)
-    done = {job.name for job in jobs if job.done}
-    return {name: error for name, error in failed.items() if name not in done}
+        done = {job.name for job in jobs if job.done}  # another process may have made it by now
+        failed = {name: error for name, error in failed.items() if name not in done}
+    return failed
 
 
 def reachable(jobs: Sequence[Job], failed: Collection[str]) -> list[Job]:

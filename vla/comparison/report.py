@@ -172,7 +172,11 @@ def success_table(group: str, rows: list[dict[str, Any]]) -> Table:
         minutes = [f"{c['minutes']:.0f}" for c in cells if c and c["minutes"] is not None]
         lines.append((arm, *(interval(c) if c else "-" for c in cells), minutes[-1] if minutes else "-"))
     heads = tuple(demonstrations(count) for count in numbers)
-    return Table(f"Success rates with 95 % intervals, {group}", ("arm", *heads, "minutes of training"), tuple(lines))
+    return Table(
+        f"Success rates with 95 % intervals, {group}",
+        ("arm", *heads, "minutes of training, token caches aside"),
+        tuple(lines),
+    )
 
 
 def success_figure(group: str, rows: list[dict[str, Any]]) -> Figure:
